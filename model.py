@@ -1,0 +1,481 @@
+"""The decoder, its KV cache and generation.
+
+    model = GPT(GPTConfig(n_layer=12))
+    loss_sum, moe = model(idx, targets)              # training
+    model = GPT.from_checkpoint("out/demo_sft")      # using a trained one
+    model.chat([{"role": "user", "content": "你好"}])
+
+Pre-norm blocks (norm → sub-layer → residual): RMSNorm, attention with RoPE and grouped queries (GQA),
+a two-layer SiLU FFN or the mixture of experts of moe.py; the output projection is the embedding.
+With 12 layers of width 1024, 16 query and 8 key/value heads and 32,000 tokens: 171 M parameters.
+
+Papers: RMSNorm arXiv 1910.07467, RoPE 2104.09864, GQA 2305.13245, tied embeddings 1608.05859.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import UserError
+from moe import MoE
+
+END_OF_TEXT = 0          # ends every document; attention may be told not to look across it
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 512
+    vocab_size: int = 32000
+    n_layer: int = 12
+    n_head: int = 16
+    n_kv_head: int = 8
+    n_embd: int = 1024
+    n_inner: int = 0             # width of the FFN, or of one expert; 0 means 4 * n_embd
+    n_expert: int = 0            # 0: dense
+    n_expert_per_tok: int = 4
+    rope_theta: float = 10000.0
+    dropout: float = 0.0
+    bias: bool = False
+
+    def __post_init__(self):
+        """Fill in n_inner. Raises UserError on sizes that do not fit together."""
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.n_embd // self.n_head % 2:
+            raise UserError(f"RoPE needs an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
+        if self.n_expert and not 1 <= self.n_expert_per_tok <= self.n_expert <= 256:
+            raise UserError(f"n_expert_per_tok={self.n_expert_per_tok} of n_expert={self.n_expert} (at most 256) cannot be chosen")
+        if self.n_expert and self.bias:
+            raise UserError("bias=True is not offered with experts (n_expert > 0)")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be in [0, 1)")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        # the mean square of a bf16 row is taken in float32
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
+
+
+def rope_table(config):
+    """cos and sin of position × frequency, each (block_size, head width / 2), float32."""
+    half = config.n_embd // config.n_head // 2
+    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin())).float()
+
+
+def apply_rope(x, rope):
+    """Rotate each pair (x[i], x[i + half]) of the last axis. x: (B, H, T, hd); rope: cos, sin that broadcast to (B, H, T, hd / 2)."""
+    cos, sin = rope
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_width = config.n_embd // config.n_head
+        self.dropout = config.dropout
+        # q, k and v in one matrix: one larger product instead of three
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_width, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, rope, mask=None, cache=None):
+        """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
+        B, T, C = x.shape
+        widths = [h * self.head_width for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = (t.view(B, T, -1, self.head_width).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            y = self.attend_cache(q, k, v, mask, *cache)
+        else:
+            y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+    def attend_cache(self, q, k, v, mask, k_cache, v_cache, position):
+        """Write the new k and v at `position` (B, T), then let q see the cache through `mask` (B, 1, T, S)."""
+        row = torch.arange(len(q), device=q.device)[:, None]
+        k_cache[row, :, position] = k.transpose(1, 2).to(k_cache.dtype)
+        v_cache[row, :, position] = v.transpose(1, 2).to(v_cache.dtype)
+        size = mask.shape[-1]
+        k, v = k_cache[:, :, :size], v_cache[:, :, :size]
+        if q.shape[2] > 1:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        # One query: the heads of a group become the rows of one small query matrix, so that k and v
+        # are read once and never repeated
+        grouped = q.view(len(q), self.n_kv_head, -1, self.head_width)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+
+
+def document_mask(idx):
+    """What each token may see: tokens of its own document, up to itself.
+
+    idx: (B, T). A document ends with its <|endoftext|>. Returns a BlockMask for flex_attention where
+    it will be compiled for a GPU, else a bool tensor (B, 1, T, T), True where attention is allowed.
+    """
+    ends = (idx == END_OF_TEXT).int()
+    document = ends.cumsum(1) - ends
+    if idx.is_cuda and torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b, h, q, k):
+            return (q >= k) & (document[b, q] == document[b, k])
+        return create_block_mask(visible, idx.shape[0], None, idx.shape[1], idx.shape[1], device=idx.device)
+    causal = torch.ones(idx.shape[1], idx.shape[1], dtype=torch.bool, device=idx.device).tril()
+    return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def attend(q, k, v, mask, dropout):
+    """Causal attention, q (B, H, T, hd), k and v (B, H_kv, T, hd); `mask` as document_mask gives it."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=True)
+    if isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=True)
+    from torch.nn.attention.flex_attention import flex_attention
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+class FFN(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.down(F.silu(self.up(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(config.n_embd), Attention(config)
+        self.ffn_norm = RMSNorm(config.n_embd)
+        self.ffn = MoE(config) if config.n_expert else FFN(config)
+
+    def forward(self, x, rope, mask=None, cache=None):
+        """(B, T, C) → (B, T, C), and of a mixture of experts (balance loss, share of rows per expert), else None."""
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        if isinstance(self.ffn, MoE):
+            y, balance, share = self.ffn(self.ffn_norm(x))
+            return x + y, (balance, share)
+        return x + self.ffn(self.ffn_norm(x)), None
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        # not trained and not saved: it follows from the config
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.tokenizer = None                    # from_checkpoint sets it
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            # 2 * n_layer sub-layers add to the residual stream; so scaled, its variance stays near 1 (GPT-2)
+            if name.endswith(("proj.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, idx, targets=None, doc_mask=False):
+        """idx: (B, T) token ids, T up to block_size.
+
+        With targets (B, T), -1 where nothing is learned: the *sum* of the cross-entropies in nats (the
+        caller divides by the number of learned tokens of the whole step), and for a mixture of experts
+        (balance loss averaged over layers, share of rows (n_layer, n_expert)), for a dense model None.
+        Without targets: logits (B, T, vocab_size). doc_mask=True: attention stays inside a document.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"{idx.shape[1]} tokens do not fit into block_size={self.config.block_size}")
+        mask = document_mask(idx) if doc_mask else None
+        x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
+        if targets is None:
+            return self.logits(x)
+        logits = self.logits(x).flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+        return loss, moe
+
+    def trunk(self, idx, rope, mask=None, cache=None):
+        """Embedding, blocks and the last norm. cache: (KVCache, position)."""
+        x = F.dropout(self.wte(idx), self.config.dropout, self.training)
+        if torch.is_autocast_enabled(idx.device.type):
+            # The residual stream in bf16 too: it is half the memory traffic of everything element-wise
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        moe = []
+        for i, block in enumerate(self.blocks):
+            x, stats = block(x, rope, mask, cache and (cache[0].k[i], cache[0].v[i], cache[1]))
+            moe.append(stats)
+        if moe[0] is not None:
+            moe = (torch.stack([balance for balance, _ in moe]).mean(), torch.stack([share for _, share in moe]))
+        return self.norm(x), moe if isinstance(moe, tuple) else None
+
+    def logits(self, x):
+        return F.linear(x, self.wte.weight)
+
+    def n_params(self):
+        """(all parameters, those that one token passes through)."""
+        total = sum(p.numel() for p in self.parameters())
+        idle = 1 - self.config.n_expert_per_tok / self.config.n_expert if self.config.n_expert else 0
+        experts = sum(p.numel() for m in self.modules() if isinstance(m, MoE) for p in (m.w1_EDF, m.w2_EFD))
+        return total, total - round(idle * experts)
+
+    def flops_per_token(self, length):
+        """Of one training step: 6 × active matmul parameters (the tied head once) + causal attention."""
+        matmul = self.n_params()[1] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
+        return 6 * matmul + 6 * self.config.n_layer * length * self.config.n_embd
+
+    @classmethod
+    def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest"):
+        """The model that train.py left in `folder`, ready to generate, its tokenizer as `.tokenizer`.
+
+        device "auto": the GPU if there is one. dtype "auto": bfloat16. which: "newest" or "best" (by
+        validation loss). Raises UserError if the folder holds no readable checkpoint.
+        """
+        from checkpoint import load_for_inference, pick_device
+        from tokenizer import Tokenizer
+        device = pick_device(device)
+        dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        saved = load_for_inference(folder, which)
+        with torch.device("meta"):               # no memory and no random numbers for weights that come from the file
+            model = cls(GPTConfig(**saved["model_config"]))
+        model.load_state_dict(saved["model"], assign=True)
+        model.rope = rope_table(model.config)
+        model.requires_grad_(False).eval()
+        for parameter in model.parameters():     # the RoPE table stays in float32
+            parameter.data = parameter.data.to(device, dtype)
+        model.rope = model.rope.to(device)
+        model.tokenizer = Tokenizer.load(saved["tokenizer_dir"])
+        return model
+
+    def generate(self, prompts, max_new_tokens=256, **options):
+        """Continue one prompt (a list of ids: yields ids) or several (a list of lists: yields, for each
+        step, a list with every row's id, None once that row has ended). Options: see `generate` below.
+
+            for token in model.generate(model.tokenizer.encode("从前"), max_new_tokens=20, top_k=5):
+                ...
+        """
+        single = not prompts or not isinstance(prompts[0], (list, tuple))
+        for row in generate(self, [prompts] if single else prompts, max_new_tokens, **options):
+            yield row[0] if single else row
+
+
+# ---------------------------------------------------------------------------------------------------
+# Generation. Free functions over a model and a cache: prefill reads the prompt, decode_step makes one
+# token, entirely on the device and with fixed shapes, so that a CUDA graph can hold all of it.
+
+
+class KVCache:
+    """Keys and values of every token so far: k and v, (n_layer, B, n_kv_head, size + 1, head width).
+
+    tokens[b] lists the ids of row b that are in the cache. The slot after the last is for padding: it
+    is written, never read.
+    """
+
+    def __init__(self, model, batch=1, size=None):
+        c = model.config
+        self.size = min(size or c.block_size, c.block_size)
+        shape = (c.n_layer, batch, c.n_kv_head, self.size + 1, c.n_embd // c.n_head)
+        weight = model.wte.weight
+        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.v = torch.zeros_like(self.k)
+        self.tokens = [[] for _ in range(batch)]
+        self.loops = {}                          # decode loops captured over these buffers, by sampling options
+
+
+def cached_forward(model, cache, idx, position, end):
+    """idx, position: (B, n), the place of each token (cache.size: padding). Sees slots below `end`. → (B, n, C)."""
+    mask = (torch.arange(end, device=idx.device) <= position[:, :, None])[:, None]
+    rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, None]
+    return model.trunk(idx, rope, mask, (cache, position))[0]
+
+
+def prefill(model, cache, prompts):
+    """Bring the cache to hold exactly `prompts` (lists of ids, one a row) and return the logits (B, V)
+    that follow each. What a row shares with the cache's tokens is kept and not computed again."""
+    device = model.wte.weight.device
+    starts = []
+    for prompt, old in zip(prompts, cache.tokens):
+        same = 0
+        while same < min(len(prompt) - 1, len(old)) and prompt[same] == old[same]:
+            same += 1
+        starts.append(same)
+    width = max(len(p) - s for p, s in zip(prompts, starts))
+    idx = torch.zeros(len(prompts), width, dtype=torch.long)
+    position = torch.full_like(idx, cache.size)
+    for b, (prompt, start) in enumerate(zip(prompts, starts)):
+        idx[b, : len(prompt) - start] = torch.tensor(prompt[start:])
+        position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
+    x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
+    cache.tokens = [list(prompt) for prompt in prompts]
+    last = torch.tensor([len(p) - s - 1 for p, s in zip(prompts, starts)], device=device)
+    return model.logits(x[torch.arange(len(prompts), device=device), last])
+
+
+def decode_one_token(model, cache, token, position, end):
+    """token, position: (B, 1) → logits (B, V) of what follows."""
+    return model.logits(cached_forward(model, cache, token, position, end)[:, -1])
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one id a row from softmax(logits / temperature), cut to the top_k likeliest and to the
+    smallest set that holds top_p of the probability.
+
+    logits: (B, V); u: (B,) in [0, 1), the only randomness: the id is where the cumulative probability
+    passes u. A row's u depends on its seed and step alone, so a row draws the same ids in any batch.
+    temperature 0 is greedy. Returns (B,).
+    """
+    if temperature == 0 or top_k == 1:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    else:
+        ids = None
+    p = logits.softmax(-1)
+    total = p.cumsum(-1)
+    if top_p < 1:
+        p = p * (total - p < top_p)              # the first one always stays
+        total = p.cumsum(-1)
+    choice = (total <= u[:, None] * total[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+class DecodeState:
+    """What a decode loop carries from token to token, on the device: buffers that never move."""
+
+    def __init__(self, model, batch, steps):
+        device = model.wte.weight.device
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.u = torch.zeros(batch, steps, device=device)
+        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
+
+
+def choose(state, logits, temperature, top_k, top_p, repetition_penalty):
+    """The next token of every row from its logits (B, V): into state.token; state.step moves on."""
+    if repetition_penalty != 1:                  # CTRL, arXiv 1909.05858
+        damped = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(state.seen, damped, logits)
+    u = state.u.index_select(1, state.step)[:, 0]
+    state.token.copy_(sample(logits, u, temperature, top_k, top_p)[:, None])
+    if repetition_penalty != 1:
+        state.seen.scatter_(1, state.token, True)
+    state.step += 1
+
+
+def decode_step(model, cache, state, end, options):
+    """One token more for every row, in place. Reads nothing back to the host."""
+    logits = decode_one_token(model, cache, state.token, state.position, end)
+    # a row that has run to the end of the cache goes on writing to the padding slot
+    state.position.copy_((state.position + 1).clamp(max=cache.size))
+    choose(state, logits, *options)
+
+
+def capture(step):
+    """Record `step` (a function without arguments over fixed buffers) in a CUDA graph; return its replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+             seed=0, stop_ids=(), cache=None, compile=False):
+    """Yield, for each step, the list of the rows' new ids; None for a row that has ended.
+
+    prompts: B non-empty lists of ids. A row ends after max_new_tokens, with an id of stop_ids (which is
+    yielded), or at the end of the cache. Row b draws from seed + b. Pass the same cache again to go on
+    with a conversation: the common beginning is not computed twice.
+    Raises UserError if a prompt leaves no room in the context.
+    """
+    cache = cache or KVCache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    for prompt in prompts:
+        if not 0 < len(prompt) < cache.size:
+            raise UserError(f"a prompt of {len(prompt)} tokens does not fit: the context holds {cache.size}, "
+                            "and at least one token goes in and one comes out")
+    if max_new_tokens < 1:
+        return
+    options = (temperature, top_k, top_p, repetition_penalty)
+    cuda = model.wte.weight.is_cuda
+    state = cache.loops.setdefault("state", DecodeState(model, len(prompts), cache.size))
+    steps = min(max_new_tokens, cache.size)
+    for b, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + b)
+        state.u[b, :steps] = torch.rand(steps, generator=generator).to(state.u.device)
+        state.seen[b].zero_()
+        state.seen[b, torch.tensor(prompt, device=state.seen.device)] = True
+    state.step.zero_()
+    choose(state, prefill(model, cache, prompts), *options)
+    state.position.copy_(torch.tensor([[len(p)] for p in prompts]))
+
+    longest = max(map(len, prompts))
+    host = torch.empty(len(prompts), steps, dtype=torch.long, pin_memory=cuda)
+    if cuda:
+        step = cache.loops.get(options) or captured_loop(model, cache, state, options, compile)
+        done = [torch.cuda.Event() for _ in range(steps)]
+    rooms = [min(steps, cache.size - len(prompt)) for prompt in prompts]
+    ended = [False] * len(prompts)
+    for t in range(max(rooms)):
+        if cuda:
+            # the device is always one token ahead of what the host has read
+            if t == 0:
+                host[:, 0].copy_(state.token[:, 0], non_blocking=True)
+                done[0].record()
+            if t + 1 < max(rooms):
+                step()
+                host[:, t + 1].copy_(state.token[:, 0], non_blocking=True)
+                done[t + 1].record()
+            done[t].synchronize()
+        else:
+            if t > 0:
+                decode_step(model, cache, state, min(longest + t, cache.size), options)
+            host[:, t] = state.token[:, 0]
+        row = []
+        for b, token in enumerate(host[:, t].tolist()):
+            row.append(None if ended[b] else token)
+            if not ended[b]:
+                if t > 0:
+                    cache.tokens[b].append(int(host[b, t - 1]))   # its k and v were written by this step
+                ended[b] = token in stop_ids or t + 1 >= rooms[b]
+        yield row
+        if all(ended):
+            return
+
+
+def captured_loop(model, cache, state, options, compile):
+    """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
+    function = torch.compile(decode_step, fullgraph=True) if compile else decode_step
+    keep = state.token.clone(), state.position.clone(), state.step.clone(), state.seen.clone()
+    for _ in range(2):
+        function(model, cache, state, cache.size, options)
+    torch.cuda.synchronize()
+    cache.loops[options] = capture(lambda: function(model, cache, state, cache.size, options))
+    for buffer, value in zip((state.token, state.position, state.step, state.seen), keep):
+        buffer.copy_(value)
+    return cache.loops[options]

@@ -1,0 +1,142 @@
+"""The sparse feed-forward layer: a noisy top-k router, experts as stacked weights, a balance loss.
+
+`MoE(config)` stands where the dense FFN stands in model.py. Each token visits n_expert_per_tok of the
+n_expert experts; every expert is the dense model's two-layer SiLU FFN. No expert has a capacity
+limit, so no token is dropped, and no shape depends on the data, so the whole layer compiles with
+fullgraph=True and never makes the host wait for the device.
+
+Shape suffixes:  T tokens of the batch · D n_embd · E n_expert · K n_expert_per_tok · F n_inner
+                 N = T·K, one row for each (token, chosen expert) pair
+
+Papers: noisy top-k gating, Shazeer et al. 2017 (arXiv 1701.06538); sorting tokens by expert instead of
+padding them to a capacity, MegaBlocks (arXiv 2211.15841).
+"""
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
+_grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+class Router(nn.Module):
+    """Scores every expert for every token, in float32 whatever the autocast type."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.n_expert_per_tok
+        self.weight_DE = nn.Parameter(torch.empty(config.n_embd, config.n_expert))
+        # softplus(x · 0) = 0.69: at the start every logit carries noise of that standard deviation
+        self.noise_DE = nn.Parameter(torch.zeros(config.n_embd, config.n_expert))
+        nn.init.normal_(self.weight_DE, std=0.02)
+
+    def forward(self, x_TD):
+        """(T, D) → gates (T, K), which sum to 1 over K, and the experts' indices (T, K)."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+            if self.training:
+                # one product for both maps: x is read once
+                both = x_TD @ torch.cat((self.weight_DE, self.noise_DE), dim=1).to(x_TD.dtype)
+                clean_TE, spread_TE = both.chunk(2, dim=1)
+                logits_TE = clean_TE + torch.randn_like(clean_TE) * F.softplus(spread_TE)
+            else:
+                logits_TE = x_TD @ self.weight_DE.to(x_TD.dtype)
+            top_TK, expert_TK = logits_TE.topk(self.k, dim=1)
+            return top_TK.softmax(dim=1), expert_TK
+
+
+def balance_loss(gate_TK, expert_TK, n_expert):
+    """KL(uniform ‖ mean gate over the tokens): 0 when every expert carries the same gate weight.
+
+    A statistic of the batch, not of a token. An expert that no token chose has a mean gate of 0; the
+    floor of 1e-6 keeps its term finite (then the pressure comes from the experts that were chosen).
+    """
+    one_hot_TKE = F.one_hot(expert_TK, n_expert).to(gate_TK.dtype)
+    mean_E = (gate_TK[:, :, None] * one_hot_TKE).sum(1).mean(0)
+    return -(mean_E.clamp_min(1e-6) * n_expert).log().mean()
+
+
+class _Permute(torch.autograd.Function):
+    """rows[index], where `index` is a permutation and `inverse` undoes it.
+
+    Autograd would scatter-add the gradient, with atomics; of a permutation it is a gather.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index, inverse):
+        ctx.save_for_backward(inverse)
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+def expert_mm(x_NA, w_EAB, offset_E):
+    """Rows sorted by expert times each expert's matrix: (N, A) × (E, A, B) → (N, B).
+
+    offset_E (int32): where each expert's rows end. One kernel for all experts; float64, which only the
+    tests use, has no such kernel and takes the loop.
+    """
+    if x_NA.dtype == torch.float64:
+        parts = x_NA.tensor_split(offset_E[:-1].long().cpu())
+        return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
+    return _grouped_mm(x_NA, w_EAB, offs=offset_E)
+
+
+class MoE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_expert, self.k = config.n_expert, config.n_expert_per_tok
+        self.router = Router(config)
+        self.w1_EDF = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.n_inner))
+        self.w2_EFD = nn.Parameter(torch.empty(config.n_expert, config.n_inner, config.n_embd))
+        nn.init.normal_(self.w1_EDF, std=0.02)
+        nn.init.normal_(self.w2_EFD, std=0.02 / (2 * config.n_layer) ** 0.5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        """(B, T, D) → the same shape, the balance loss (scalar), and each expert's share of rows (E,)."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        gate_TK, expert_TK = self.router(x_TD)
+        if x_TD.shape[0] <= 8 and x.is_cuda and not self.training:
+            y_TD = self.few_tokens(x_TD, gate_TK, expert_TK)
+        else:
+            y_TD = self.many_tokens(x_TD, gate_TK, expert_TK)
+        share_E = F.one_hot(expert_TK, self.n_expert).sum((0, 1)) / expert_TK.numel()
+        balance = balance_loss(gate_TK, expert_TK, self.n_expert)
+        return self.dropout(y_TD).view_as(x), balance, share_E.detach()
+
+    def many_tokens(self, x_TD, gate_TK, expert_TK):
+        """Sort the (token, expert) pairs by expert, run all experts at once, put the rows back."""
+        dtype = _compute_dtype(x_TD)
+        T, D = x_TD.shape
+        # uint8 keys: the radix sort makes one pass instead of eight
+        sorted_N, order_N = expert_TK.reshape(-1).to(torch.uint8).sort(stable=True)
+        inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(T * self.k, device=x_TD.device))
+        expert_E = torch.arange(self.n_expert, device=x_TD.device)
+        offset_E = (sorted_N[:, None] <= expert_E).sum(0, dtype=torch.int32)
+
+        x_TKD = x_TD.to(dtype)[:, None].expand(T, self.k, D)
+        x_ND = _Permute.apply(x_TKD.reshape(T * self.k, D), order_N, inverse_N)
+        h_NF = F.silu(expert_mm(x_ND, self.w1_EDF.to(dtype), offset_E))
+        # The gate scales the hidden row, not the output: the map is linear from here on, and the
+        # output need not be kept for the gate's gradient
+        h_NF = h_NF * _Permute.apply(gate_TK.reshape(-1, 1), order_N, inverse_N).to(dtype)
+        y_ND = expert_mm(h_NF, self.w2_EFD.to(dtype), offset_E)
+        return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1)
+
+    def few_tokens(self, x_TD, gate_TK, expert_TK):
+        """For decoding: read the chosen experts' weights in place of sorting (compiled, the gather is
+        part of the product and copies nothing)."""
+        dtype = _compute_dtype(x_TD)
+        w1_TKDF, w2_TKFD = self.w1_EDF.to(dtype)[expert_TK], self.w2_EFD.to(dtype)[expert_TK]
+        h_TKF = F.silu((x_TD.to(dtype)[:, None, :, None] * w1_TKDF).sum(2, dtype=torch.float32))
+        h_TKF = (h_TKF * gate_TK[:, :, None]).to(dtype)
+        return (h_TKF[:, :, :, None] * w2_TKFD).sum((1, 2), dtype=torch.float32).to(dtype)
+
+
+def _compute_dtype(x):
+    """The type in which the experts multiply: autocast's where it is on (grouped_mm is not on its list)."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
