@@ -253,7 +253,8 @@ class GPT(nn.Module):
         device "auto": the GPU if there is one. dtype "auto": bfloat16. which: "newest" or "best" (by
         validation loss). Raises UserError if the folder holds no readable checkpoint.
         """
-        from checkpoint import load_for_inference, pick_device
+        from checkpoint import load_for_inference
+        from device import pick_device
         from tokenizer import Tokenizer
         device = pick_device(device)
         dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)

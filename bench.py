@@ -1,0 +1,207 @@
+"""Measured speed, each number beside the limit that this machine sets, both from the same run.
+
+    python bench.py train                       # a full training step of the 171 M model (needs a GPU)
+    python bench.py train --n_expert=8          # the 876 M mixture of experts
+    python bench.py train --device=cpu          # the demo's model on this CPU
+    python bench.py decode --batch_size=1       # tokens a second with the KV cache
+    python bench.py data                        # preparation against a bare tokenizer loop
+
+A training step is forward, backward, clipping and AdamW on random tokens; times are medians after
+warm-up. FLOPs per token: 6 × active matmul parameters (the tied head once) + 6 · n_layer · T · n_embd.
+"""
+import statistics
+import time
+from dataclasses import dataclass, fields
+
+import torch
+
+from configurator import UserError, configure, positional, run
+from device import autocast, describe, peak_flops, pick_device, pick_dtype
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Settings:
+    what: list[str] = positional()    # train, decode or data
+    n_layer: int = 12                 # blocks
+    n_head: int = 16                  # query heads
+    n_kv_head: int = 8                # key/value heads
+    n_embd: int = 1024                # width
+    n_inner: int = 0                  # width of the FFN or of one expert; 0: 4 * n_embd
+    n_expert: int = 0                 # experts per layer; 0: dense
+    vocab_size: int = 32000           # vocabulary
+    batch_size: int = 0               # rows; 0: 64 for train (16 on a CPU), 1 for decode
+    block_size: int = 512             # tokens in a row (train)
+    prompt: int = 64                  # tokens of the prompt (decode)
+    new_tokens: int = 256             # tokens made (decode)
+    doc_mask: bool = False            # attention inside documents, as in SFT (train)
+    repeats: int = 20                 # timed steps
+    profile: bool = False             # print where the GPU's time goes (train)
+    device: str = "auto"              # auto, cpu, cuda
+    dtype: str = "auto"               # auto, float32, bfloat16
+    compile: bool = True              # torch.compile
+
+
+def median_time(function, repeats, device, warmup=5):
+    """Median seconds of `function`, after `warmup` calls, waiting for the device each time."""
+    times = []
+    for i in range(warmup + repeats):
+        _wait(device)
+        start = time.perf_counter()
+        function()
+        _wait(device)
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ceilings(device, dtype):
+    """(FLOP/s of a large matrix product, bytes/s of a large copy, read + written), on random data."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    matmul = 2 * n**3 / median_time(lambda: a @ b, 20 if device.type == "cuda" else 5, device)
+    source = torch.randn((1 << 30) if device.type == "cuda" else (1 << 26), device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / median_time(lambda: target.copy_(source), 10, device)
+    return matmul, copy
+
+
+def make_model(s, device, block_size):
+    config = GPTConfig(**{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)} | {"block_size": block_size})
+    torch.manual_seed(0)
+    with device:
+        return GPT(config)
+
+
+def training_step(s, model, device, dtype):
+    """A function that makes one full training step on fresh random tokens, as train.py does."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    step_model = torch.compile(model, dynamic=False) if s.compile else model
+    batches = [torch.randint(1, s.vocab_size, (s.batch_size, s.block_size + 1), device=device) for _ in range(4)]
+    for batch in batches if s.doc_mask else []:
+        batch[torch.rand(batch.shape, device=device) < 1 / 100] = 0           # documents of 100 tokens on average
+
+    def step():
+        batches.append(batches.pop(0))
+        x, y = batches[0][:, :-1].contiguous(), batches[0][:, 1:].contiguous()
+        with autocast(device, dtype):
+            loss, moe = step_model(x, y, doc_mask=s.doc_mask)
+        objective = loss / y.numel()
+        if moe:
+            objective = objective + 0.05 * moe[0]
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def bench_train(s):
+    device = pick_device(s.device)
+    if device.type == "cpu":
+        # the demo's model, since nobody trains 171 M parameters on two cores
+        s.n_layer, s.n_head, s.n_kv_head, s.n_embd, s.vocab_size, s.block_size = 4, 4, 2, 128, 2000, 128
+    dtype = pick_dtype(s.dtype, device)
+    s.batch_size = s.batch_size or (64 if device.type == "cuda" else 16)
+    matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = make_model(s, device, s.block_size)
+    step = training_step(s, model, device, dtype)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    first = time.perf_counter() - start
+    seconds = median_time(step, s.repeats, device)
+    tokens = s.batch_size * s.block_size
+    flops = model.flops_per_token(s.block_size) * tokens
+    total, active = model.n_params()
+    print(f"{describe(device)} · {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active · {s.batch_size} × {s.block_size} · {dtype}"
+          f" · compile={s.compile} · doc_mask={s.doc_mask}")
+    print(f"ceiling       {matmul / 1e12:8.1f} TFLOP/s matrix product   {copy / 1e12:6.2f} TB/s copy")
+    print(f"first step    {first:8.1f} s")
+    print(f"step          {seconds * 1e3:8.2f} ms")
+    print(f"tokens/s      {tokens / seconds:8,.0f}")
+    print(f"TFLOP/s       {flops / seconds / 1e12:8.1f}   {flops / seconds / matmul:.1%} of the ceiling"
+          + (f"   {flops / seconds / peak_flops(device):.1%} of the data sheet's peak" if peak_flops(device) else ""))
+    if device.type == "cuda":
+        print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB")
+        if s.profile:
+            print_profile(step)
+
+
+def print_profile(step, steps=3):
+    """GPU time of one step by kind of kernel."""
+    kinds = {"attention": ("flash", "fmha", "cudnn", "sdpa", "attention"), "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+             "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"), "sort": ("sort", "scatter", "scan"), "fused element-wise and reductions": ("triton",)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) / steps * 1e3
+    sums, rows = {}, []
+    for event in profiler.key_averages():
+        if event.self_device_time_total <= 0:
+            continue
+        kind = next((kind for kind, words in kinds.items() if any(word in event.key.lower() for word in words)), "other")
+        milliseconds = event.self_device_time_total / steps / 1e3
+        sums[kind] = sums.get(kind, 0) + milliseconds
+        rows.append((milliseconds, event.count // steps, kind, event.key[:110]))
+    print("\nms a step by kind of kernel")
+    for kind, milliseconds in sorted(sums.items(), key=lambda item: -item[1]):
+        print(f"{milliseconds:8.2f}  {kind}")
+    print(f"{wall - sum(sums.values()):8.2f}  gaps (wall {wall:.2f}, with the profiler on)\n\nthe 25 longest")
+    for milliseconds, count, kind, name in sorted(rows, reverse=True)[:25]:
+        print(f"{milliseconds:8.2f}  {count:5d} ×  {name}")
+
+
+def bench_decode(s):
+    device = pick_device(s.device)
+    if device.type == "cpu":
+        from bench_decode import bench_decode_cpu
+        return bench_decode_cpu(s)
+    s.batch_size = s.batch_size or 1
+    _, copy = ceilings(device, torch.bfloat16)
+    model = make_model(s, device, s.prompt + s.new_tokens + 1).to(torch.bfloat16).eval().requires_grad_(False)
+    model.rope = model.rope.float()
+    from model import KVCache
+    cache = KVCache(model, s.batch_size)
+    prompts = torch.randint(1, s.vocab_size, (s.batch_size, s.prompt)).tolist()
+
+    def answer():
+        cache.tokens = [[] for _ in prompts]
+        return sum(1 for _ in model.generate(prompts, s.new_tokens, top_k=20, cache=cache, compile=s.compile))
+    start = time.perf_counter()
+    assert answer() == s.new_tokens
+    first = time.perf_counter() - start
+    seconds = median_time(answer, s.repeats // 2, device, warmup=1)
+    total, active = model.n_params()
+    bound = copy / (2 * (active if s.batch_size == 1 else total))
+    print(f"{describe(device)} · {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active · batch {s.batch_size} · prompt {s.prompt}, {s.new_tokens} new · bfloat16 · compile={s.compile}")
+    print(f"first answer  {first:8.1f} s (capturing the graph{' and compiling' if s.compile else ''})")
+    print(f"tokens/s      {s.batch_size * s.new_tokens / seconds:8,.0f}   prompt and sampling included")
+    print(f"per step      {seconds / s.new_tokens * 1e6:8.0f} µs   reading the weights once at {copy / 1e12:.2f} TB/s: {1e6 / bound:.0f} µs, {s.new_tokens / seconds / bound:.1%} of that bound")
+
+
+def main():
+    s = configure(Settings)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    what = s.what[0] if s.what else "train"
+    if what == "train":
+        bench_train(s)
+    elif what == "decode":
+        bench_decode(s)
+    elif what == "data":
+        from bench_data import bench_data
+        bench_data()
+    else:
+        raise UserError(f"bench.py measures train, decode or data, not {what!r}")
+
+
+if __name__ == "__main__":
+    run(main)

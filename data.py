@@ -1,0 +1,154 @@
+"""Token files, and which windows of them step s learns from.
+
+The batch of a step is a pure function of (seed, step, global batch size). An epoch is a pseudo-random
+permutation of all windows, computed window by window, so neither memory nor start-up grows with the
+corpus, resuming needs nothing but the step number, and any number of processes sees the same data in
+the same order.
+"""
+import hashlib
+import json
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+SCAN_LIMIT = 64 << 20        # files up to this size are checked token by token at start, larger ones in samples
+
+
+class TokenData:
+    """One split ("train" or "val") of a folder that prepare_pretrain.py or prepare_sft.py wrote.
+
+    A window is block_size tokens and the one after them. Pretraining windows lie side by side in the
+    stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
+    Raises UserError where the files, meta.json and `block_size` contradict each other.
+    """
+
+    def __init__(self, folder, split, block_size):
+        self.folder, self.split, self.block_size = folder, split, block_size
+        self.meta = read_meta(folder)
+        self.path = os.path.join(folder, f"{split}.bin")
+        sft = self.meta["kind"] == "sft"
+        self.tokens = _map(self.path, np.dtype("<u2"))
+        self.mask = _map(os.path.join(folder, f"{split}_mask.bin"), np.dtype("u1")) if sft else None
+        stated = self.meta["splits"][split]["tokens"]
+        if stated != len(self.tokens):
+            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, but {folder}/meta.json says {stated:,}: prepare it again")
+        if sft and len(self.mask) != len(self.tokens):
+            raise UserError(f"{folder}/{split}_mask.bin has {len(self.mask):,} entries for {len(self.tokens):,} tokens: prepare it again")
+        if sft and self.meta["block_size"] != block_size:
+            raise UserError(f"{folder} was packed for block_size={self.meta['block_size']}, not {block_size}: "
+                            f"give --block_size={self.meta['block_size']} here, or to prepare_sft.py")
+        self.stride = block_size + 1 if sft else block_size
+        self.n_windows = len(self.tokens) // self.stride if sft else (len(self.tokens) - 1) // self.stride
+        if self.n_windows < 1:
+            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, fewer than one window of {block_size + 1}")
+        # a bad id would index past the embedding; every batch is checked too, see windows()
+        stops = range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20)
+        for start in stops:
+            self._check_ids(self.tokens[start: start + (1 << 20)], start)
+
+    def _check_ids(self, tokens, start):
+        if tokens.max() >= self.meta["vocab_size"]:
+            at = int((tokens >= self.meta["vocab_size"]).argmax())
+            raise UserError(f"{self.path}: token {start + at:,} is {tokens.flat[at]}, outside the vocabulary of {self.meta['vocab_size']:,}")
+
+    def windows(self, indices):
+        """x, y for some windows: int64 tensors (len(indices), block_size); y is -1 where nothing is learned."""
+        x = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            start = int(index) * self.stride
+            x[row] = self.tokens[start: start + self.block_size + 1]
+        self._check_ids(x, 0)
+        y = x[:, 1:].copy()
+        if self.mask is not None:
+            for row, index in enumerate(indices):
+                start = int(index) * self.stride
+                y[row][self.mask[start + 1: start + self.block_size + 1] == 0] = -1
+        return torch.from_numpy(np.ascontiguousarray(x[:, :-1])), torch.from_numpy(y)
+
+
+def _map(path, dtype):
+    try:
+        size = os.path.getsize(path)
+        if size % dtype.itemsize:
+            raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype.itemsize}-byte tokens: it is damaged")
+        return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; has the prepare_… stage been run?") from None
+
+
+def read_meta(folder):
+    """meta.json of a data folder, checked for the keys that training needs."""
+    path = os.path.join(folder, "meta.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        missing = {"kind", "tokenizer", "tokenizer_hash", "vocab_size", "splits"} - set(meta)
+        missing |= {"block_size"} - set(meta) if meta.get("kind") == "sft" else set()
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}: prepare the data again")
+        for split in ("train", "val"):
+            int(meta["splits"][split]["tokens"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the data again") from None
+    if not 0 < meta["vocab_size"] <= 65535:
+        raise UserError(f"{path}: a vocabulary of {meta['vocab_size']} does not fit into uint16 token files")
+    return meta
+
+
+def fingerprint(meta):
+    """A short hash of what was prepared: tokenizer, sources, seed and counts. Paths do not enter."""
+    counts = {name: {k: v for k, v in split.items()} for name, split in meta["splits"].items()}
+    parts = [meta["kind"], meta["tokenizer_hash"], meta.get("seed"), meta.get("block_size"), counts]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mix(x, key):
+    """A 64-bit mixing function (the finaliser of splitmix64), on arrays of uint64."""
+    x = (x ^ np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(indices, n, key):
+    """Where a pseudo-random permutation of range(n) sends each of `indices`. O(1) memory for any n.
+
+    A four-round Feistel network is a bijection on a power of four at least n; whatever falls
+    outside range(n) is sent on until it falls inside ("cycle walking", Black and Rogaway 2002), which
+    keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. Returns int64.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = [int(_mix(np.array([round], np.uint64), key & (2**64 - 1))[0]) for round in range(4)]
+    x = np.asarray(indices, dtype=np.uint64).copy()
+    pending = np.ones(x.shape, dtype=bool)
+    with np.errstate(over="ignore"):
+        while pending.any():
+            left, right = x[pending] >> half, x[pending] & low
+            for k in keys:
+                left, right = right, left ^ (_mix(right, k) & low)
+            x[pending] = (left << half) | right
+            pending = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+def batch_windows(seed, step, batch, n_windows):
+    """The windows of global batch `step`: an array of `batch` indices. Epoch e is the permutation of
+    key (seed, e); batches follow one another through it and run on into the next epoch."""
+    position = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+    epoch = position // n_windows
+    windows = np.empty(batch, dtype=np.int64)
+    for e in np.unique(epoch):
+        inside = epoch == e
+        windows[inside] = permute(position[inside] % n_windows, n_windows, derive_seed(seed, int(e)))
+    return windows
+
+
+def derive_seed(*numbers):
+    """One 63-bit seed out of several integers."""
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
