@@ -178,6 +178,39 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x)), None
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross-entropies of x @ weight.T, a chunk of rows at a time.
+
+    x: (N, C); weight: (V, C); targets: (N,), -1 where nothing is learned. Returns a scalar in nats.
+    The logits of a step are the largest tensor of all (64 × 512 tokens of 32,000: 2 GiB in bf16, and
+    as much again for their gradient). The gradient is softmax - one-hot, so it is made right beside
+    the loss, and no more than one chunk of either exists at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk=8192):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        w = weight.to(x.dtype)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        grad_x, grad_w = [], torch.zeros_like(weight, dtype=wide)
+        for rows, target in zip(x.split(chunk), targets.split(chunk)):
+            logits = (rows @ w.T).to(wide)
+            learned = target >= 0
+            log_z = logits.logsumexp(1)
+            loss = loss + torch.where(learned, log_z - logits.gather(1, target.clamp(min=0)[:, None])[:, 0], 0).sum()
+            hit = torch.arange(len(w), device=x.device) == target[:, None]
+            grad = (((logits - log_z[:, None]).exp() - hit.to(wide)) * learned[:, None]).to(x.dtype)
+            grad_x.append(grad @ w)
+            grad_w = grad_w + grad.T @ rows
+        ctx.save_for_backward(torch.cat(grad_x), grad_w.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        grad_x, grad_w = ctx.saved_tensors
+        return (grad_x * scale).to(grad_x.dtype), grad_w * scale.to(grad_w.dtype), None, None
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -212,10 +245,7 @@ class GPT(nn.Module):
         x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
         if targets is None:
             return self.logits(x)
-        logits = self.logits(x).flatten(0, 1)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
-        return loss, moe
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten()), moe
 
     def trunk(self, idx, rope, mask=None, cache=None):
         """Embedding, blocks and the last norm. cache: (KVCache, position)."""
@@ -288,7 +318,7 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every token so far: k and v, (n_layer, B, n_kv_head, size + 1, head width).
+    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, size + 1, head width).
 
     tokens[b] lists the ids of row b that are in the cache. The slot after the last is for padding: it
     is written, never read.
@@ -297,10 +327,10 @@ class KVCache:
     def __init__(self, model, batch=1, size=None):
         c = model.config
         self.size = min(size or c.block_size, c.block_size)
-        shape = (c.n_layer, batch, c.n_kv_head, self.size + 1, c.n_embd // c.n_head)
+        shape = (batch, c.n_kv_head, self.size + 1, c.n_embd // c.n_head)
         weight = model.wte.weight
-        self.k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.v = torch.zeros_like(self.k)
+        # one tensor a layer: a compiled step then writes each in place instead of copying all of them
+        self.k, self.v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.n_layer)] for _ in "kv")
         self.tokens = [[] for _ in range(batch)]
         self.loops = {}                          # decode loops captured over these buffers, by sampling options
 
