@@ -8,6 +8,7 @@
 
 A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit.
 """
+import ast
 import glob
 import os
 import pickle
@@ -134,6 +135,17 @@ def load_for_inference(folder, which="newest"):
             print(f"{error}; trying the checkpoint before it")
     state["tokenizer_dir"] = os.path.join(folder, "tokenizer")
     return state
+
+
+def read_settings(folder):
+    """The settings of the run that left `folder`, a dict, from its config.py. Literals only: nothing is executed."""
+    path = os.path.join(folder, "config.py")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+    except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def copy_tokenizer(source, folder):

@@ -120,7 +120,13 @@ class Attention(nn.Module):
         # One query: the heads of a group become the rows of one small query matrix, so that k and v
         # are read once and never repeated
         grouped = q.view(len(q), self.n_kv_head, -1, self.head_width)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+        if not q.is_cuda:
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+        # Written out, a compiler fuses it into reductions over the cache: 1.2 times as fast for the whole
+        # step as the attention kernels, which are made for many queries
+        score = (grouped[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * self.head_width ** -0.5
+        weight = score.masked_fill(~mask, float("-inf")).softmax(-1)
+        return (weight[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype).view_as(q)
 
 
 def document_mask(idx):
@@ -178,39 +184,6 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x)), None
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the cross-entropies of x @ weight.T, a chunk of rows at a time.
-
-    x: (N, C); weight: (V, C); targets: (N,), -1 where nothing is learned. Returns a scalar in nats.
-    The logits of a step are the largest tensor of all (64 × 512 tokens of 32,000: 2 GiB in bf16, and
-    as much again for their gradient). The gradient is softmax - one-hot, so it is made right beside
-    the loss, and no more than one chunk of either exists at a time.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, chunk=8192):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        w = weight.to(x.dtype)
-        loss = torch.zeros((), dtype=wide, device=x.device)
-        grad_x, grad_w = [], torch.zeros_like(weight, dtype=wide)
-        for rows, target in zip(x.split(chunk), targets.split(chunk)):
-            logits = (rows @ w.T).to(wide)
-            learned = target >= 0
-            log_z = logits.logsumexp(1)
-            loss = loss + torch.where(learned, log_z - logits.gather(1, target.clamp(min=0)[:, None])[:, 0], 0).sum()
-            hit = torch.arange(len(w), device=x.device) == target[:, None]
-            grad = (((logits - log_z[:, None]).exp() - hit.to(wide)) * learned[:, None]).to(x.dtype)
-            grad_x.append(grad @ w)
-            grad_w = grad_w + grad.T @ rows
-        ctx.save_for_backward(torch.cat(grad_x), grad_w.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, scale):
-        grad_x, grad_w = ctx.saved_tensors
-        return (grad_x * scale).to(grad_x.dtype), grad_w * scale.to(grad_w.dtype), None, None
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -220,7 +193,8 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd)
         # not trained and not saved: it follows from the config
         self.register_buffer("rope", rope_table(config), persistent=False)
-        self.tokenizer = None                    # from_checkpoint sets it
+        self.tokenizer = self.step = None        # from_checkpoint sets them
+        self._chat_cache = None                  # of the last `chat`
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -241,11 +215,18 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit into block_size={self.config.block_size}")
+        logits, moe = self.logits_and_stats(idx, doc_mask)
+        if targets is None:
+            return logits
+        logits = logits.flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum"), moe
+
+    def logits_and_stats(self, idx, doc_mask=False):
+        """(B, T) → logits (B, T, vocab_size) and what `forward` says of a mixture of experts."""
         mask = document_mask(idx) if doc_mask else None
         x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
-        if targets is None:
-            return self.logits(x)
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten()), moe
+        return self.logits(x), moe
 
     def trunk(self, idx, rope, mask=None, cache=None):
         """Embedding, blocks and the last norm. cache: (KVCache, position)."""
@@ -280,36 +261,89 @@ class GPT(nn.Module):
     def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest"):
         """The model that train.py left in `folder`, ready to generate, its tokenizer as `.tokenizer`.
 
-        device "auto": the GPU if there is one. dtype "auto": bfloat16. which: "newest" or "best" (by
-        validation loss). Raises UserError if the folder holds no readable checkpoint.
+        device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in it,
+        else float32. which: "newest" or "best" (by validation loss). On the CPU in float32 the weights
+        stay in the file, mapped, until they are read. `.step`: how long it was trained.
+        Raises UserError if the folder holds no readable checkpoint, or a tokenizer that isn't its own.
+
+            model = GPT.from_checkpoint("out/demo_sft", device="cpu")
+            model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
         """
         from checkpoint import load_for_inference
         from device import pick_device
         from tokenizer import Tokenizer
         device = pick_device(device)
-        dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        dtype = generation_dtype(dtype, device)
         saved = load_for_inference(folder, which)
-        with torch.device("meta"):               # no memory and no random numbers for weights that come from the file
+        tokenizer = Tokenizer.load(saved["tokenizer_dir"])
+        if tokenizer.hash != saved.get("tokenizer_hash", tokenizer.hash):
+            raise UserError(f"{saved['tokenizer_dir']} is not the tokenizer that the model in {folder} was trained with")
+        with torch.device("meta"), _Uninitialized():     # neither memory nor random numbers for weights that come from the file
             model = cls(GPTConfig(**saved["model_config"]))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
         model.load_state_dict(saved["model"], assign=True)
-        model.rope = rope_table(model.config)
         model.requires_grad_(False).eval()
-        for parameter in model.parameters():     # the RoPE table stays in float32
-            parameter.data = parameter.data.to(device, dtype)
-        model.rope = model.rope.to(device)
-        model.tokenizer = Tokenizer.load(saved["tokenizer_dir"])
+        for name, parameter in model.named_parameters():
+            # norms and router compute in float32, so their few weights stay in it
+            parameter.data = parameter.data.to(device, torch.float32 if "norm" in name or "router" in name else dtype)
+        model.rope = rope_table(model.config).to(device)
+        model.tokenizer, model.step = tokenizer, saved["step"]
         return model
+
+    def new_cache(self, batch=1, size=0):
+        """An empty KVCache for `batch` rows of `size` tokens (0: block_size)."""
+        return KVCache(self, batch, size)
 
     def generate(self, prompts, max_new_tokens=256, **options):
         """Continue one prompt (a list of ids: yields ids) or several (a list of lists: yields, for each
-        step, a list with every row's id, None once that row has ended). Options: see `generate` below.
+        step, a list with every row's id, None once that row has ended).
 
-            for token in model.generate(model.tokenizer.encode("从前"), max_new_tokens=20, top_k=5):
-                ...
+        Options, with their defaults: temperature=1.0 (0: greedy), top_k=0, top_p=1.0,
+        repetition_penalty=1.0, seed=0, stop_ids=(), cache=None, compile=False; see `generate` below.
+
+            text = model.tokenizer.decode(model.generate(model.tokenizer.encode("从前"), 20, top_k=5))
         """
         single = not prompts or not isinstance(prompts[0], (list, tuple))
         for row in generate(self, [prompts] if single else prompts, max_new_tokens, **options):
             yield row[0] if single else row
+
+    def chat(self, messages, stream=False, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1.0,
+             repetition_penalty=1.0, seed=None, stop=(), compile=False):
+        """Answer a conversation: the text, or with stream=True an iterator over its pieces.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...], the last one from the
+        user. temperature 0 is greedy; seed None draws another answer each time; stop: a string, or
+        several, before which the answer ends. If the conversation is longer than the context, its oldest
+        exchanges are left out. What this call shares with the one before is still in the cache and not
+        computed again. Raises UserError for messages that cannot be answered.
+
+            messages = [{"role": "user", "content": "你好"}]
+            answer = model.chat(messages, max_new_tokens=32, top_k=5, seed=1)
+            pieces = list(model.chat(messages, max_new_tokens=32, top_k=5, seed=1, stream=True))
+            assert "".join(pieces) == answer
+        """
+        from conversation import Conversation, check_messages
+        check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        check_messages(messages)
+        # taken out while in use: a second stream beside this one makes a cache of its own
+        cache, self._chat_cache = self._chat_cache or self.new_cache(), None
+        conversation = Conversation(self, cache=cache)
+        if messages[0]["role"] == "system":
+            conversation.set_system(messages[0]["content"])
+            messages = messages[1:]
+        for message in messages[:-1]:
+            conversation.add(message["role"], message["content"])
+        pieces = conversation.ask(messages[-1]["content"], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                  repetition_penalty=repetition_penalty, seed=seed, compile=compile,
+                                  stop=(stop,) if isinstance(stop, str) else stop)
+
+        def texts():
+            try:
+                yield from (piece for piece in pieces if piece)
+            finally:
+                self._chat_cache = cache
+        return texts() if stream else "".join(texts())
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,14 +351,48 @@ class GPT(nn.Module):
 # token, entirely on the device and with fixed shapes, so that a CUDA graph can hold all of it.
 
 
+def check_sampling(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """Raise UserError for a sampling option that means nothing (a NaN too)."""
+    for name, value, fine, range in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
+            ("top_k", top_k, top_k >= 0, "0 or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0")):
+        if not fine:
+            raise UserError(f"{name}={value} must be {range}")
+
+
+def generation_dtype(name, device):
+    """The torch.dtype of "auto", "float32", "bfloat16", "float16" or a torch.dtype, for weights that are only read.
+
+    Making one token reads every weight once, so half the bytes are half the time, but for a CPU that
+    has no instructions for bfloat16.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto" and device.type == "cpu":
+        quick = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if quick else torch.float32
+    from device import pick_dtype
+    return pick_dtype(name, device)
+
+
+class _Uninitialized(torch.overrides.TorchFunctionMode):
+    """Under it normal_ does nothing. (On meta tensors it would do nothing too, but import sympy first: 0.8 s.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **kwargs or {})
+
+
 class KVCache:
     """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, size + 1, head width).
 
     tokens[b] lists the ids of row b that are in the cache. The slot after the last is for padding: it
-    is written, never read.
+    is written, never read. prefilled counts the prompt tokens that had to be computed.
     """
 
-    def __init__(self, model, batch=1, size=None):
+    def __init__(self, model, batch=1, size=0):
         c = model.config
         self.size = min(size or c.block_size, c.block_size)
         shape = (batch, c.n_kv_head, self.size + 1, c.n_embd // c.n_head)
@@ -332,6 +400,7 @@ class KVCache:
         # one tensor a layer: a compiled step then writes each in place instead of copying all of them
         self.k, self.v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.n_layer)] for _ in "kv")
         self.tokens = [[] for _ in range(batch)]
+        self.prefilled = 0
         self.loops = {}                          # decode loops captured over these buffers, by sampling options
 
 
@@ -360,6 +429,7 @@ def prefill(model, cache, prompts):
         position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
     x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
     cache.tokens = [list(prompt) for prompt in prompts]
+    cache.prefilled += sum(map(len, prompts)) - sum(starts)
     last = torch.tensor([len(p) - s - 1 for p, s in zip(prompts, starts)], device=device)
     return model.logits(x[torch.arange(len(prompts), device=device), last])
 
@@ -404,11 +474,14 @@ class DecodeState:
         self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.u = torch.zeros(batch, steps, device=device)
-        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=device)
+        # an embedding with more rows than the tokenizer has tokens must not draw one of the others
+        vocab_size = model.tokenizer.vocab_size if model.tokenizer else model.config.vocab_size
+        self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
 
 
 def choose(state, logits, temperature, top_k, top_p, repetition_penalty):
     """The next token of every row from its logits (B, V): into state.token; state.step moves on."""
+    logits = logits[:, : state.seen.shape[1]]
     if repetition_penalty != 1:                  # CTRL, arXiv 1909.05858
         damped = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(state.seen, damped, logits)
@@ -442,10 +515,14 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
 
     prompts: B non-empty lists of ids. A row ends after max_new_tokens, with an id of stop_ids (which is
     yielded), or at the end of the cache. Row b draws from seed + b. Pass the same cache again to go on
-    with a conversation: the common beginning is not computed twice.
-    Raises UserError if a prompt leaves no room in the context.
+    with a conversation: the common beginning is not computed twice. Ids of stop_ids are exempt from the
+    repetition penalty, which takes ids of the prompt and of the answer alike.
+    Raises UserError if a prompt leaves no room in the context, or for an option out of range.
     """
+    check_sampling(max(max_new_tokens, 1), temperature, top_k, top_p, repetition_penalty)
     cache = cache or KVCache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    if len(cache.tokens) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but the cache has {len(cache.tokens)} rows")
     for prompt in prompts:
         if not 0 < len(prompt) < cache.size:
             raise UserError(f"a prompt of {len(prompt)} tokens does not fit: the context holds {cache.size}, "
@@ -457,10 +534,11 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
     state = cache.loops.setdefault("state", DecodeState(model, len(prompts), cache.size))
     steps = min(max_new_tokens, cache.size)
     for b, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed + b)
+        generator = torch.Generator().manual_seed((seed + b) % 2**63)
         state.u[b, :steps] = torch.rand(steps, generator=generator).to(state.u.device)
         state.seen[b].zero_()
         state.seen[b, torch.tensor(prompt, device=state.seen.device)] = True
+        state.seen[b, list(stop_ids)] = False
     state.step.zero_()
     choose(state, prefill(model, cache, prompts), *options)
     state.position.copy_(torch.tensor([[len(p)] for p in prompts]))
@@ -501,7 +579,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
 
 def captured_loop(model, cache, state, options, compile):
     """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
-    function = torch.compile(decode_step, fullgraph=True) if compile else decode_step
+    function = torch.compile(decode_step, fullgraph=True, options={"coordinate_descent_tuning": True}) if compile else decode_step
     keep = state.token.clone(), state.position.clone(), state.step.clone(), state.seen.clone()
     for _ in range(2):
         function(model, cache, state, cache.size, options)

@@ -1,0 +1,68 @@
+"""Talk to a trained model, in the terminal or through a pipe.
+
+    python chat.py                                         # the demo's model; /help lists the commands
+    python chat.py --out_dir=out/sft --system="你是一个助手。" --temperature=0
+    echo 你好 | python chat.py                             # all of stdin is one message; prints the answer alone
+    python chat.py --prompt="你好" --json=True             # one JSON record
+
+In a terminal the conversation goes on over turns, and only what is new is computed; when the context is
+full the oldest exchanges go, the system prompt stays. What the user types is text: <|im_end|> or
+<|im_start|>system are read as these characters. Exit status: 0, 2 for what the user can put right, 130
+for Ctrl-C.
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from configurator import UserError, configure, run
+from conversation import Conversation, GenerationSettings, read_prompt
+
+
+@dataclass
+class Settings(GenerationSettings):
+    out_dir: str = "out/demo_sft"          # folder with the model, as train.py leaves it
+    prompt: str = ""                       # answer this message and leave
+    system: str = ""                       # the system prompt
+    truncate_ctx: int = 0                  # keep at most this many tokens of the conversation; 0: the model's context
+
+
+def answer_once(s, options, message):
+    """Print the answer to `message`, as text while it is made or as one JSON record."""
+    if not message.strip():
+        raise UserError("there is no message: stdin is empty")
+    conversation = Conversation(s.load(), s.system, s.truncate_ctx)
+    text = ""
+    for piece in conversation.ask(message, seed=s.seed, **options):
+        text += piece
+        if not s.json:
+            print(piece, end="", flush=True)
+    if s.json:
+        text = record(message, text, conversation)
+    print(text if s.json else "")
+
+
+def record(prompt, answer, conversation):
+    """The JSON line of an answer."""
+    fields = {key: round(value, 4) if isinstance(value, float) else value for key, value in conversation.last.items()}
+    return json.dumps({"prompt": prompt, "answer": answer} | fields, ensure_ascii=False)
+
+
+def main():
+    s = configure(Settings)
+    sys.stdout.reconfigure(errors="replace")
+    options = s.sampling()
+    if s.prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        try:
+            answer_once(s, options, read_prompt(s.prompt or "-"))
+        except KeyboardInterrupt:
+            # what was said stays; leave at once, torch's threads take their time
+            sys.stdout.flush()
+            os._exit(130)
+    else:
+        from terminal import Terminal
+        Terminal(s).run()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,269 @@
+"""Text in, text out: streams that end at a stop string, and conversations over one KV cache.
+
+    conversation = Conversation(model, system="你是一个助手。")
+    for piece in conversation.ask("你好", temperature=0.8, top_k=20):
+        print(piece, end="", flush=True)
+    conversation.last                    # tokens, seconds, why it ended ...
+
+The conversation keeps the ids of each turn, of an answer those that were sampled, so the next turn
+finds all but its own message in the cache. When the context is full the oldest exchanges (a question
+and its answer) go, until a quarter of the context is free; the system prompt stays. To drop more than
+is needed costs some memory of the conversation and saves a full prefill on nearly every later turn.
+"""
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+from configurator import UserError
+from tokenizer import END_OF_TEXT, IM_END, IM_START, StreamDecoder
+
+
+@dataclass
+class GenerationSettings:
+    """The keys that sample.py and chat.py share."""
+    out_dir: str = ""                      # folder with the model, as train.py leaves it
+    checkpoint: str = "newest"             # which of its checkpoints: newest, or best by validation loss
+    prompt: str = ""                       # the text to go on from
+    max_new_tokens: int = 256              # most tokens to make
+    temperature: float = 0.8               # 0: always the likeliest token; 1: the model's own distribution
+    top_k: int = 50                        # draw from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0                     # draw from the likeliest tokens that hold this probability
+    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
+    seed: int | None = None                # same seed, same text; None: another each time
+    stop: str = ""                         # end before this string; several are parted by |, and \n is a line end
+    truncate_ctx: int = 0                  # keep at most this many tokens of context; 0: all the model has
+    json: bool = False                     # print a JSON record instead of text
+    device: str = "auto"                   # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"                    # auto, float32, bfloat16, float16
+    compile: bool = False                  # GPU: compile the decode step, slower to start and faster to run
+
+    def sampling(self):
+        """The options of Conversation.ask. Raises UserError if one is out of range."""
+        from model import check_sampling
+        check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
+        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k,
+                    top_p=self.top_p, repetition_penalty=self.repetition_penalty, compile=self.compile,
+                    stop=tuple(text for text in stop if text))
+
+    def load(self):
+        """The model in out_dir. torch is first imported here: what is wrong with the settings is said at once."""
+        if not os.path.isdir(self.out_dir):
+            name = os.path.basename(os.path.normpath(self.out_dir))
+            makes = f"`python train.py config/{name}.py`" if os.path.exists(f"config/{name}.py") else "train.py"
+            makes = "`make demo`, or `python train.py`," if name == "demo_pretrain" else makes
+            makes = "`make demo`, or `python train.py config/demo_sft.py`," if name == "demo_sft" else makes
+            raise UserError(f"no model in {self.out_dir}: {makes} makes it")
+        if self.truncate_ctx < 0:
+            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
+        from model import GPT
+        return GPT.from_checkpoint(self.out_dir, device=self.device, dtype=self.dtype, which=self.checkpoint)
+
+
+def check_messages(messages):
+    """Raise UserError unless `messages` is a conversation that ends with a question."""
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
+            raise UserError(f'a message is {{"role": "system", "user" or "assistant", "content": text}}, not {str(message)[:80]}')
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("the last message must be the user's")
+
+
+def read_prompt(text):
+    """The prompt given as `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
+    try:
+        if text == "-":
+            # one line end comes from the command that wrote the text, not from its author
+            return sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        text.encode("utf-8")
+    except UnicodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+    return text
+
+
+class TextStream:
+    """Turns ids into text as they come: whole characters only, and nothing from a stop string on.
+
+    `stopped` becomes True when one of the strings in `stop` has been made. What may be the beginning
+    of one is held back until it is clear.
+    """
+
+    def __init__(self, tokenizer, stop=()):
+        self.decoder, self.stop = StreamDecoder(tokenizer), tuple(stop)
+        self.held, self.stopped = "", False
+
+    def push(self, id):
+        """The text that id completes, often ''."""
+        return self._pass(self.decoder.push(id))
+
+    def flush(self):
+        """What is left at the end."""
+        text = self._pass(self.decoder.flush())
+        text, self.held = text + self.held, ""
+        return text
+
+    def _pass(self, text):
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            text, self.held, self.stopped = self.held[:min(found)], "", True
+            return text
+        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        text, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
+        return text
+
+
+@dataclass
+class Turn:
+    role: str                              # user, assistant or system
+    content: str
+    ids: list[int]                         # from <|im_start|> to the line end, as the model reads it
+
+
+class Conversation:
+    """The turns of a conversation, and the cache of the part that the model sees.
+
+    turns: every Turn so far, without the system prompt. first: index of the oldest that the model
+    still sees. last: a dict about the newest answer.
+    """
+
+    def __init__(self, model, system="", context=0, cache=None):
+        """context: at most so many tokens (0: the model's block_size). cache: one to use instead of a new one."""
+        self.model, self.tokenizer = model, model.tokenizer
+        self.cache = cache or model.new_cache(size=context)
+        self.context = min(context or self.cache.size, self.cache.size)
+        self.head, _ = self.tokenizer.encode_chat([], add_generation_prompt=True)
+        self.line_end = self.tokenizer.encode("\n")
+        self.last = {}
+        self.turns, self.first = [], 0
+        self.set_system(system)
+
+    def set_system(self, text):
+        """Set the system prompt; '' takes it away. Raises UserError if it leaves no room for a question."""
+        ids = self._ids("system", text) if text else []
+        if len(ids) + len(self.head) >= self.context:
+            raise UserError(f"a system prompt of {len(ids)} tokens does not fit: the context holds {self.context}")
+        self.system, self.system_ids = text, ids
+
+    def add(self, role, content):
+        """Append a message without answering it."""
+        self.turns.append(Turn(role, content, self._ids(role, content)))
+
+    def clear(self):
+        self.turns, self.first = [], 0
+
+    def undo(self):
+        """Take back the last question and what follows it; return the question, None if there is none."""
+        for i in reversed(range(len(self.turns))):
+            if self.turns[i].role == "user":
+                question = self.turns[i].content
+                del self.turns[i:]
+                self.first = 0                   # there may be room again for what was forgotten
+                return question
+        return None
+
+    def drop_answer(self):
+        """Take back the last answer, so that `answer` makes another. Returns False if there is none."""
+        if not self.turns or self.turns[-1].role != "assistant":
+            return False
+        self.turns.pop()
+        return True
+
+    def messages(self):
+        """All of it, also what the model no longer sees, as [{"role", "content"}, ...]."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + [{"role": turn.role, "content": turn.content} for turn in self.turns]
+
+    def prompt(self):
+        """The ids that the next answer goes on from."""
+        return self.system_ids + [id for turn in self.turns[self.first:] for id in turn.ids] + self.head
+
+    def ask(self, text, **options):
+        """Say `text` and return the iterator of the answer's pieces; options: see `answer`.
+
+        Raises UserError if the message alone is longer than the context; then nothing has been said.
+        """
+        self.add("user", text)
+        try:
+            self._make_room(0)
+        except UserError:
+            self.turns.pop()
+            raise
+        return self.answer(**options)
+
+    def answer(self, max_new_tokens=256, seed=None, stop=(), **sampling):
+        """Yield the answer in pieces of text, one a token, '' where a token completes nothing.
+
+        Whoever stops iterating and closes the generator keeps what was yielded as the answer. seed:
+        None draws one. sampling: temperature, top_k, top_p, repetition_penalty, compile, as
+        model.generate takes them. `last` then tells tokens, seconds, first_token_seconds, prompt_tokens
+        (computed, not found in the cache), context_tokens, seed and finish: stop, length (max_new_tokens),
+        context (no room left), interrupt.
+        """
+        seed = random.SystemRandom().getrandbits(31) if seed is None else seed
+        stream, text, ids = TextStream(self.tokenizer, stop), "", []
+        self.last = last = dict(tokens=0, seconds=0.0, first_token_seconds=0.0, prompt_tokens=0, context_tokens=0,
+                                seed=seed, finish="interrupt")
+        start = time.perf_counter()
+        ended, segment = None, 0
+        try:
+            while ended is None:
+                self._make_room(len(ids))
+                prompt = self.prompt() + ids
+                before = self.cache.prefilled
+                tokens = self.model.generate(prompt, min(max_new_tokens - len(ids), self.context - len(prompt)), cache=self.cache,
+                                             seed=seed + 1_000_003 * segment, stop_ids=(END_OF_TEXT, IM_START, IM_END), **sampling)
+                for id in tokens:
+                    if not last["tokens"]:
+                        last["first_token_seconds"] = time.perf_counter() - start
+                        last["prompt_tokens"] = self.cache.prefilled - before
+                    last["tokens"] += 1
+                    if id in (END_OF_TEXT, IM_START, IM_END):
+                        ended = "stop"
+                        break
+                    ids.append(id)
+                    piece = stream.push(id)
+                    text += piece
+                    yield piece
+                    if stream.stopped:
+                        ended = "stop"
+                        break
+                if ended is None and len(ids) == max_new_tokens:
+                    ended = "length"
+                if ended is None and not self._droppable():
+                    ended = "context"
+                segment += 1
+            piece = stream.flush()
+            text += piece
+            last["finish"] = ended
+            yield piece
+        finally:
+            # The sampled ids, unless they say more than was shown: a stop string, half a character
+            if self.tokenizer.decode(ids) != text:
+                ids = self.tokenizer.encode(text)
+            self.turns.append(Turn("assistant", text, self.head + ids + [IM_END] + self.line_end))
+            last["seconds"] = time.perf_counter() - start
+            last["context_tokens"] = len(self.prompt()) - len(self.head)
+
+    def _ids(self, role, content):
+        return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]
+
+    def _droppable(self):
+        """Index of the turn with which the second exchange that the model sees begins; 0 if there is none."""
+        return next((i for i in range(self.first + 1, len(self.turns)) if self.turns[i].role == "user"), 0)
+
+    def _make_room(self, n_answered):
+        """Forget the oldest exchanges if the prompt, with n_answered tokens of its answer, fills the context."""
+        length = len(self.prompt()) + n_answered
+        if length < self.context:
+            return
+        while length > self.context * 3 // 4 and (second := self._droppable()):
+            length -= sum(len(turn.ids) for turn in self.turns[self.first:second])
+            self.first = second
+        if length >= self.context:
+            raise UserError(f"the message is {len(self.turns[-1].ids)} tokens long: with the rest of the prompt that makes {length}, "
+                            f"and the context holds {self.context}")

@@ -1,0 +1,87 @@
+"""Continue a text with a trained model.
+
+    python sample.py                                       # a document of the demo's model, from its start
+    python sample.py --prompt="从前有座山" --out_dir=out/pretrain --temperature=0
+    python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
+    cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
+
+The text streams to stdout as it is made, and nothing else does; what a text ended for and the speed go
+to stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context. The same
+seed gives the same text, alone or in a batch: sample i draws from seed + i.
+"""
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+from configurator import UserError, configure, run
+from conversation import GenerationSettings, TextStream, read_prompt
+from tokenizer import END_OF_TEXT, IM_END, IM_START
+
+
+@dataclass
+class Settings(GenerationSettings):
+    out_dir: str = "out/demo_pretrain"     # folder with the model, as train.py leaves it
+    prompt: str = ""                       # the text to go on from; - reads stdin; empty: the start of a document
+    num_samples: int = 1                   # texts to make, in one batch
+    truncate_ctx: int = 0                  # keep at most this many tokens of the prompt, the last ones; 0: all
+
+
+def main():
+    s = configure(Settings)
+    sys.stdout.reconfigure(errors="replace")
+    options = s.sampling()
+    if s.num_samples < 1:
+        raise UserError(f"num_samples={s.num_samples} must be at least 1")
+    prompt = read_prompt(s.prompt)
+    model = s.load()
+    ids = [END_OF_TEXT] + model.tokenizer.encode(prompt)
+    if s.truncate_ctx:
+        ids = ids[-s.truncate_ctx:]
+    if len(ids) >= model.config.block_size:
+        raise UserError(f"the prompt is {len(ids)} tokens long, the context holds {model.config.block_size} and must take the answer too; "
+                        f"--truncate_ctx={model.config.block_size // 2} keeps its end")
+
+    seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
+    stop = options.pop("stop")
+    streams = [TextStream(model.tokenizer, stop) for _ in range(s.num_samples)]
+    texts, counts, finish = [""] * s.num_samples, [0] * s.num_samples, ["length"] * s.num_samples
+
+    def add(row, piece):
+        texts[row] += piece
+        if row == 0 and not s.json:                  # the first sample streams, the others follow it whole
+            print(piece, end="", flush=True)
+
+    if not s.json:
+        print(prompt, end="", flush=True)
+    start = time.perf_counter()
+    for step in model.generate([ids] * s.num_samples, stop_ids=(END_OF_TEXT, IM_START, IM_END), seed=seed, **options):
+        for row, id in enumerate(step):
+            if id is None or streams[row].stopped:
+                continue
+            counts[row] += 1
+            if id in (END_OF_TEXT, IM_START, IM_END):
+                finish[row] = "stop"
+            add(row, streams[row].push(id))
+            finish[row] = "stop" if streams[row].stopped else finish[row]
+        if all(stream.stopped for stream in streams):
+            break
+    seconds = time.perf_counter() - start
+    for row in range(s.num_samples):
+        add(row, streams[row].flush())
+        if finish[row] == "length" and counts[row] < s.max_new_tokens:
+            finish[row] = "context"
+        if s.json:
+            record = dict(prompt=prompt, text=texts[row], tokens=counts[row], finish=finish[row], seed=seed + row)
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(("\n---------------\n" + prompt + texts[row] if row else ""), end="")
+    if not s.json:
+        print()
+    if sys.stderr.isatty():
+        print(f"[{sum(counts)} tokens · {sum(counts) / seconds:.1f} tokens/s · {' '.join(finish)} · seed {seed}]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

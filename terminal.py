@@ -1,0 +1,307 @@
+"""The terminal side of chat.py: line editing, streaming, interrupts, commands.
+
+A message is a line; several lines go in one message when they are pasted, when a line ends with \\, or
+between two lines of three double quotes. Ctrl-C stops an answer and keeps what was said, twice in a row
+it leaves; Ctrl-D leaves. Colour only where stdout is a terminal that has it and NO_COLOR is not set.
+"""
+import difflib
+import json
+import os
+import select
+import signal
+import sys
+from dataclasses import fields
+
+from configurator import UserError, configure
+from conversation import Conversation, check_messages
+
+try:
+    import readline
+except ImportError:                              # Windows; input() then has no history
+    readline = None
+
+PASTE_SECONDS = 0.03                             # what follows a line this soon was pasted with it
+SETTABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+
+
+class Terminal:
+    def __init__(self, settings):
+        self.settings = settings
+        self.colour = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith("command_")}
+        self.interrupts = 0                      # Ctrl-C since the last line that was entered
+        self.n_answers = 0                       # since the seed was set
+        self.totals = {"tokens": 0, "seconds": 0.0, "answers": 0}
+
+    def run(self):
+        """Talk until the user leaves."""
+        self.settings.sampling()
+        model = self.settings.load()
+        self.conversation = Conversation(model, self.settings.system, self.settings.truncate_ctx)
+        self.dim(self.banner(model))
+        if readline:
+            self.set_up_readline()
+        while True:
+            try:
+                message = self.read_message()
+                self.interrupts = 0
+                if message.startswith("/"):
+                    self.command(message)
+                elif message.strip():
+                    self.say(lambda: self.conversation.ask(message, **self.options()))
+            except EOFError:
+                print()
+                break
+            except KeyboardInterrupt:
+                print()
+                self.interrupts += 1
+                if self.interrupts > 1:
+                    sys.exit(130)
+                self.dim("Ctrl-C again, Ctrl-D or /exit leaves")
+            except UnicodeError:
+                self.dim("that was not UTF-8 text")
+            except UserError as error:
+                self.dim(str(error))
+
+    def banner(self, model):
+        from device import describe
+        c, (total, active) = model.config, model.n_params()
+        kind = f"{total / 1e6:.1f} M parameters"
+        if c.n_expert:
+            kind += f" ({c.n_expert} experts, {active / 1e6:.1f} M active)"
+        weight = model.wte.weight
+        return (f"{self.settings.out_dir} step {model.step} · {kind} · {describe(weight.device)} · {str(weight.dtype).removeprefix('torch.')}"
+                f" · context {self.conversation.context} · /help")
+
+    # What is written
+
+    def paint(self, text, code):
+        return f"\033[{code}m{text}\033[0m" if self.colour else text
+
+    def dim(self, text):
+        print(self.paint(text, "2"), flush=True)
+
+    def say(self, ask):
+        """Stream the answer that ask() begins. The first Ctrl-C stops it, keeping what was said."""
+        forgotten = self.conversation.first
+        pieces = ask()                           # a message that doesn't fit raises here
+
+        def interrupt(signum, frame):
+            self.interrupts += 1
+            if self.interrupts > 1:
+                raise KeyboardInterrupt
+        # A flag, looked at between tokens: an exception in the middle of a step would leave half of it in the cache
+        before = signal.signal(signal.SIGINT, interrupt)
+        end = ""
+        try:
+            for piece in pieces:
+                shown = printable(piece)
+                print(shown, end="", flush=True)
+                end = shown[-1:] or end
+                if self.interrupts:
+                    break
+        finally:
+            pieces.close()
+            signal.signal(signal.SIGINT, before)
+            self.n_answers += 1
+            if end != "\n":
+                print()
+        last = self.conversation.last
+        for key in ("tokens", "seconds"):
+            self.totals[key] += last[key]
+        self.totals["answers"] += 1
+        self.dim(self.stats_line(last))
+        if self.conversation.first > forgotten:
+            self.dim(f"the context was full: the model no longer sees the oldest {self.conversation.first} messages")
+
+    def stats_line(self, last):
+        ends = {"stop": "", "interrupt": " · stopped", "length": f" · cut at max_new_tokens={self.settings.max_new_tokens}",
+                "context": " · cut, the context is full"}
+        rate = last["tokens"] / last["seconds"] if last["seconds"] else 0
+        return (f"[{last['tokens']} tokens · {rate:.1f} tokens/s · context {last['context_tokens']}/{self.conversation.context}"
+                f"{ends[last['finish']]}]")
+
+    # What is read
+
+    def set_up_readline(self):
+        """History, completion, pasting. Works with GNU readline and, less well, with libedit."""
+        if "libedit" in (readline.__doc__ or ""):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")
+            readline.parse_and_bind('"\\e\\C-m": "\\C-v\\C-j"')           # Alt-Enter: a line end in the message
+        readline.set_completer_delims(" \t\n")
+        readline.set_completer(self.complete)
+        readline.set_auto_history(True)
+
+    def complete(self, text, state):
+        """readline's completer: the state-th completion of the word `text`."""
+        line = readline.get_line_buffer()[:readline.get_endidx()]
+        if not line.startswith("/"):
+            return None
+        command, space, rest = line.partition(" ")
+        if not space:
+            found = [f"/{name} " for name in self.commands if name.startswith(text[1:])]
+        elif command == "/set":
+            found = [f"{key}=" for key in SETTABLE if key.startswith(text)]
+        elif command in ("/save", "/load"):
+            folder, name = os.path.split(text)
+            try:
+                found = sorted(os.path.join(folder, entry) for entry in os.listdir(os.path.expanduser(folder) or ".") if entry.startswith(name))
+            except OSError:
+                found = []
+            found = [path + "/" if os.path.isdir(os.path.expanduser(path)) else path for path in found]
+        else:
+            found = []
+        return found[state] if state < len(found) else None
+
+    def read_message(self):
+        """One message. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
+        typed_ahead = waiting(0)                 # lines typed while the model spoke are messages of their own
+        line = self.read_line("› ", "1;32")
+        if line.startswith("/"):
+            return line
+        while not typed_ahead and waiting(PASTE_SECONDS):
+            line += "\n" + self.read_line("", "")        # pasted into a terminal without bracketed paste
+        if line.strip() == '"""':
+            lines = []
+            while (line := self.read_line("… ", "2")).strip() != '"""':
+                lines.append(line)
+            return "\n".join(lines)
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + self.read_line("… ", "2")
+        return line
+
+    def read_line(self, prompt, code):
+        if self.colour and prompt:
+            # \001 \002: readline must not count what takes no place on the screen
+            prompt = f"\001\033[{code}m\002{prompt}\001\033[0m\002" if readline else self.paint(prompt, code)
+        return input(prompt).encode("utf-8", "ignore").decode()
+
+    # Commands: each takes the text behind its name; its docstring is its line in /help
+
+    def command(self, line):
+        name, _, rest = line[1:].partition(" ")
+        if name not in self.commands:
+            near = difflib.get_close_matches(name, self.commands, 1, 0.5)
+            raise UserError(f"unknown command /{name}: " + (f"did you mean /{near[0]}?" if near else "/help lists them"))
+        self.commands[name](rest.strip())
+
+    def command_help(self, rest):
+        """this list"""
+        for command in sorted(self.commands.values(), key=lambda method: method.__func__.__code__.co_firstlineno):
+            usage, _, meaning = command.__doc__.rpartition(" — ")
+            self.dim(f"  /{command.__name__[8:] + ' ' + usage:<24}{meaning}")
+        self.dim('  several lines: paste them, end a line with \\, or put """ on the lines before and after\n'
+                 "  Ctrl-C stops the answer, twice leaves; Ctrl-D leaves; a space before / makes it a message")
+
+    def command_clear(self, rest):
+        """forget the conversation, keep the system prompt"""
+        self.conversation.clear()
+        self.dim("cleared")
+
+    def command_retry(self, rest):
+        """another answer to the last message"""
+        if not self.conversation.drop_answer():
+            raise UserError("there is no answer to retry")
+        self.say(lambda: self.conversation.answer(**self.options()))
+
+    def command_undo(self, rest):
+        """take back the last message and its answer"""
+        question = self.conversation.undo()
+        if question is None:
+            raise UserError("there is nothing to undo")
+        self.dim(f"taken back: {question}")
+
+    def command_system(self, rest):
+        """[TEXT] — set the system prompt; without TEXT take it away"""
+        self.conversation.set_system(rest)
+        self.dim(f"system prompt: {rest}" if rest else "no system prompt")
+
+    def command_set(self, rest):
+        """[KEY=VALUE ...] — set sampling options; without any show them"""
+        changes = []
+        for word in rest.split():
+            if "=" in word or not changes:
+                changes.append(word)
+            else:
+                changes[-1] += " " + word        # --stop may hold spaces
+        keys = [change.partition("=")[0] for change in changes]
+        for key, change in zip(keys, changes):
+            if "=" not in change or key not in SETTABLE:
+                near = difflib.get_close_matches(key, SETTABLE, 1, 0.5)
+                raise UserError(f"/set takes KEY=VALUE, not {change}: the keys are {', '.join(SETTABLE)}" + (f"; did you mean {near[0]}?" if near and near[0] != key else ""))
+        new = configure(type(self.settings), [f"--{change}" for change in changes])
+        old = {key: getattr(self.settings, key) for key in keys}
+        for key in keys:
+            setattr(self.settings, key, getattr(new, key))
+        try:
+            self.settings.sampling()
+        except UserError:
+            for key in keys:
+                setattr(self.settings, key, old[key])
+            raise
+        self.n_answers = 0 if "seed" in keys else self.n_answers
+        self.dim(" ".join(f"{key}={getattr(self.settings, key)}" for key in keys or SETTABLE))
+
+    def command_save(self, rest):
+        """FILE — write the conversation as one JSON line, as prepare_sft.py reads it"""
+        path = self.path(rest, "/save")
+        line = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
+        try:
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                file.write(line)
+            os.replace(path + ".tmp", path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        self.dim(f"{len(self.conversation.turns)} messages written to {path}")
+
+    def command_load(self, rest):
+        """FILE — go on with a conversation that /save wrote"""
+        path = self.path(rest, "/load")
+        try:
+            with open(path, encoding="utf-8") as file:
+                messages = json.loads(file.readline())["messages"]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a conversation that /save wrote") from None
+        self.conversation.load(messages)
+        self.dim(f"{len(self.conversation.turns)} messages read from {path}")
+
+    def command_stats(self, rest):
+        """what the last answer and the whole session took"""
+        if not self.totals["answers"]:
+            raise UserError("nothing has been said yet")
+        last, totals = self.conversation.last, self.totals
+        self.dim(f"{self.stats_line(last)[1:-1]} · first token after {last['first_token_seconds']:.2f} s, {last['prompt_tokens']} prompt tokens computed · seed {last['seed']}")
+        self.dim(f"session: {totals['answers']} answers · {totals['tokens']} tokens · {totals['tokens'] / totals['seconds']:.1f} tokens/s"
+                 f" · {len(self.conversation.turns)} messages, the model sees the last {len(self.conversation.turns) - self.conversation.first}")
+
+    def command_exit(self, rest):
+        """leave, as Ctrl-D does"""
+        raise EOFError
+
+    def path(self, text, command):
+        if not text:
+            raise UserError(f"{command} needs a file name, as in {command} chat.jsonl")
+        return os.path.expanduser(text)
+
+    def options(self):
+        """The sampling options; with a seed, each answer of the session draws from one of its own."""
+        seed = self.settings.seed
+        return self.settings.sampling() | {"seed": None if seed is None else seed + 7919 * self.n_answers}
+
+
+def waiting(seconds):
+    """Whether there is input to read, or will be within `seconds`."""
+    try:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+    except (OSError, ValueError):                # Windows selects on sockets only
+        return False
+
+
+def printable(text):
+    """`text` without control characters: a model must not be able to drive the terminal."""
+    return "".join(char for char in text if char in "\n\t" or not (char < " " or "\x7f" <= char < "\xa0"))
