@@ -48,12 +48,13 @@ def main():
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding) if s.files else None
     with replaced_folder(s.out_dir, FILES) as folder:
-        backend = tokenizer_module.untrained(s.nfkc)
+        backend = tokenizer_module.untrained(s.nfkc, tokenizer_module.HAN_RUN_TRAINING)
         with progress(source) as bar:
             sample = Sample(source, s, report, bar)
             backend.train_from_iterator(sample, trainer(s.vocab_size))
         if not sample.bytes:
             raise UserError("the input holds no text" + "".join(f";{line}" for line in report.lines()))
+        backend.pre_tokenizer = tokenizer_module.untrained(s.nfkc).pre_tokenizer
         tokenizer_module.save(backend, folder)
     tokenizer = tokenizer_module.Tokenizer.load(s.out_dir)
     print(f"wrote {s.out_dir}: {tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
