@@ -24,7 +24,7 @@ from text_reader import Report, Source, documents
 class Settings:
     files: list[str] = positional()      # files or directories: .jsonl .json .txt, plain, .gz .bz2 .xz or in a tar; none: the demo corpus
     out_dir: str | None = None           # where the tokenizer goes; default data/tokenizer, or data/demo/tokenizer without FILE
-    vocab_size: int | None = None        # tokens, the 3 special ones and the 256 bytes included; default 32000, or 2000 without FILE
+    vocab_size: int | None = None        # tokens, the 3 special ones and the 256 bytes included; default 32000, or 1200 without FILE
     max_bytes: int = 1_000_000_000       # of text sampled, evenly over the input
     nfkc: bool = False                   # fold full-width letters, ligatures … (NFKC): fewer forms, but decode(encode(s)) is not s
     text_key: str = "text"               # the key of the text in JSON lines
@@ -39,7 +39,7 @@ def main():
     s = configure(Settings)
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
-    s.out_dir, s.vocab_size = s.out_dir or f"{where}/tokenizer", s.vocab_size or (32000 if s.files else 2000)
+    s.out_dir, s.vocab_size = s.out_dir or f"{where}/tokenizer", s.vocab_size or (32000 if s.files else 1200)
     if not 259 <= s.vocab_size <= tokenizer_module.MAX_VOCAB:
         raise UserError(f"--vocab_size={s.vocab_size} must be between 259 (3 special tokens and 256 bytes) and "
                         f"{tokenizer_module.MAX_VOCAB} (token files are uint16)")
