@@ -57,8 +57,8 @@ class Settings:
     doc_mask: bool = False                  # attention never crosses from one document to the next
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer: AdamW, linear warm-up, then cosine down to min_lr
-    max_iters: int = 2000                   # steps
-    epochs: float = 0.0                     # passes over the data; above 0 it replaces max_iters
+    max_iters: int = 1500                   # steps; 0: as many as epochs says
+    epochs: float = 0.0                     # passes over the data; 0: as many as max_iters says; with both, whichever is sooner
     learning_rate: float = 4e-3             # at the end of the warm-up
     min_lr: float = 4e-4                    # at the end of the decay
     warmup_iters: int = 100                 # steps of linear warm-up
@@ -216,8 +216,10 @@ def main():
     # ---- data and model
     train_data, val_data = (TokenData(s.data_dir, split, s.block_size) for split in ("train", "val"))
     global_batch = s.batch_size * s.gradient_accumulation_steps
-    if s.epochs > 0:
-        s.max_iters = math.ceil(s.epochs * train_data.n_windows / global_batch)
+    by_epochs = math.ceil(s.epochs * train_data.n_windows / global_batch)
+    if s.max_iters <= 0 >= by_epochs:
+        raise UserError("give the length of the training: max_iters or epochs above 0")
+    s.max_iters = min(steps for steps in (s.max_iters, by_epochs) if steps > 0)
     if s.inspect_step >= 0:
         return show_batch(s, train_data, s.inspect_step)
     resumed = open_resumed(s, train_data, say)

@@ -1,0 +1,78 @@
+# make demo              the whole loop on an invented town, on a laptop: some 3 minutes after installation
+# make demo MODEL=moe    the same with a mixture of experts
+# make test              the tests
+# make test-faults       the long batteries: kills, resumes, bad input
+# make clean-demo        start the demo over
+
+PYTHON ?= python3
+PY := .venv/bin/python
+MODEL ?= dense
+
+ifeq ($(MODEL),moe)
+  NAME := demo_moe
+  PRETRAIN := config/demo_moe_pretrain.py
+else ifeq ($(MODEL),dense)
+  NAME := demo
+  PRETRAIN :=
+else
+  $(error MODEL=$(MODEL): dense or moe)
+endif
+SFT := config/$(NAME)_sft.py
+OUT := out/$(NAME)
+CODE := train.py model.py moe.py data.py checkpoint.py
+
+.PHONY: demo test test-faults clean-demo
+.DELETE_ON_ERROR:
+
+# $(call stage,heading,command): say what runs, then run it
+define stage
+@printf '\n\033[1m— %s\033[0m\n$$ %s\n' '$(1)' '$(2)'
+@$(2)
+endef
+
+demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
+	$(call stage,Chat: three questions,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=你好)
+	@$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=沈琴明住在哪里？
+	@$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=请问沈琴明爱吃什么？
+	@$(PY) demo_report.py $(NAME)
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+data/demo/tokenizer/tokenizer.json: demo_corpus.py train_tokenizer.py tokenizer.py | .venv/installed
+	$(call stage,Tokenizer: byte-level BPE from the text of the town,$(PY) train_tokenizer.py)
+	@touch $@
+
+data/demo/pretrain/meta.json: data/demo/tokenizer/tokenizer.json prepare_pretrain.py
+	$(call stage,Token files for pretraining: biographies,$(PY) prepare_pretrain.py)
+	@touch $@
+
+data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py
+	$(call stage,Token files for SFT: questions and answers about half of the people,$(PY) prepare_sft.py)
+	@touch $@
+
+$(OUT)_pretrain/done: data/demo/pretrain/meta.json $(PRETRAIN) $(CODE)
+	$(call stage,Pretraining,$(PY) train.py $(PRETRAIN) --overwrite=True)
+	@touch $@
+
+$(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
+	$(call stage,SFT,$(PY) train.py $(SFT) --overwrite=True)
+	@touch $@
+
+$(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
+	$(call stage,Control: the same SFT without pretraining,$(PY) train.py $(PRETRAIN) $(SFT) --init_from=scratch --out_dir=$(OUT)_control --overwrite=True)
+	@touch $@
+
+$(OUT)_%/eval.json: $(OUT)_%/done eval.py
+	$(call stage,Evaluation: questions about the other half of the people,$(PY) eval.py --out_dir=$(OUT)_$* --batch_size=50)
+
+test: .venv/installed
+	$(PY) -m pytest
+
+test-faults: .venv/installed
+	$(PY) -m pytest -m slow
+
+clean-demo:
+	rm -rf data/demo out/demo_pretrain out/demo_sft out/demo_control out/demo_moe_pretrain out/demo_moe_sft out/demo_moe_control

@@ -1,0 +1,31 @@
+"""Pretrain the mixture of experts, 876 M parameters of which 473 M work on a token, on seq-monkey.
+
+    python train.py config/moe_pretrain.py                                          # one GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py        # eight, the same global batch
+"""
+out_dir = "out/moe_pretrain"
+data_dir = "data/pretrain"
+
+n_layer = 12
+n_head = 16
+n_kv_head = 8
+n_embd = 1024
+n_expert = 8
+n_expert_per_tok = 4
+block_size = 512
+
+# 8 micro-steps of 64 windows: 262,144 tokens a step, on one GPU or shared by up to eight
+batch_size = 64
+gradient_accumulation_steps = 8
+epochs = 1
+max_iters = 0                   # as many as epochs says
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 500
+weight_decay = 0.1
+
+log_interval = 10
+eval_interval = 1000
+eval_iters = 100
+checkpoint_interval = 1000
+compile = True
