@@ -105,7 +105,7 @@ class Attention(nn.Module):
         if cache is not None:
             y = self.attend_cache(q, k, v, mask, *cache)
         else:
-            y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+            y = attend(q, k, v, mask)
         return F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
     def attend_cache(self, q, k, v, mask, k_cache, v_cache, position):
@@ -147,12 +147,12 @@ def document_mask(idx):
     return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
-def attend(q, k, v, mask, dropout):
+def attend(q, k, v, mask):
     """Causal attention, q (B, H, T, hd), k and v (B, H_kv, T, hd); `mask` as document_mask gives it."""
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     from torch.nn.attention.flex_attention import flex_attention
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
