@@ -26,6 +26,8 @@ def pick_device(name="auto"):
         raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs; try --device=cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
