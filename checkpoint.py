@@ -6,19 +6,28 @@
     out_dir/config.py          the resolved settings, as a config file
     out_dir/metrics.jsonl      one record a logged step
 
-A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit.
+A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit. One that proved
+damaged when a run went on is set aside as ckpt_….pt.damaged. One process at a time writes to an out_dir.
 """
 import ast
+import fcntl
 import glob
+import hashlib
 import os
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+from dataclasses import asdict
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, field_comments
+
+MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
+RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict, "best_val_loss": float, "bad_steps": list}
+OF_ONE_CALL = ("overwrite", "inspect_step")      # settings that config.py leaves out
 
 
 def save(path, state):
@@ -63,19 +72,59 @@ def saved_steps(folder):
     return sorted((int(match[1]) for match in steps if match), reverse=True)
 
 
+def lock(folder):
+    """Make `folder` if need be and hold it until this process ends, however it ends. Returns the handle to keep.
+
+    Raises UserError if another run is at work in it, or if it cannot be written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"no permission to write to {folder}")
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {folder}: wait for it, or choose another --out_dir") from None
+    except OSError:
+        pass                                     # a file system without locks
+    return handle
+
+
+def clear(folder):
+    """Remove the checkpoints of an older run."""
+    for step in saved_steps(folder):
+        remove(step_path(folder, step))
+    remove(os.path.join(folder, "best.pt"))
+
+
+def clean(folder, step):
+    """Before going on from `step`: remove what a killed run left half-written, and set aside what is newer.
+
+    What is newer proved to be damaged; under its own name it would count among the newest to keep.
+    """
+    for name in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
+        if re.fullmatch(r"((ckpt_\d+|best)\.pt|config\.py|metrics\.jsonl)\.tmp", os.path.basename(name)):
+            remove(name)
+    shutil.rmtree(os.path.join(folder, "tokenizer.tmp"), ignore_errors=True)
+    for newer in saved_steps(folder):
+        if newer > step:
+            os.replace(step_path(folder, newer), step_path(folder, newer) + ".damaged")
+
+
 def prune(folder, keep):
-    """Remove all but the newest `keep` checkpoints, and what a killed run left half-written."""
+    """Remove all but the newest `keep` checkpoints."""
     for step in saved_steps(folder)[keep:]:
         remove(step_path(folder, step))
-    for name in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        remove(name)
 
 
-def load(path, check=True, mmap=False):
+def load(path, check=True, mmap=False, keys=MODEL_KEYS):
     """The dict in a checkpoint, on the CPU. Raises UserError if it is not whole or holds anything but data.
 
     check=True reads every byte against its checksum first (about 1 s a GB); mmap=True leaves the
-    tensors in the file until they are used.
+    tensors in the file until they are used. keys: what it must hold, and of which type.
     """
     try:
         if check:
@@ -88,10 +137,12 @@ def load(path, check=True, mmap=False):
         # weights_only: whatever is not a tensor, a number, text or a container of these is refused unrun
         reason = str(error).split("\n")[0][:120]
         raise UserError(f"{path} was refused, it is not a plain checkpoint: {reason}") from None
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    if not isinstance(state, dict) or not {"model", "model_config", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of this program")
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:120] or type(error).__name__
+        raise UserError(f"cannot read checkpoint {path}, it is damaged or cut short: {reason}") from None
+    missing = keys if not isinstance(state, dict) else [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint to {'resume' if keys is not MODEL_KEYS else 'start'} from: no {', '.join(missing)} in it")
     return state
 
 
@@ -105,16 +156,37 @@ def load_newest(folder, say=print):
         raise UserError(f"no checkpoint in {folder}: nothing to resume")
     for step in steps:
         try:
-            return load(step_path(folder, step))
+            return load(step_path(folder, step), keys=MODEL_KEYS | RESUME_KEYS)
         except UserError as error:
-            say(f"{error}; trying the checkpoint before it")
-    raise UserError(f"every checkpoint in {folder} is damaged")
+            say(f"{error}" + ("; going on from the checkpoint before it" if step != steps[-1] else ""))
+    raise UserError(f"every checkpoint in {folder} is damaged: --overwrite=True starts over")
 
 
-def load_for_inference(folder, which="newest"):
+def load_weights(model, weights):
+    """Copy `weights`, a state dict, into `model`. UserError where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the weights in the checkpoint do not fit its own model_config, it is of another program: {reason}") from None
+
+
+def load_optimizer(optimizer, state):
+    """Give `optimizer` the moments in `state`, but keep its own rates and decays. UserError where they do not fit:
+    torch would not look, and the fused kernel would read past their end."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(parameters if state else []):
+        moments = [state.get(i, {}).get(key) for key in ("exp_avg", "exp_avg_sq")]
+        if not all(isinstance(m, torch.Tensor) and m.shape == p.shape for m in moments):
+            raise UserError(f"the optimizer state in the checkpoint does not fit the model: parameter {i} has the shape {tuple(p.shape)}")
+    optimizer.load_state_dict({"state": {i: state[i] for i in range(len(parameters))} if state else {},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_for_inference(folder, which="newest", check=False):
     """The weights in `folder`, for generation: a dict with model, model_config, step and tokenizer_dir.
 
-    which: "newest" or "best". The tensors are memory-mapped, the optimizer's are never read.
+    which: "newest" or "best". The tensors are memory-mapped, the optimizer's are never read. check: as in load.
     """
     if which not in ("newest", "best"):
         raise UserError(f"checkpoint {which!r}: newest or best")
@@ -127,7 +199,7 @@ def load_for_inference(folder, which="newest"):
     paths = [best] if which == "best" else [step_path(folder, step) for step in steps]
     for path in paths:
         try:
-            state = load(path, check=False, mmap=True)
+            state = load(path, check, mmap=True)
             break
         except UserError as error:
             if path == paths[-1]:
@@ -148,10 +220,38 @@ def read_settings(folder):
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def write_settings(folder, settings):
+    """Write the settings of a run to folder/config.py, as a config file that train.py takes."""
+    comments, path = field_comments(type(settings)), os.path.join(folder, "config.py")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        for key, value in asdict(settings).items():
+            if key not in OF_ONE_CALL:
+                file.write(f"{key} = {value!r}  # {comments[key]}\n")
+    os.replace(path + ".tmp", path)
+
+
+def find_tokenizer(meta, folder):
+    """The folder of the tokenizer that the data were prepared with: where meta.json says, or the copy in `folder`.
+
+    Raises UserError if neither is that tokenizer, to the byte.
+    """
+    for source in (meta["tokenizer"], os.path.join(folder, "tokenizer")):
+        try:
+            with open(os.path.join(source, "tokenizer.json"), "rb") as file:
+                if hashlib.sha256(file.read()).hexdigest() == meta["tokenizer_hash"]:
+                    return source
+        except OSError:
+            pass
+    raise UserError(f"{meta['tokenizer']}/tokenizer.json is missing, or is not the tokenizer that the data were prepared with: prepare them again")
+
+
 def copy_tokenizer(source, folder):
-    """Put the tokenizer's files into folder/tokenizer, unless they are there."""
+    """Put the tokenizer's files into folder/tokenizer."""
     target = os.path.join(folder, "tokenizer")
-    if os.path.abspath(source) != os.path.abspath(target):
+    if os.path.realpath(source) != os.path.realpath(target):
+        os.makedirs(target + ".tmp")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if os.path.exists(os.path.join(source, name)):
+                shutil.copy(os.path.join(source, name), target + ".tmp")
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target + ".tmp", dirs_exist_ok=True)
         os.replace(target + ".tmp", target)

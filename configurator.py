@@ -56,11 +56,13 @@ def configure(cls, argv=None):
     `argv` defaults to sys.argv[1:]. Positional arguments that end in .py are config files; the
     others go to the field made with `positional()`. Raises UserError on an unknown key (naming the
     nearest), a value of the wrong type, or an unreadable config file. `--help` prints and exits 0.
+    `.given` of the result is the set of keys that config files and flags set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls)
     inputs = [f.name for f in dataclasses.fields(cls) if f.default_factory is list]
     settings = cls()
+    settings.given = set()                       # the keys that were set, be it to their default
     while argv:
         argument = argv.pop(0)
         if argument in ("-h", "--help"):
@@ -78,11 +80,13 @@ def configure(cls, argv=None):
                 else:
                     raise UserError(f"--{key} needs a value, as in --{key}={getattr(settings, key)!r}")
             setattr(settings, key, _parse(text, hints[key], f"--{key}"))
+            settings.given.add(key)
         elif argument.startswith("-") and len(argument) > 1:
             raise UserError(f"flags begin with two dashes: -{argument}")
         elif argument.endswith(".py"):
             for key, value in _read_config(argument, hints, inputs).items():
                 setattr(settings, key, value)
+                settings.given.add(key)
         elif inputs:
             getattr(settings, inputs[0]).append(argument)
         else:

@@ -6,6 +6,7 @@ corpus, resuming needs nothing but the step number, and any number of processes 
 the same order.
 """
 import hashlib
+import itertools
 import json
 import os
 
@@ -41,18 +42,24 @@ class TokenData:
             raise UserError(f"{folder} was packed for block_size={self.meta['block_size']}, not {block_size}: "
                             f"give --block_size={self.meta['block_size']} here, or to prepare_sft.py")
         self.stride = block_size + 1 if sft else block_size
+        if sft and len(self.tokens) % self.stride:
+            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, not whole rows of {self.stride}: prepare it again")
         self.n_windows = len(self.tokens) // self.stride if sft else (len(self.tokens) - 1) // self.stride
         if self.n_windows < 1:
-            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, fewer than one window of {block_size + 1}")
+            hint = ": train with --eval_interval=0, or prepare with a larger --val_fraction" if split == "val" else ""
+            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, fewer than one window of {block_size + 1}{hint}")
         # a bad id would index past the embedding; every batch is checked too, see windows()
-        stops = range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20)
-        for start in stops:
+        for start in range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20):
             self._check_ids(self.tokens[start: start + (1 << 20)], start)
+            if sft and self.mask[start: start + (1 << 20)].max() > 1:
+                raise UserError(f"{folder}/{split}_mask.bin holds other values than 0 and 1: prepare it again")
+        if sft and not any(self.mask[start: start + (1 << 20)].any() for start in range(0, len(self.mask), 1 << 20)):
+            raise UserError(f"{folder}/{split}_mask.bin marks no token as learned: there is nothing to train or to score")
 
     def _check_ids(self, tokens, start):
         if tokens.max() >= self.meta["vocab_size"]:
             at = int((tokens >= self.meta["vocab_size"]).argmax())
-            raise UserError(f"{self.path}: token {start + at:,} is {tokens.flat[at]}, outside the vocabulary of {self.meta['vocab_size']:,}")
+            raise UserError(f"{self.path}: token {start + at:,} is {tokens[at]}, outside the vocabulary of {self.meta['vocab_size']:,}")
 
     def windows(self, indices):
         """x, y for some windows: int64 tensors (len(indices), block_size); y is -1 where nothing is learned."""
@@ -60,7 +67,7 @@ class TokenData:
         for row, index in enumerate(indices):
             start = int(index) * self.stride
             x[row] = self.tokens[start: start + self.block_size + 1]
-        self._check_ids(x, 0)
+            self._check_ids(x[row], start)
         y = x[:, 1:].copy()
         if self.mask is not None:
             for row, index in enumerate(indices):
@@ -76,24 +83,28 @@ def _map(path, dtype):
             raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype.itemsize}-byte tokens: it is damaged")
         return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; has the prepare_… stage been run?") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
 
 
 def read_meta(folder):
-    """meta.json of a data folder, checked for the keys that training needs."""
+    """meta.json of a data folder, checked for what training needs of it."""
     path = os.path.join(folder, "meta.json")
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        missing = {"kind", "tokenizer", "tokenizer_hash", "vocab_size", "splits"} - set(meta)
-        missing |= {"block_size"} - set(meta) if meta.get("kind") == "sft" else set()
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(sorted(missing))}: prepare the data again")
-        for split in ("train", "val"):
-            int(meta["splits"][split]["tokens"])
+        if meta["kind"] not in ("pretrain", "sft"):
+            raise ValueError(f"kind {meta['kind']!r}")
+        counts = [meta["vocab_size"], *(meta["splits"][split]["tokens"] for split in ("train", "val"))]
+        counts += [meta["block_size"]] if meta["kind"] == "sft" else []
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"counts {counts}")
+        if not all(type(meta[key]) is str for key in ("tokenizer", "tokenizer_hash")):
+            raise ValueError("the tokenizer's path and hash are text")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: prepare the data again") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the data again") from None
     if not 0 < meta["vocab_size"] <= 65535:
         raise UserError(f"{path}: a vocabulary of {meta['vocab_size']} does not fit into uint16 token files")
@@ -101,9 +112,8 @@ def read_meta(folder):
 
 
 def fingerprint(meta):
-    """A short hash of what was prepared: tokenizer, sources, seed and counts. Paths do not enter."""
-    counts = {name: {k: v for k, v in split.items()} for name, split in meta["splits"].items()}
-    parts = [meta["kind"], meta["tokenizer_hash"], meta.get("seed"), meta.get("block_size"), counts]
+    """A short hash of what was prepared: tokenizer, seed and counts of documents, tokens and bytes. Paths do not enter."""
+    parts = [meta["kind"], meta["tokenizer_hash"], meta.get("seed"), meta.get("block_size"), meta["splits"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,6 +156,22 @@ def batch_windows(seed, step, batch, n_windows):
         inside = epoch == e
         windows[inside] = permute(position[inside] % n_windows, n_windows, derive_seed(seed, int(e)))
     return windows
+
+
+def show_windows(data, windows):
+    """Print windows as text, the learned tokens of SFT between ⟦ and ⟧. Raises UserError if the tokenizer isn't the data's."""
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer.load(data.meta["tokenizer"])
+    if tokenizer.hash != data.meta["tokenizer_hash"]:
+        raise UserError(f"{data.meta['tokenizer']} is not the tokenizer that {data.folder} was prepared with")
+    for window in windows:
+        learned = [False] + [target >= 0 for target in data.windows([window])[1][0].tolist()]
+        tokens = data.tokens[int(window) * data.stride:][: len(learned)].tolist()
+        print(f"--- window {window}: {sum(learned)} learned tokens")
+        for is_learned, run in itertools.groupby(zip(learned, tokens), key=lambda pair: pair[0] and data.mask is not None):
+            text = tokenizer.decode([id for _, id in run], skip_special=False)
+            print(f"⟦{text}⟧" if is_learned else text, end="")
+        print()
 
 
 def derive_seed(*numbers):

@@ -10,25 +10,25 @@ The loop below reads from top to bottom. What it promises: the batch and the ran
 depend on (seed, s) alone; the loss of a step is the sum over the learned tokens of the whole global
 batch divided by their number, however it is cut into micro-steps and processes; a run that is killed
 and resumed goes on bit for bit as if it had not been (same machine, same settings); a step whose
-gradient is not finite changes nothing.
+loss or gradient is not finite changes nothing. Ctrl-C or SIGTERM finishes the step, saves and exits 0;
+a second Ctrl-C leaves at once.
 """
-import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, configure, field_comments, run
-from data import TokenData, batch_windows, derive_seed, fingerprint, permute
+from configurator import UserError, configure, run
+from data import TokenData, batch_windows, derive_seed, permute, show_windows
 from device import autocast, describe, peak_flops, pick_device, pick_dtype, rank_and_world
-from model import GPT, GPTConfig
+from run_log import RunLog, check_wandb, say
+from starting_point import build_model, identity, job, open_resumed
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Settings:
     checkpoint_interval: int = 500          # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2               # how many of the newest to keep
     save_best: bool = True                  # also keep the weights of the best validation loss
-    max_bad_steps: int = 20                 # stop after so many steps in a row without a finite gradient
+    max_bad_steps: int = 20                 # stop after so many steps in a row without a finite loss and gradient
     inspect_step: int = -1                  # print the batch of this step as text and stop
     allow_other_data: bool = False          # resume although data, seed or batch are not those of the checkpoint
     wandb_log: bool = False                 # log to Weights & Biases too (pip install wandb)
@@ -87,6 +87,30 @@ class Settings:
     dtype: str = "auto"                     # of the matrix products: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
+
+
+# the least that makes sense; what concerns the model's shape, GPTConfig checks
+LEAST = {"block_size": 1, "vocab_size": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0,
+         "min_lr": 0, "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0,
+         "log_interval": 1, "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1}
+
+
+def check(s, world):
+    """Raise UserError for a setting that means nothing (a NaN too)."""
+    for key, least in LEAST.items():
+        if not least <= getattr(s, key) < 1e12:
+            raise UserError(f"{key}={getattr(s, key)} must be {'at least' if getattr(s, key) < 1e12 else 'a number from'} {least}")
+    for key in ("beta1", "beta2"):
+        if getattr(s, key) >= 1:
+            raise UserError(f"{key}={getattr(s, key)} must be below 1")
+    if s.max_iters == s.epochs == 0:
+        raise UserError("give the length of the training: max_iters or epochs above 0")
+    if s.gradient_accumulation_steps % world:
+        raise UserError(f"gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be shared evenly by {world} processes: "
+                        f"make it a multiple of {world}")
+    if world > 1 and ":" in s.device:
+        raise UserError(f"--device={s.device} is one device for {world} processes: give --device=cuda, each takes its own")
+    check_wandb(s)
 
 
 def learning_rate(s, step):
@@ -108,135 +132,54 @@ def make_optimizer(model, s):
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
 
-def build_model(s, data, resumed):
-    """(model, the checkpoint it was loaded from or None), still on the CPU. UserError where the shapes differ."""
-    shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig)}
-    shape["vocab_size"] = s.vocab_size or data.meta["vocab_size"]
-    if shape["vocab_size"] < data.meta["vocab_size"]:
-        raise UserError(f"vocab_size={shape['vocab_size']} is smaller than the tokenizer's {data.meta['vocab_size']}")
-    start = resumed
-    if s.init_from not in ("scratch", "resume"):
-        start = checkpoint.load_for_inference(s.init_from)
-        # RoPE has no weights, so a model may go on with another context length; dropout is a matter of training
-        shape = start["model_config"] | {"block_size": s.block_size, "dropout": s.dropout}
-    config = GPTConfig(**shape)
-    if resumed:
-        for key, old in resumed["model_config"].items():
-            if old != getattr(config, key):
-                raise UserError(f"the checkpoint in {s.out_dir} has {key}={old}, these settings say {getattr(config, key)}")
-    if start:
-        if start["tokenizer_hash"] != data.meta["tokenizer_hash"]:
-            raise UserError(f"the checkpoint was trained with tokenizer {start['tokenizer_hash'][:12]}, "
-                            f"{s.data_dir} was prepared with {data.meta['tokenizer_hash'][:12]}: prepare it with the checkpoint's tokenizer")
-    torch.manual_seed(derive_seed(s.seed, "weights"))
-    model = GPT(config)
-    if start:
-        model.load_state_dict(start["model"])
-    return model
-
-
-def identity(s, data):
-    """What must not change between a checkpoint and its resumption: the data, and their order."""
-    return {"data": fingerprint(data.meta), "seed": s.seed, "block_size": s.block_size,
-            "windows in a step": s.batch_size * s.gradient_accumulation_steps}
-
-
-def open_resumed(s, data, say):
-    """The newest whole checkpoint of out_dir, or None to start anew."""
-    steps = checkpoint.saved_steps(s.out_dir)
-    # torchrun --max-restarts starts the same command again: the second time it must go on
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not (s.init_from == "resume" or restarted and steps):
-        if steps and not s.overwrite:
-            raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
-                            "--init_from=resume goes on with it, --overwrite=True starts over")
-        return None
-    resumed = checkpoint.load_newest(s.out_dir, say)
-    for key, value in identity(s, data).items():
-        if resumed["identity"][key] != value and not s.allow_other_data:
-            raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {resumed['identity'][key]}, now it is {value}; "
-                            "--allow_other_data=True goes on all the same")
-    return resumed
-
-
-def show_batch(s, data, step):
-    """--inspect_step: the windows of a step as text, learned tokens only marked by what stands around them."""
-    from tokenizer import Tokenizer
-    tokenizer = Tokenizer.load(data.meta["tokenizer"])
-    for window in batch_windows(s.seed, step, s.batch_size * s.gradient_accumulation_steps, data.n_windows):
-        x, y = data.windows([window])
-        print(f"--- step {step}, window {window}, {(y >= 0).sum().item()} learned tokens\n{tokenizer.decode(x[0].tolist(), skip_special=False)}")
-
-
-class MetricsFile:
-    """out_dir/metrics.jsonl. On resuming, records from `step` on are dropped: they will be written again."""
-
-    def __init__(self, path, step):
-        old = []
-        if step and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                old = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < step]
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(old)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-
 def main():
     s = configure(Settings)
     started = time.time()
     rank, local_rank, world = rank_and_world()
     master = rank == 0
-
-    def say(text):
-        if master:
-            tqdm.write(text)
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
     # ---- where to run
+    check(s, world)
     device = pick_device(f"cuda:{local_rank}" if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available() else s.device)
     dtype = pick_dtype(s.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # what cuBLAS needs to be deterministic
     torch.use_deterministic_algorithms(s.deterministic)
-    if s.batch_size < 1 or s.gradient_accumulation_steps < 1:
-        raise UserError("batch_size and gradient_accumulation_steps must be at least 1")
-    if s.gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be shared evenly by {world} processes: "
-                        f"make it a multiple of {world}")
     control = None                              # a group for host-side numbers, so that agreeing never waits for a GPU
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
 
     # ---- data and model
-    train_data, val_data = (TokenData(s.data_dir, split, s.block_size) for split in ("train", "val"))
+    train_data = TokenData(s.data_dir, "train", s.block_size)
+    val_data = TokenData(s.data_dir, "val", s.block_size) if s.eval_interval else None
     global_batch = s.batch_size * s.gradient_accumulation_steps
     by_epochs = math.ceil(s.epochs * train_data.n_windows / global_batch)
-    if s.max_iters <= 0 >= by_epochs:
-        raise UserError("give the length of the training: max_iters or epochs above 0")
     s.max_iters = min(steps for steps in (s.max_iters, by_epochs) if steps > 0)
     if s.inspect_step >= 0:
-        return show_batch(s, train_data, s.inspect_step)
-    resumed = open_resumed(s, train_data, say)
-    model = build_model(s, train_data, resumed).to(device)
+        return master and show_windows(train_data, batch_windows(s.seed, s.inspect_step, global_batch, train_data.n_windows))
+    tokenizer = checkpoint.find_tokenizer(train_data.meta, s.out_dir)
+    resumed = open_resumed(s, train_data)
+    start = checkpoint.load_for_inference(s.init_from, check=True) if not resumed and s.init_from != "scratch" else resumed
+    model = build_model(s, train_data, start).to(device)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_step, best_val_loss, wandb_id = 0, float("inf"), None
+    first_step, best_val_loss, bad_steps, wandb_id = 0, math.inf, [0, 0], None
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        first_step, best_val_loss, wandb_id = resumed["step"], resumed["best_val_loss"], resumed["wandb_id"]
-    del resumed
+        checkpoint.load_optimizer(optimizer, resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())
+        first_step, best_val_loss, bad_steps, wandb_id = (resumed.get(key) for key in ("step", "best_val_loss", "bad_steps", "wandb_id"))
+        s.init_from = resumed["settings"]["init_from"]
+    if agree(control, first_step)[0] != first_step * world:
+        raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk that all of them share")
     total, active = model.n_params()
     say(f"{describe(device)}, {str(dtype).removeprefix('torch.')}, {world} process{'es' * (world > 1)} · {total:,} parameters"
         + (f", {active:,} active per token" if active != total else ""))
     say(f"{s.data_dir}: {len(train_data.tokens):,} tokens, {train_data.n_windows:,} windows · {s.max_iters:,} steps of {global_batch} windows, "
-        f"{s.max_iters * global_batch / train_data.n_windows:.2f} epochs" + (f" · resuming at step {first_step}" if first_step else ""))
+        f"{s.max_iters * global_batch / train_data.n_windows:.2f} epochs" + (f" · resuming at step {first_step}" if resumed else ""))
     step_model = model
     if world > 1:
         model._ddp_params_and_buffers_to_ignore = ["rope"]    # the same constant everywhere: not worth a broadcast a step
@@ -245,44 +188,49 @@ def main():
         step_model = torch.compile(step_model, dynamic=False)
 
     # ---- what the run leaves behind
-    metrics, log_run = None, None
+    log = None
     if master:
-        os.makedirs(s.out_dir, exist_ok=True)
-        if not first_step:
-            for step in checkpoint.saved_steps(s.out_dir):
-                checkpoint.remove(checkpoint.step_path(s.out_dir, step))
-            checkpoint.remove(os.path.join(s.out_dir, "best.pt"))
-        checkpoint.prune(s.out_dir, s.keep_checkpoints + 1)
-        checkpoint.copy_tokenizer(train_data.meta["tokenizer"], s.out_dir)
-        write_config(s)
-        metrics = MetricsFile(os.path.join(s.out_dir, "metrics.jsonl"), first_step)
-        if s.wandb_log:
-            import wandb
-            log_run = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, id=wandb_id, resume="allow", config=asdict(s))
+        lock = checkpoint.lock(s.out_dir)       # until this process ends, nobody else writes there
+        try:
+            if not resumed:
+                checkpoint.clear(s.out_dir)
+            checkpoint.clean(s.out_dir, first_step)
+            checkpoint.copy_tokenizer(tokenizer, s.out_dir)
+            checkpoint.write_settings(s.out_dir, s)
+            log = RunLog(s, model, global_batch * s.block_size, peak_flops(device) and peak_flops(device) * world, first_step, wandb_id)
+        except OSError as error:
+            raise UserError(f"cannot write to {s.out_dir}: {error.strerror}") from None
+    saved_step = first_step if resumed else -1
+    del resumed, start
 
     def save(step, path, whole):
-        """whole: all that resuming needs; otherwise the weights alone. A full disk is reported and survived."""
+        """Write a checkpoint; whole: with all that resuming needs, else the weights alone. A full disk is reported and survived: False."""
         if not master:
-            return
-        state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step, "best_val_loss": best_val_loss,
-                 "tokenizer_hash": train_data.meta["tokenizer_hash"], "identity": identity(s, train_data)}
+            return True
+        state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step, "tokenizer_hash": train_data.meta["tokenizer_hash"]}
         if whole:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "wandb_id": log_run and log_run.id}
+            state |= {"optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "best_val_loss": best_val_loss, "bad_steps": bad_steps,
+                      "identity": identity(s, train_data), "settings": asdict(s) | {"job": job()}, "wandb_id": log.wandb_id}
         try:
+            log.metrics.sync()
             checkpoint.save(path, state)
             checkpoint.prune(s.out_dir, s.keep_checkpoints)
+            return True
         except (OSError, RuntimeError) as error:     # torch's zip writer reports a full disk as RuntimeError
-            say(f"could not save {path}: {error}; the checkpoints before it are untouched, training goes on")
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            say(f"could not save {path}: {reason}; the checkpoints before it are untouched, training goes on")
+            return False
 
     # ---- Ctrl-C or SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once.
     stop = []
-    if master or world > 1:
-        def on_signal(number, frame):
-            if stop:
-                os._exit(128 + number)
-            stop.append(number)
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+
+    def on_signal(number, frame):
+        # a launcher may pass on a Ctrl-C that the terminal has sent to its processes already
+        if number == signal.SIGINT and stop and time.monotonic() - stop[0] >= (world > 1):
+            os._exit(128 + number)
+        stop.append(time.monotonic())
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
 
     def micro_batches(step):
         """This process's share of the step's windows: micro-batch m of rank r is the slice m * world + r."""
@@ -296,97 +244,66 @@ def main():
 
     @torch.no_grad()
     def evaluate():
-        """Mean loss per learned token over a fixed set of validation windows: the language loss alone."""
+        """Mean loss per learned token over a fixed set of validation windows: the language loss alone. None if a signal cut it short."""
         model.eval()
         windows = permute(range(min(s.eval_iters * s.batch_size, val_data.n_windows)), val_data.n_windows, 0)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
         for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
+            if stop:
+                sums[2] += 1
+                break
             rows = windows[start: start + s.batch_size]
             x, y = val_data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
             y[len(rows):] = -1                       # the last batch is filled up, so that all have one shape
             x, y = to_device((x, y))
             with autocast(device, dtype):
                 loss, _ = step_model(x, y, doc_mask=s.doc_mask)
-            sums += torch.stack((loss.double(), (y >= 0).sum()))
+            sums[:2] += torch.stack((loss.double(), (y >= 0).sum()))
         if world > 1:
             dist.all_reduce(sums)
         model.train()
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        total, learned, cut_short = sums.tolist()
+        return None if cut_short else total / max(learned, 1)
 
-    # ---- the loop
-    flops, peak = model.flops_per_token(s.block_size), peak_flops(device)
-    tokens_per_step = global_batch * s.block_size
-    bar = tqdm(total=s.max_iters, initial=first_step, unit="step", disable=not (master and sys.stderr.isatty()), dynamic_ncols=True)
-    pending, bad_in_a_row, starved = None, 0, torch.zeros(1)
-    val_loss, step = None, first_step
-    clock, clock_step = time.perf_counter(), first_step
-    batches = micro_batches(step) if step < s.max_iters else []
-    model.train()
-
-    def report(record_of, numbers):
-        """Read a finished step's numbers back and log them. Called while the next step is already running."""
-        nonlocal bad_in_a_row, clock, clock_step, starved
-        step, lr = record_of
+    def finish(step, lr, numbers):
+        """Read a step's numbers back and log them. Called while the next step is already running."""
         loss, norm, *moe = numbers.tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
-        bad_in_a_row = 0 if finite else bad_in_a_row + 1
-        bar.update(1)
-        if not finite:
-            say(f"step {step}: loss {loss}, gradient norm {norm}: update skipped ({bad_in_a_row} in a row)")
-        if bad_in_a_row >= s.max_bad_steps:
+        bad_steps[:] = [0, bad_steps[1]] if finite else [bad_steps[0] + 1, bad_steps[1] + 1]       # in a row, in all
+        if master:
+            log.step(step, lr, loss, norm, moe, bad_steps[1])
+        if bad_steps[0] >= s.max_bad_steps:
             windows = batch_windows(s.seed, step, global_batch, train_data.n_windows).tolist()
-            raise UserError(f"stopped at step {step} after {bad_in_a_row} steps in a row without a finite gradient; its windows: "
-                            f"{windows[:8]}{'...' if len(windows) > 8 else ''}; --inspect_step={step} prints them")
-        if not master:
-            return
-        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-        if moe:
-            balance, load = moe[0], torch.tensor(moe[1:]).view(model.config.n_layer, -1)
-            fair = 1 / load.shape[1]
-            starved = (starved + 1) * (load < 0.01 * fair)
-            for layer, expert in (starved == 100).nonzero().tolist():
-                say(f"warning: step {step}: expert {expert} of layer {layer} has had under 1 % of its fair share for 100 steps")
-            entropy = -(load * load.clamp(min=1e-9).log()).sum(1) / math.log(load.shape[1])
-            record |= {"balance_loss": balance, "load_min": (load.min() / fair).item(), "load_max": (load.max() / fair).item(),
-                       "load_entropy": entropy.mean().item(), "load": [[round(x, 5) for x in row] for row in load.tolist()]}
-        if step % s.log_interval == 0 or step == s.max_iters - 1 or not finite:
-            now = time.perf_counter()
-            rate = (step + 1 - clock_step) * tokens_per_step / max(now - clock, 1e-9)
-            clock, clock_step = now, step + 1
-            record |= {"tokens_per_s": rate, "mfu": rate * flops / (peak * world) if peak else None}
-            left = (s.max_iters - step - 1) * tokens_per_step / rate
-            say(f"step {step:>6}/{s.max_iters} · loss {loss:.4f} · lr {lr:.2e} · norm {norm:.2f} · {rate:,.0f} tok/s"
-                + (f" · MFU {record['mfu']:.1%}" if peak else "") + (f" · load {record['load_min']:.2f}–{record['load_max']:.2f}" if moe else "")
-                + f" · {int(left // 60)}:{int(left % 60):02d} left")
-            metrics.write(record)
-            if log_run:
-                log_run.log({k: v for k, v in record.items() if k != "load"}, step=step)
+            raise UserError(f"stopped at step {step}, the last of {bad_steps[0]} in a row without a finite loss and gradient; its windows: "
+                            f"{windows[:8]}{'...' if len(windows) > 8 else ''}; the same command with --inspect_step={step} prints them")
 
+    # ---- the loop. `step` counts the finished ones; between two steps is the time to evaluate and to save
+    step, val_loss, pending, saved = first_step, None, None, True
+    batches = micro_batches(step) if step < s.max_iters else []
+    model.train()
     while True:
-        # evaluate and save between steps; `step` counts the finished ones
         # `learned`: targets in the whole global batch of the coming step, before any of them is used
-        learned, stopping = agree(sum((y >= 0).sum().item() for _, y in batches), len(stop), control)
+        learned, stopping = agree(control, sum((y >= 0).sum().item() for _, y in batches), len(stop))
         last = step >= s.max_iters or stopping > 0
-        if pending and (last or s.eval_interval and step % s.eval_interval == 0 or s.checkpoint_interval and step % s.checkpoint_interval == 0):
-            report(*pending)
+        evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
+        saving = last or step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0
+        if pending and (evaluating or saving):
+            finish(*pending)
             pending = None
-        if s.eval_interval and (step % s.eval_interval == 0 or step >= s.max_iters):
+        if evaluating:
             val_loss = evaluate()
-            say(f"step {step:>6}/{s.max_iters} · validation loss {val_loss:.4f}")
-            if master:
-                metrics.write({"step": step, "val_loss": val_loss})
-                if log_run:
-                    log_run.log({"val_loss": val_loss}, step=step)
-            if val_loss < best_val_loss:
-                best_val_loss = val_loss
-                if s.save_best and step > 0:
-                    save(step, os.path.join(s.out_dir, "best.pt"), whole=False)
-            clock, clock_step = time.perf_counter(), step
-        if step > first_step and (last or s.checkpoint_interval and step % s.checkpoint_interval == 0):
-            save(step, checkpoint.step_path(s.out_dir, step), whole=True)
-            clock, clock_step = time.perf_counter(), step
+            last = last or val_loss is None          # stopped half-way; resuming will evaluate first
+            if master and val_loss is not None:
+                log.validation(step, val_loss)
+            if val_loss is not None and val_loss < best_val_loss:
+                if not s.save_best or step == 0 or save(step, os.path.join(s.out_dir, "best.pt"), whole=False):
+                    best_val_loss = val_loss
+        if (saving or last) and step > saved_step:
+            saved = save(step, checkpoint.step_path(s.out_dir, step), whole=True)
         if last:
             break
+        if master and (evaluating or saving):
+            log.restart_clock(step)
 
         lr = learning_rate(s, step)
         for group in optimizer.param_groups:
@@ -399,7 +316,9 @@ def main():
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             with autocast(device, dtype):
                 loss, moe = step_model(x, y, doc_mask=s.doc_mask)
-            objective = loss * (world / max(learned, 1))          # DDP averages over processes, this makes it a sum
+            # DDP averages over processes, `world` makes it a sum. A loss that is not finite is made to have such a
+            # gradient, so that one test of the summed gradient's norm serves for both, on all processes alike
+            objective = loss * (world / max(learned, 1) + 0 * loss.detach())
             if moe:
                 objective = objective + s.aux_loss_weight * moe[0] * (world / s.gradient_accumulation_steps)
                 balance, share = balance + moe[0].detach() / len(batches), share + moe[1] / len(batches)
@@ -409,13 +328,12 @@ def main():
             batches = micro_batches(step + 1)        # read while the device is busy
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         if scaler.is_enabled():
             scaler.step(optimizer)
             scaler.update()
         else:
-            # AdamW's fused kernel leaves everything as it is where found_inf is 1: the host needn't ask.
-            # The norm is of the summed gradient, so all processes skip together
+            # AdamW's fused kernel leaves everything as it is where found_inf is 1: the host needn't ask
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -424,38 +342,36 @@ def main():
         if moe:
             numbers = torch.cat((numbers, balance[None], share.flatten()))
         if world > 1:
-            others = numbers * torch.tensor([1.0] + [1 / world] * (len(numbers) - 1), device=device)
-            dist.all_reduce(others)
-            numbers = others
+            numbers[1:] /= world                     # the loss is a sum over processes, all else a mean
+            dist.all_reduce(numbers)
         if pending:
-            report(*pending)
-        pending = ((step, lr), numbers)
+            finish(*pending)
+        pending = (step, lr, numbers)
+        if device.type == "cpu":                     # nothing is running meanwhile
+            finish(*pending)
+            pending = None
         step += 1
 
-    bar.close()
     if master:
         seconds = time.time() - started
-        metrics.write({"step": step, "seconds": seconds, "tokens": (step - first_step) * tokens_per_step, "parameters": total, "active_parameters": active})
-        say(f"{'stopped' if step < s.max_iters else 'done'} at step {step} after {seconds:.0f} s"
-            + (f" · validation loss {val_loss:.4f}" if val_loss is not None else "") + f" · {s.out_dir}")
+        log.write({"step": step, "seconds": seconds, "tokens": (step - first_step) * global_batch * s.block_size,
+                   "parameters": total, "active_parameters": active})
+        log.bar.close()
+        say(f"{'done' if step >= s.max_iters else 'stopped'} at step {step} after {seconds:.0f} s"
+            + (f" · validation loss {val_loss:.4f}" if val_loss is not None else "") + f" · {s.out_dir}"
+            + ("" if step >= s.max_iters else " · --init_from=resume goes on"))
     if world > 1:
         dist.destroy_process_group()
+    if not saved:
+        raise UserError(f"the state at step {step} could not be saved: make room, then --init_from=resume goes on from the checkpoint before")
 
 
-def agree(learned, stop, control):
-    """The sums over all processes of two host-side numbers: learned tokens, and signals to stop."""
-    numbers = torch.tensor([learned, stop])
+def agree(control, *numbers):
+    """The sums over all processes of some whole numbers on the host."""
+    numbers = torch.tensor(numbers)
     if control is not None:
         dist.all_reduce(numbers, group=control)
     return numbers.tolist()
-
-
-def write_config(s):
-    """out_dir/config.py: every setting of this run, as a config file that train.py takes."""
-    comments = field_comments(Settings)
-    with open(os.path.join(s.out_dir, "config.py"), "w", encoding="utf-8") as file:
-        for key, value in asdict(s).items():
-            file.write(f"{key} = {value!r}  # {comments[key]}\n")
 
 
 if __name__ == "__main__":

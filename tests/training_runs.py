@@ -1,0 +1,221 @@
+"""Tiny training runs for the tests: their data, running train.py in a forked process, killing it, comparing two runs.
+
+A forked child of this process has torch imported already, so a run of 60 tiny steps takes about a second;
+it is train.py's own main(), with its own command line, in a process of its own that can be killed.
+"""
+import hashlib
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import torch
+
+import checkpoint
+import train
+from configurator import run
+
+PYTHON, ROOT = sys.executable, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VOCAB, BLOCK = 300, 32
+TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--batch_size=2", "--gradient_accumulation_steps=2",
+        "--max_iters=60", "--warmup_iters=5", "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5", "--dropout=0.1",
+        "--device=cpu", "--dtype=float32", "--learning_rate=1e-2"]
+MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
+
+
+def make_tokenizer(folder):
+    """A real tokenizer of VOCAB tokens in `folder`; returns its hash."""
+    import tokenizer
+    from tokenizers import pre_tokenizers, trainers
+    os.makedirs(folder)
+    backend = tokenizer.untrained()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=tokenizer.SPECIAL_TOKENS, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog. 今天天气很好，我们去公园散步。" * 3] * 4, trainer)
+    tokenizer.save(backend, folder)
+    with open(os.path.join(folder, "tokenizer.json"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None, mask=None):
+    """A folder of token files with a tokenizer beside it. tokens, mask: {"train": array, "val": array} in place of random ones."""
+    folder = str(folder)
+    hash = make_tokenizer(os.path.join(folder, "tokenizer"))
+    random = np.random.default_rng(5)
+    splits = {}
+    for split, count in (("train", train), ("val", val)):
+        if kind == "sft":
+            count = count // (block_size + 1) * (block_size + 1)
+        # a token is often the one before plus one: there is something to learn
+        ids = (np.cumsum(random.choice([1, 1, 1, 7, 31], count)) % (VOCAB - 3) + 3).astype("<u2")
+        ids[random.random(count) < 0.02] = 0
+        ids = np.asarray(tokens[split], "<u2") if tokens else ids
+        ids.tofile(os.path.join(folder, f"{split}.bin"))
+        splits[split] = {"documents": 10, "tokens": len(ids), "bytes": 3 * len(ids)}
+        if kind == "sft":
+            learned = np.asarray(mask[split], "u1") if mask else (random.random(len(ids)) < 0.4).astype("u1")
+            learned.tofile(os.path.join(folder, f"{split}_mask.bin"))
+    meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"), "tokenizer_hash": hash, "vocab_size": VOCAB, "seed": 1, "val_fraction": 0.1,
+            "splits": splits, "sources": [], "skipped": {}}
+    if kind == "sft":
+        meta["block_size"] = block_size
+    with open(os.path.join(folder, "meta.json"), "w") as file:
+        json.dump(meta, file)
+    return folder
+
+
+# what a child is doing, in one byte of shared memory
+PHASES = ["start", "step", "between micro-steps", "optimizer", "checkpoint write", "evaluation", "end"]
+
+
+class Run:
+    """train.py's main() in a forked child.
+
+    argv: flags. before: a function called in the child first (to plant a fault). env: its extra environment.
+    `wait()` gives the exit status (negative: the signal); `.output` is what it printed, both streams.
+    """
+
+    def __init__(self, argv, before=None, env=None):
+        self.mark = mmap.mmap(-1, 1)
+        self.mark[0] = 0
+        self.log = os.memfd_create("log")
+        self.status = None
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(argv, before, env or {})
+
+    def _child(self, argv, before, env):
+        status = 70
+        try:
+            os.dup2(self.log, 1), os.dup2(self.log, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = ["train.py", *argv]
+            os.environ.update(env)
+            self._mark_phases()
+            if before:
+                before()
+            run(train.main)
+            status = 0
+        except SystemExit as leave:
+            status = leave.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            status = 1
+        finally:
+            try:
+                sys.stdout.flush(), sys.stderr.flush()
+            finally:
+                os._exit(status)
+
+    def _mark_phases(self):
+        """Wrap what marks the border of two phases; none of it changes what is computed."""
+        mark = self.mark
+
+        def around(owner, name, phase, after):
+            inner = getattr(owner, name)
+
+            def wrapped(*args, **kwargs):
+                mark[0] = PHASES.index(phase)
+                result = inner(*args, **kwargs)
+                mark[0] = PHASES.index(after)
+                return result
+            setattr(owner, name, wrapped)
+        around(checkpoint, "save", "checkpoint write", "step")
+        around(train, "learning_rate", "step", "step")
+        around(torch.Tensor, "backward", "step", "between micro-steps")
+        around(torch.nn.utils, "clip_grad_norm_", "optimizer", "optimizer")
+        inner = train.permute
+        train.permute = lambda *args: (mark.__setitem__(0, PHASES.index("evaluation")), inner(*args))[1]
+
+    def phase(self):
+        return PHASES[self.mark[0]]
+
+    def wait(self, timeout=120):
+        limit = time.monotonic() + timeout
+        while self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > limit:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise AssertionError(f"the run did not end within {timeout} s:\n{self.output}")
+            else:
+                time.sleep(0.002)
+        return self.status
+
+    def wait_for(self, phase, timeout=60):
+        """Return once the child is in `phase`, or has ended (False)."""
+        limit = time.monotonic() + timeout
+        while self.phase() != phase:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+                return False
+            assert time.monotonic() < limit, f"never in phase {phase}:\n{self.output}"
+            time.sleep(0.0002)
+        return True
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    @property
+    def output(self):
+        size = os.fstat(self.log).st_size
+        return os.pread(self.log, size, 0).decode(errors="replace")
+
+
+def finish(argv, **options):
+    """Run to the end; returns the output. Fails unless it exits 0."""
+    child = Run(argv, **options)
+    assert child.wait() == 0, child.output
+    return child.output
+
+
+def refused(argv, **options):
+    """Run; returns the one line of the refusal. Fails unless it exits 2 with one line and no traceback."""
+    child = Run(argv, **options)
+    assert child.wait() == 2, child.output
+    lines = [line for line in child.output.splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 1 and "Traceback" not in child.output, child.output
+    return lines[0]
+
+
+def ranks(world, argv, before=None, env=None):
+    """`world` children that form one gloo job, rank 0 first. before: a list of functions, one a rank, or None."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (env or {})
+    return [Run(argv, before and before[r], common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+
+
+def numbers(out_dir, drop=("tokens_per_s", "mfu")):
+    """What metrics.jsonl says of every step and validation, but for speeds; the closing record is left out."""
+    with open(os.path.join(out_dir, "metrics.jsonl")) as file:
+        records = [json.loads(line) for line in file]
+    return [{key: value for key, value in record.items() if key not in drop} for record in records if "seconds" not in record]
+
+
+def newest(out_dir):
+    return checkpoint.load(checkpoint.step_path(out_dir, checkpoint.saved_steps(out_dir)[0]))
+
+
+def assert_same_run(a, b):
+    """Every logged number, and every bit of weights and optimizer state, of two finished runs are the same."""
+    assert numbers(a) == numbers(b)
+    x, y = newest(a), newest(b)
+    assert x["step"] == y["step"]
+    assert x["model"].keys() == y["model"].keys()
+    for name in x["model"]:
+        assert torch.equal(x["model"][name], y["model"][name]), name
+    for i, moments in x["optimizer"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, y["optimizer"][i][name]), (i, name)
+    assert x["scaler"] == y["scaler"] and x["best_val_loss"] == y["best_val_loss"] and x["bad_steps"] == y["bad_steps"]
