@@ -72,6 +72,27 @@ class _Permute(torch.autograd.Function):
         return grad[ctx.saved_tensors[0]], None, None
 
 
+@torch.library.custom_op("mini_llm::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
+    """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
+    return _grouped_mm(a, b, offs=offset_E)
+
+
+@_opaque_grouped_mm.register_fake
+def _(a, b, offset_E):
+    shape = (a.shape[0], b.shape[2]) if b.dim() == 3 else (len(offset_E), a.shape[0], b.shape[1])
+    return a.new_empty(shape)
+
+
+def _opaque_backward(ctx, grad_NB):
+    x_NA, w_EAB, offset_E = ctx.saved_tensors
+    return (_opaque_grouped_mm(grad_NB, w_EAB.transpose(1, 2), offset_E),
+            _opaque_grouped_mm(x_NA.t(), grad_NB, offset_E), None)
+
+
+_opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 def expert_mm(x_NA, w_EAB, offset_E):
     """Rows sorted by expert times each expert's matrix: (N, A) × (E, A, B) → (N, B).
 
@@ -81,6 +102,8 @@ def expert_mm(x_NA, w_EAB, offset_E):
     if x_NA.dtype == torch.float64:
         parts = x_NA.tensor_split(offset_E[:-1].long().cpu())
         return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
+    if torch.compiler.is_compiling() and x_NA.dtype != torch.bfloat16:
+        return _opaque_grouped_mm(x_NA, w_EAB, offset_E)
     return _grouped_mm(x_NA, w_EAB, offs=offset_E)
 
 
