@@ -1,6 +1,6 @@
 """Tiny training runs for the tests: their data, running train.py in a forked process, killing it, comparing two runs.
 
-A forked child of this process has torch imported already, so a run of 60 tiny steps takes about a second;
+A forked child of this process has torch imported already, so a run of 60 tiny steps takes half a second;
 it is train.py's own main(), with its own command line, in a process of its own that can be killed.
 """
 import hashlib
@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+import torch._inductor                           # train.py's first call into torch imports it, for most of a second in each child
 
 import checkpoint
 import train
@@ -96,6 +97,7 @@ class Run:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             sys.argv = ["train.py", *argv]
             os.environ.update(env)
+            torch.set_num_threads(1)             # the pool of threads that this process may have does not survive a fork
             self._mark_phases()
             if before:
                 before()
@@ -136,27 +138,29 @@ class Run:
     def phase(self):
         return PHASES[self.mark[0]]
 
-    def wait(self, timeout=120):
-        limit = time.monotonic() + timeout
-        while self.status is None:
+    def poll(self):
+        """The exit status if it has ended, else None."""
+        if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > limit:
+        return self.status
+
+    def wait(self, timeout=120):
+        limit = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > limit:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise AssertionError(f"the run did not end within {timeout} s:\n{self.output}")
-            else:
-                time.sleep(0.002)
+            time.sleep(0.002)
         return self.status
 
     def wait_for(self, phase, timeout=60):
         """Return once the child is in `phase`, or has ended (False)."""
         limit = time.monotonic() + timeout
         while self.phase() != phase:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
+            if self.poll() is not None:
                 return False
             assert time.monotonic() < limit, f"never in phase {phase}:\n{self.output}"
             time.sleep(0.0002)

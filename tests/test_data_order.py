@@ -1,0 +1,145 @@
+"""Which windows a step learns from: a pure function of (seed, step, global batch), for any number of processes."""
+import json
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import data
+import train
+from data import TokenData, batch_windows, permute
+from training_runs import TINY, finish, make_data, ranks
+
+
+@pytest.mark.parametrize("n", [*range(1, 130), 255, 256, 257, 1000, 4097, 65535, 65537, 100_003])
+def test_permutation_is_a_bijection(n):
+    for key in (0, 1, 2**63 - 1):
+        assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+def test_permutation_of_a_billion():
+    """Neighbours at any place of a domain too large to list go to distinct places inside it."""
+    n = 10**9
+    for start in (0, n // 3, n - 200_000):
+        image = permute(np.arange(start, start + 200_000), n, 12345)
+        assert image.min() >= 0 and image.max() < n and len(np.unique(image)) == len(image)
+
+
+def test_permutation_looks_random():
+    n = 20_000
+    image = permute(np.arange(n), n, 7)
+    assert abs(np.corrcoef(np.arange(n), image)[0, 1]) < 0.03
+    assert abs(np.abs(np.diff(image)).mean() / n - 1 / 3) < 0.01            # of two independent uniform places
+    assert (image == np.arange(n)).sum() < 10                             # fixed points: 1 is expected
+    # where one window stands in 400 epochs: uniform over ten tenths of the epoch
+    places = np.array([permute([17], 500, key)[0] for key in range(400)])
+    counts = np.bincount(places * 10 // 500, minlength=10)
+    assert ((counts - 40) ** 2 / 40).sum() < 27.9                           # chi-square, 9 degrees of freedom, p = 0.001
+
+
+@pytest.fixture
+def positions(tmp_path):
+    """A corpus whose tokens are their own positions: 600 windows of 100 tokens, and the one after."""
+    meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 65535, "splits": {}}
+    for split, count in (("train", 60_001), ("val", 1_001)):
+        np.arange(count, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+        meta["splits"][split] = {"tokens": count}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    return TokenData(str(tmp_path), "train", 100)
+
+
+def test_an_epoch_holds_every_token_once(positions):
+    batch = 24                                   # 25 steps are one epoch
+    first = [positions.windows(batch_windows(3, step, batch, positions.n_windows)) for step in range(25)]
+    inputs = np.concatenate([x.numpy().ravel() for x, _ in first])
+    assert np.array_equal(np.sort(inputs), np.arange(60_000))
+    assert all((y == x + 1).all() for x, y in first)
+    second = np.concatenate([positions.windows(batch_windows(3, step, batch, 600))[0].numpy().ravel() for step in range(25, 50)])
+    assert np.array_equal(np.sort(second), np.arange(60_000)) and not np.array_equal(inputs, second)
+    other = np.concatenate([batch_windows(4, step, batch, 600) for step in range(25)])
+    assert not np.array_equal(other, np.concatenate([batch_windows(3, step, batch, 600) for step in range(25)]))
+
+
+def test_batches_run_on_into_the_next_epoch():
+    """A batch that doesn't divide the epoch loses and repeats nothing: three epochs are three permutations."""
+    stream = np.concatenate([batch_windows(0, step, 16, 100) for step in range(20)])[:300].reshape(3, 100)
+    assert np.array_equal(np.sort(stream, axis=1), np.tile(np.arange(100), (3, 1)))
+    # nor does a batch larger than the corpus
+    assert np.array_equal(np.bincount(batch_windows(0, 0, 35, 7)), np.full(7, 5))
+
+
+def record_windows(folder):
+    """In the child: write down the windows that every call for training data asks for."""
+    def before():
+        inner, rank = TokenData.windows, os.environ.get("RANK", "0")
+
+        def windows(self, indices):
+            if self.split == "train":
+                with open(os.path.join(folder, f"windows_{rank}"), "a") as file:
+                    file.write(json.dumps([int(i) for i in indices]) + "\n")
+            return inner(self, indices)
+        train.TokenData.windows = windows
+    return before
+
+
+@pytest.mark.parametrize("world, batch_size, accumulation", [(1, 16, 1), (1, 2, 8), (2, 4, 4), (4, 2, 8), (8, 1, 16)])
+def test_every_world_size_sees_the_same_batches(tmp_path, world, batch_size, accumulation):
+    """train.py itself, as 1, 2, 4 and 8 gloo processes: what they read, put together, is the same 3 global batches."""
+    data = make_data(tmp_path / "data")
+    argv = [*TINY, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}", "--max_iters=3", "--eval_interval=0",
+            "--checkpoint_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--n_layer=1"]
+    if world == 1:
+        finish(argv, before=record_windows(tmp_path))
+    else:
+        children = ranks(world, argv, before=[record_windows(tmp_path)] * world)
+        assert [child.wait() for child in children] == [0] * world, children[0].output
+    per_rank = [[json.loads(line) for line in open(tmp_path / f"windows_{rank}")] for rank in range(world)]
+    micro_steps = accumulation // world
+    for step in range(3):
+        batch = sum((per_rank[rank][step * micro_steps + micro] for micro in range(micro_steps) for rank in range(world)), [])
+        assert batch == batch_windows(1337, step, 16, 124).tolist()
+    assert all(len(calls) == 3 * micro_steps for calls in per_rank)
+
+
+def test_resuming_continues_with_the_next_batch(tmp_path):
+    data = make_data(tmp_path / "data")
+    argv = [*TINY, "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}", "--n_layer=1"]
+    for name, parts in (("straight", [["--max_iters=9"]]), ("parted", [["--max_iters=4"], ["--max_iters=9", "--init_from=resume"]])):
+        os.mkdir(tmp_path / name)
+        for part in parts:
+            finish([*argv, *part, f"--out_dir={tmp_path}/{name}/out"], before=record_windows(tmp_path / name))
+    assert open(tmp_path / "straight/windows_0").read() == open(tmp_path / "parted/windows_0").read()
+
+
+def open_and_draw(folder, tokens):
+    """Open a corpus of `tokens` tokens (holes in a sparse file) and draw a late batch: (windows, memory at its peak in bytes)."""
+    meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 300,
+            "splits": {"train": {"tokens": tokens}, "val": {"tokens": 0}}}
+    os.mkdir(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with open(folder / "train.bin", "wb") as file:
+        try:
+            file.truncate(2 * tokens)
+        except OSError:
+            pytest.skip("no room for a sparse file of 16 GB here")
+    tracemalloc.start()
+    corpus = TokenData(str(folder), "train", 8)
+    x, _ = corpus.windows(batch_windows(1, 10**6, 512, corpus.n_windows))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert x.shape == (512, 8)
+    return corpus.n_windows, peak
+
+
+def test_a_billion_windows_cost_no_more_than_a_few(tmp_path, monkeypatch):
+    """16 GB of tokens: as much memory as for 1.6 MB, and at the start a bounded number of tokens read."""
+    monkeypatch.setattr(data, "SCAN_LIMIT", 8 << 20)         # what holds for 64 MB holds for 8
+    read = []
+    inner = TokenData._check_ids
+    monkeypatch.setattr(TokenData, "_check_ids", lambda self, tokens, start: (read.append(len(tokens)), inner(self, tokens, start)))
+    few, small = open_and_draw(tmp_path / "few", 8 * 10**5 + 1)
+    many, large = open_and_draw(tmp_path / "many", 8 * 10**9 + 1)
+    assert (few, many) == (10**5, 10**9)
+    assert large < small + 100_000, (small, large)
+    assert sum(read) <= data.SCAN_LIMIT, sum(read)
