@@ -32,9 +32,11 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """torch.dtype of "auto", "float32", "bfloat16" or "float16". auto is bfloat16 on a GPU that has it, else float32."""
+    """torch.dtype of "auto", "float32", "bfloat16" or "float16". auto is bfloat16 where the device multiplies in it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # an older torch cannot say what the CPU can
+        quick = torch.cuda.is_bf16_supported if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        return torch.bfloat16 if quick() else torch.float32
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

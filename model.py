@@ -129,21 +129,26 @@ class Attention(nn.Module):
         return (weight[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype).view_as(q)
 
 
-def document_mask(idx):
+def document_ids(idx):
+    """Number the documents of each row: (B, T) token ids → (B, T) int32. A document ends with its <|endoftext|>."""
+    ends = (idx == END_OF_TEXT).int()
+    return (ends.cumsum(1) - ends).int()
+
+
+def document_mask(document):
     """What each token may see: tokens of its own document, up to itself.
 
-    idx: (B, T). A document ends with its <|endoftext|>. Returns a BlockMask for flex_attention where
-    it will be compiled for a GPU, else a bool tensor (B, 1, T, T), True where attention is allowed.
+    document: (B, T), as document_ids gives it. Returns a BlockMask for flex_attention where it will be
+    compiled for a GPU, else a bool tensor (B, 1, T, T), True where attention is allowed.
     """
-    ends = (idx == END_OF_TEXT).int()
-    document = ends.cumsum(1) - ends
-    if idx.is_cuda and torch.compiler.is_compiling():
+    B, T = document.shape
+    if document.is_cuda and torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(b, h, q, k):
             return (q >= k) & (document[b, q] == document[b, k])
-        return create_block_mask(visible, idx.shape[0], None, idx.shape[1], idx.shape[1], device=idx.device)
-    causal = torch.ones(idx.shape[1], idx.shape[1], dtype=torch.bool, device=idx.device).tril()
+        return create_block_mask(visible, B, None, T, T, device=document.device)
+    causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
     return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
@@ -205,26 +210,28 @@ class GPT(nn.Module):
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx, targets=None, doc_mask=False):
+    def forward(self, idx, targets=None, document=None):
         """idx: (B, T) token ids, T up to block_size.
 
         With targets (B, T), -1 where nothing is learned: the *sum* of the cross-entropies in nats (the
         caller divides by the number of learned tokens of the whole step), and for a mixture of experts
         (balance loss averaged over layers, share of rows (n_layer, n_expert)), for a dense model None.
-        Without targets: logits (B, T, vocab_size). doc_mask=True: attention stays inside a document.
+        Without targets: logits (B, T, vocab_size). document (B, T): attention stays inside a document; it
+        comes from outside because a mask made of a compiled graph's intermediate result is refused by
+        torch's compiler where there is no backward pass to save it for.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit into block_size={self.config.block_size}")
-        logits, moe = self.logits_and_stats(idx, doc_mask)
+        logits, moe = self.logits_and_stats(idx, document)
         if targets is None:
             return logits
         logits = logits.flatten(0, 1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum"), moe
 
-    def logits_and_stats(self, idx, doc_mask=False):
+    def logits_and_stats(self, idx, document=None):
         """(B, T) → logits (B, T, vocab_size) and what `forward` says of a mixture of experts."""
-        mask = document_mask(idx) if doc_mask else None
+        mask = None if document is None else document_mask(document)
         x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
         return self.logits(x), moe
 
@@ -369,13 +376,8 @@ def generation_dtype(name, device):
     Making one token reads every weight once, so half the bytes are half the time, but for a CPU that
     has no instructions for bfloat16.
     """
-    if isinstance(name, torch.dtype):
-        return name
-    if name == "auto" and device.type == "cpu":
-        quick = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return torch.bfloat16 if quick else torch.float32
     from device import pick_dtype
-    return pick_dtype(name, device)
+    return name if isinstance(name, torch.dtype) else pick_dtype(name, device)
 
 
 class _Uninitialized(torch.overrides.TorchFunctionMode):

@@ -27,6 +27,7 @@ import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
 from device import autocast, describe, peak_flops, pick_device, pick_dtype, rank_and_world
+from model import document_ids
 from run_log import RunLog, check_wandb, say
 from starting_point import build_model, identity, job, open_resumed
 
@@ -39,10 +40,10 @@ class Settings:
     init_from: str = "scratch"              # scratch, resume (go on in out_dir), or a folder whose weights to start from
     overwrite: bool = False                 # start over in an out_dir that already holds a run
     # the model; with init_from=DIR its shape comes from there
-    n_layer: int = 4                        # blocks
+    n_layer: int = 2                        # blocks
     n_head: int = 4                         # query heads
     n_kv_head: int = 2                      # key/value heads, each shared by n_head / n_kv_head query heads
-    n_embd: int = 128                       # width of the residual stream
+    n_embd: int = 192                       # width of the residual stream
     n_inner: int = 0                        # width of the FFN or of one expert; 0: 4 * n_embd
     n_expert: int = 0                       # experts per layer; 0: a dense model
     n_expert_per_tok: int = 4               # experts that each token visits
@@ -257,7 +258,7 @@ def main():
             y[len(rows):] = -1                       # the last batch is filled up, so that all have one shape
             x, y = to_device((x, y))
             with autocast(device, dtype):
-                loss, _ = step_model(x, y, doc_mask=s.doc_mask)
+                loss, _ = step_model(x, y, document_ids(x) if s.doc_mask else None)
             sums[:2] += torch.stack((loss.double(), (y >= 0).sum()))
         if world > 1:
             dist.all_reduce(sums)
@@ -315,7 +316,7 @@ def main():
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             with autocast(device, dtype):
-                loss, moe = step_model(x, y, doc_mask=s.doc_mask)
+                loss, moe = step_model(x, y, document_ids(x) if s.doc_mask else None)
             # DDP averages over processes, `world` makes it a sum. A loss that is not finite is made to have such a
             # gradient, so that one test of the summed gradient's norm serves for both, on all processes alike
             objective = loss * (world / max(learned, 1) + 0 * loss.detach())

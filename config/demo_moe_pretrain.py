@@ -1,0 +1,6 @@
+"""The demo's pretraining with a mixture of experts: two of eight experts a token, no more parameters active than the dense demo has."""
+out_dir = "out/demo_moe_pretrain"
+n_expert = 8
+n_expert_per_tok = 2
+n_inner = 368                   # two experts and the router are a little less than the dense FFN's 768
+dtype = "float32"               # on a CPU the grouped product is quicker so than in bfloat16

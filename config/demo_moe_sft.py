@@ -1,0 +1,14 @@
+"""The demo's SFT of the mixture of experts, on top of out/demo_moe_pretrain."""
+out_dir = "out/demo_moe_sft"
+data_dir = "data/demo/sft"
+init_from = "out/demo_moe_pretrain"
+doc_mask = True
+epochs = 4
+max_iters = 0                   # as many as epochs says
+learning_rate = 7e-4
+min_lr = 7e-5
+warmup_iters = 20
+eval_interval = 100
+checkpoint_interval = 0
+log_interval = 20
+dtype = "float32"
