@@ -151,7 +151,7 @@ def main():
     torch.use_deterministic_algorithms(s.deterministic)
     control = None                              # a group for host-side numbers, so that agreeing never waits for a GPU
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_job("nccl" if device.type == "cuda" else "gloo", rank, world)
         control = dist.new_group(backend="gloo")
 
     # ---- data and model
@@ -365,6 +365,19 @@ def main():
         dist.destroy_process_group()
     if not saved:
         raise UserError(f"the state at step {step} could not be saved: make room, then --init_from=resume goes on from the checkpoint before")
+
+
+def join_job(backend, rank, world):
+    """torch.distributed.init_process_group, which also works after a restart by torchrun --max-restarts.
+
+    The agent's store outlives its workers, and torch would read the addresses that the dead ones left in it. On one
+    node the count of restarts tells the attempts apart; on several it differs between them, and torch's own way out
+    is to launch with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def agree(control, *numbers):

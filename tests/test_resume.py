@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import checkpoint
-import train
-from training_runs import MOE, PHASES, TINY, Run, assert_same_run, finish, make_data, newest, numbers, refused
+from training_runs import MOE, PHASES, TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, refused
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +114,6 @@ def test_sft_resumes_without_naming_the_shape(data, sft, tmp_path):
     assert checkpoint.read_settings(tmp_path / "resumed")["init_from"] == f"{tmp_path}/base"
     line = refused([*argv, "--n_layer=4", f"--out_dir={tmp_path}/other"])
     assert "n_layer=2" in line and "4" in line and not os.path.exists(tmp_path / "other")
-
-
-def die_at(step):
-    """In the child: SIGKILL when `step` begins."""
-    inner = train.learning_rate
-    train.learning_rate = lambda s, now: os.kill(os.getpid(), 9) if now == step else inner(s, now)
 
 
 def test_a_restart_never_goes_on_with_another_job(data, tmp_path):

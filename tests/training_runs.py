@@ -200,6 +200,21 @@ def ranks(world, argv, before=None, env=None):
     return [Run(argv, before and before[r], common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
 
 
+def on_step(action):
+    """In the child: call action(step) when a step begins."""
+    inner = train.learning_rate
+
+    def learning_rate(s, step):
+        action(step)
+        return inner(s, step)
+    train.learning_rate = learning_rate
+
+
+def die_at(step):
+    """In the child: SIGKILL when `step` begins."""
+    on_step(lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
+
+
 def numbers(out_dir, drop=("tokens_per_s", "mfu")):
     """What metrics.jsonl says of every step and validation, but for speeds; the closing record is left out."""
     with open(os.path.join(out_dir, "metrics.jsonl")) as file:
