@@ -1,0 +1,170 @@
+"""Being told to stop: the step is finished, the state saved, exit 0, on every process; a second Ctrl-C leaves at once."""
+import os
+import signal
+import time
+
+import pytest
+
+import checkpoint
+import train
+from training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_step, ranks
+
+LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("signals") / "data")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """{arguments: folder of the run with these, never interrupted}."""
+    folder, made = tmp_path_factory.mktemp("straight"), {}
+
+    def make(*argv):
+        if argv not in made:
+            made[argv] = folder / str(len(made))
+            finish([*argv, f"--data_dir={data}", f"--out_dir={made[argv]}"])
+        return made[argv]
+    return make
+
+
+def signal_at(step, number, times=1):
+    """In the child: send itself the signal when `step` begins, and write down that it did."""
+    return lambda: on_step(lambda now: [os.kill(os.getpid(), number) for _ in range(times)] if now == step else None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, number):
+    """A signal within step 7 ends the run after step 7, at 8 finished steps; resuming is exact."""
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    output = finish(argv, before=signal_at(7, number))
+    assert checkpoint.saved_steps(tmp_path / "out") == [8]
+    assert "stopped at step 8" in output and "--init_from=resume goes on" in output
+    assert "resuming at step 8" in finish([*argv, "--init_from=resume"])
+    assert_same_run(straight(*LONG), tmp_path / "out")
+
+
+@pytest.mark.parametrize("phase", ["between micro-steps", "optimizer", "checkpoint write", "evaluation"])
+def test_wherever_the_signal_comes(data, straight, tmp_path, phase):
+    argv = [*TINY, "--max_iters=30", "--eval_interval=7", "--eval_iters=50"]
+    child = Run([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
+    assert child.wait_for("between micro-steps") and child.wait_for(phase)
+    child.kill(signal.SIGTERM)
+    assert child.wait() == 0, child.output
+    assert 1 <= newest(tmp_path / "out")["step"] < 30 and "stopped at step" in child.output
+    finish([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--init_from=resume"])
+    assert_same_run(straight(*argv), tmp_path / "out")
+
+
+def test_a_long_evaluation_is_cut_short(data, tmp_path):
+    """A signal doesn't wait for the end of the validation; the resumed run does it again, whole."""
+    argv = [*LONG, "--eval_interval=10", "--eval_iters=50", "--max_iters=12", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    def before():
+        inner, count = train.TokenData.windows, [0]
+
+        def windows(self, indices):
+            if self.split == "val":
+                count[0] += 1
+                if count[0] == 15:               # of 11 batches at step 0 and 11 at step 10: the fourth of the second
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return inner(self, indices)
+        train.TokenData.windows = windows
+        write = train.RunLog.write
+
+        def count_batches(self, record):
+            if "seconds" in record:
+                print(f"read {count[0]} validation batches")
+            return write(self, record)
+        train.RunLog.write = count_batches
+    output = finish(argv, before=before)
+    assert "read 15 validation batches" in output and checkpoint.saved_steps(tmp_path / "out") == [10]
+    assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0]
+    finish([*argv, "--init_from=resume"])
+    assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0, 10, 12]
+
+
+@pytest.mark.parametrize("who", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):
+    """Two processes, one or both of them told: both exit 0 after the same step, and it is saved."""
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    children = ranks(2, argv, before=[signal_at(7, number) if rank in who else None for rank in range(2)])
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    assert checkpoint.saved_steps(tmp_path / "out") == [8] and "stopped at step 8" in children[0].output
+
+
+def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
+    """torchrun passes on what the terminal has sent already: two at once are one, on several processes."""
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    children = ranks(2, argv, before=[signal_at(7, signal.SIGINT, times=2)] * 2)
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    assert checkpoint.saved_steps(tmp_path / "out") == [8]
+
+
+def stall(step):
+    """In the child: a step that takes minutes."""
+    return lambda: on_step(lambda now: [time.sleep(0.01) for _ in range(30_000)] if now == step else None)
+
+
+def wait_for_record(out_dir, step):
+    limit = time.monotonic() + 60
+    while not os.path.exists(f"{out_dir}/metrics.jsonl") or f'"step": {step},' not in open(f"{out_dir}/metrics.jsonl").read():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_path):
+    """Step 17 takes minutes: the first Ctrl-C waits for it, the second doesn't. What step 15 saved is whole; resuming is exact."""
+    argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    child = Run(argv, before=stall(17))
+    wait_for_record(tmp_path / "out", 16)
+    child.kill(signal.SIGINT)
+    time.sleep(0.3)
+    assert child.poll() is None                  # it waits for the end of the step
+    child.kill(signal.SIGINT)
+    assert child.wait(timeout=30) == 130
+    assert newest(tmp_path / "out")["step"] == 15
+    assert "resuming at step 15" in finish([*argv, "--init_from=resume"])
+    assert_same_run(straight(*TINY, "--max_iters=30"), tmp_path / "out")
+
+
+def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
+    """The write of step 15 takes minutes: left half-written under its temporary name; step 10 is whole, and the remains go."""
+    def before():
+        inner = os.fsync
+
+        def fsync(handle):
+            if "ckpt_00000015" in os.readlink(f"/proc/self/fd/{handle}"):
+                [time.sleep(0.01) for _ in range(30_000)]
+            return inner(handle)
+        os.fsync = fsync
+    argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    child = Run(argv, before=before)
+    wait_for_record(tmp_path / "out", 14)
+    while not os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp"):
+        time.sleep(0.01)
+    child.kill(signal.SIGINT)
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.kill(signal.SIGINT)
+    assert child.wait(timeout=30) == 130
+    assert newest(tmp_path / "out")["step"] == 10 and os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp")
+    assert "resuming at step 10" in finish([*argv, "--init_from=resume"])
+    assert_same_run(straight(*TINY, "--max_iters=30"), tmp_path / "out")
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_ctrl_c_while_starting_is_no_traceback(data, tmp_path):
+    """Before the first step there is nothing to save: it leaves with 130 and no more than a line."""
+    def before():
+        inner = train.TokenData
+
+        def opening(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return inner(*args)
+        train.TokenData = opening
+    child = Run([*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
+    assert child.wait() == 130 and "Traceback" not in child.output and not os.path.exists(tmp_path / "out")
