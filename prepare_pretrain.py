@@ -21,7 +21,7 @@ from configurator import UserError, configure, positional, run
 from output_folder import replaced_folder
 from text_reader import Report, Source, documents
 from token_files import Spool, digest, encode_ahead, in_batches, is_validation
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
 
 
 @dataclass
@@ -99,16 +99,18 @@ def progress(source):
 
 
 _SIZES = struct.Struct("<Q")         # UTF-8 bytes of the text, before its tokens in a record
+_END = np.array([END_OF_TEXT], "<u2").tobytes()
 
 
 def encode_documents(tokenizer, batch):
     """[(place, text)] -> [(place, characters, digest, payload)], the payload being UTF-8 bytes and token ids."""
-    encoded = tokenizer.encode_batch([text for _, text in batch])
+    short = iter(tokenizer.encode_batch([text for _, text in batch if len(text) <= MAX_PIECE]))
     result = []
-    for (place, text), ids in zip(batch, encoded):
+    for place, text in batch:
         content = text.encode("utf-8")
-        ids.append(END_OF_TEXT)
-        result.append((place, len(text), digest(content), _SIZES.pack(len(content)) + np.array(ids, "<u2").tobytes()))
+        pieces = [next(short)] if len(text) <= MAX_PIECE else tokenizer.encode_pieces(text)
+        tokens = b"".join(np.array(ids, "<u2").tobytes() for ids in pieces)
+        result.append((place, len(text), digest(content), _SIZES.pack(len(content)) + tokens + _END))
     return result
 
 

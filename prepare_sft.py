@@ -54,10 +54,12 @@ def main():
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
-    s.block_size = s.block_size or (512 if s.files else 128)
+    s.block_size = (512 if s.files else 128) if s.block_size is None else s.block_size
     check(s)
-    if s.block_size < 8:
-        raise UserError(f"--block_size={s.block_size} is too short for a question and an answer")
+    if not 8 <= s.block_size <= 1 << 20:
+        raise UserError(f"--block_size={s.block_size} must be at least 8, for a question and an answer, and at most {1 << 20:,}")
+    if s.show < 0:
+        raise UserError(f"--show={s.show} must be 0 or more")
     tokenizer = Tokenizer.load(s.tokenizer)
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding) if s.files else None
@@ -113,21 +115,35 @@ _SIZES = struct.Struct("<QQ")        # UTF-8 bytes of the contents, and of the l
 
 def encode_conversations(tokenizer, batch, capacity):
     """[(place, messages)] -> [(place, digest, payload, fit)]; fit is "whole", "truncated" or "dropped"."""
+    # no token is longer than `longest` bytes, so what lies behind capacity * longest bytes cannot fit,
+    # and a conversation of 50 MB need not be encoded to be told so
+    longest = max(map(len, tokenizer.token_bytes))
+    heads = [messages[:within(messages, capacity * longest)] for _, messages in batch]
     result = []
-    for (place, messages), (ids, mask) in zip(batch, tokenizer.encode_chats([messages for _, messages in batch])):
+    for (place, messages), head, (ids, mask) in zip(batch, heads, tokenizer.encode_chats(heads)):
         name = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in messages)
         fit = "whole"
-        if len(ids) + 1 > capacity:
-            turns, length = whole_turns(messages, ids, capacity - 1)
+        if len(head) < len(messages) or len(ids) + 1 > capacity:
+            turns, length = whole_turns(head, ids, capacity - 1)
             fit = "truncated" if turns else "dropped"
-            messages, ids, mask = messages[:turns], ids[:length], mask[:length]
-        sizes = [(message["role"], len(message["content"].encode("utf-8"))) for message in messages]
+            head, ids, mask = head[:turns], ids[:length], mask[:length]
+        sizes = [(message["role"], len(message["content"].encode("utf-8"))) for message in head]
         payload = b"".join([
             _SIZES.pack(sum(size for _, size in sizes), sum(size for role, size in sizes if role == "assistant")),
             np.array(ids + [END_OF_TEXT], "<u2").tobytes(), bytes(mask + [0]),
         ])
         result.append((place, digest(name.encode("utf-8")), payload, fit))
     return result
+
+
+def within(messages, limit):
+    """How many leading messages have contents of at most `limit` characters together."""
+    total = 0
+    for number, message in enumerate(messages):
+        total += len(message["content"])
+        if total > limit:
+            return number
+    return len(messages)
 
 
 def whole_turns(messages, ids, room):

@@ -161,33 +161,31 @@ def _decompress(name, stream):
 _parse = json.JSONDecoder(strict=False).decode        # strict=False: a raw tab or NUL inside a string is kept
 
 
-def _json_objects(source, wanted):
-    """Yield (place, object) of the JSON lines that can be parsed, `wanted(line)` deciding first."""
-    for kind, place, line in source.lines():
-        if kind == "json" and wanted(line):
-            record = _json_object(source, place, line)
-            if record is not None:
-                yield place, record
-
-
-def _json_object(source, place, line):
+def _decode(source, place, line):
     try:
-        text = line.decode(source.encoding).strip(" \t\r\n\ufeff")
+        return line.decode(source.encoding)
     except UnicodeDecodeError:
         source.report.skip(f"not {source.encoding}", place)
         return None
+
+
+def _json_object(source, place, line):
+    text = _decode(source, place, line)
+    if text is None:
+        return None
+    text = text.strip(" \t\r\n\ufeff")
     if not text:
         source.report.skip("blank line", place)
         return None
     try:
         record = _parse(text)
     except (ValueError, RecursionError):
-        if text[0] == "[" and place.endswith(":1"):
-            raise UserError(f"{place[:-2]} is one JSON array; make it one object a line, as `jq -c '.[]'` does") from None
+        record = None
+    if text[0] == "[" and place.endswith(":1"):
+        raise UserError(f"{place[:-2]} is one JSON array; make it one object a line, as `jq -c '.[]'` does")
+    if record is None:
         source.report.skip("malformed JSON", place)
         return None
-    if type(record) is list and place.endswith(":1"):
-        raise UserError(f"{place[:-2]} is one JSON array; make it one object a line, as `jq -c '.[]'` does")
     if type(record) is not dict:
         source.report.skip("not a JSON object", place)
         return None
@@ -213,18 +211,21 @@ def documents(source, text_key="text", wanted=lambda line: True, chats=False):
     report, pending, size, where = source.report, [], 0, None
     for kind, place, line in source.lines():
         if pending and (kind != "txt" or place.endswith(":1") or size >= TXT_DOCUMENT):
-            yield from _txt_document(pending, source, where)
+            yield from _txt_document(pending, where)
             pending, size = [], 0
         if not wanted(line):
             continue
         if kind == "txt":
             if line.rstrip() == b"<|endoftext|>":
                 size = TXT_DOCUMENT              # ends the document before; is not part of any
-            else:
+            elif (text := _decode(source, place, line)) is not None:
+                if text.endswith("\r\n"):
+                    report.repair("CRLF line end made LF", place)
+                    text = text[:-2] + "\n"
                 where = where if pending else place
-                pending.append(line)
+                pending.append(text)
                 size += len(line)
-        elif record := _json_object(source, place, line):
+        elif (record := _json_object(source, place, line)) is not None:
             text = record.get(text_key)
             if text is None and chats:
                 messages = clean_conversation(record, report, place)
@@ -237,23 +238,16 @@ def documents(source, text_key="text", wanted=lambda line: True, chats=False):
             else:
                 yield place, _mend(text, report, place)
     if pending:
-        yield from _txt_document(pending, source, where)
+        yield from _txt_document(pending, where)
 
 
-def _txt_document(lines, source, place):
-    try:
-        text = b"".join(lines).decode(source.encoding)
-    except UnicodeDecodeError:
-        source.report.skip(f"not {source.encoding}", place)
-        return
-    if "\r\n" in text:
-        source.report.repair("CRLF line ends made LF", place)
-        text = text.replace("\r\n", "\n")
+def _txt_document(lines, place):
+    text = "".join(lines)
     if text.strip():
         yield place, text
 
 
-def conversations(source, wanted=lambda line: True):
+def conversations(source):
     """Yield (place, messages) of each conversation; messages are [{"role", "content"}, …]: perhaps system, then user and assistant in turn.
 
     Understood: `conversations` or `messages` (`from`/`value` or `role`/`content`), or `instruction`,
@@ -262,9 +256,9 @@ def conversations(source, wanted=lambda line: True):
     for path in source.files:
         if _kind(path) == "txt":
             raise UserError(f"{path}: conversations come as JSON lines, not as .txt")
-    for place, record in _json_objects(source, wanted):
-        messages = clean_conversation(record, source.report, place)
-        if messages:
+    for _, place, line in source.lines():
+        record = _json_object(source, place, line)
+        if record is not None and (messages := clean_conversation(record, source.report, place)):
             yield place, messages
 
 

@@ -119,11 +119,22 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
-        if any(len(text) > MAX_PIECE for text in texts):
-            pieces = [_cut(text) for text in texts]
-            flat = iter(self.encode_batch([piece for group in pieces for piece in group]))
-            return [[id for _ in group for id in next(flat)] for group in pieces]
+        """A list of ids for each text, on all cores (the environment's RAYON_NUM_THREADS bounds them)."""
+        short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
+        return [next(short) if len(text) <= MAX_PIECE else [id for ids in self.encode_pieces(text) for id in ids]
+                for text in texts]
+
+    def encode_pieces(self, text):
+        """Yield the ids of a text of any length, piece by piece, in memory that does not grow with it.
+
+        A text over MAX_PIECE characters is cut after a line end, which changes no id; only where none
+        is in reach it is cut anywhere, which may part one token into two.
+        """
+        pieces = _cut(text)
+        for first in range(0, len(pieces), 4):
+            yield from self._encode(pieces[first: first + 4])
+
+    def _encode(self, texts):
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:                                # a lone surrogate
@@ -175,7 +186,7 @@ class Tokenizer:
 
 
 def _cut(text):
-    """Pieces of at most MAX_PIECE characters, cut after a line end where there is one (which changes no id)."""
+    """Pieces of at most MAX_PIECE characters, cut after a line end where there is one."""
     pieces, start = [], 0
     while len(text) - start > MAX_PIECE:
         stop = text.rfind("\n", start, start + MAX_PIECE) + 1 or start + MAX_PIECE

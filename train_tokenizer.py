@@ -7,6 +7,7 @@ Writes tokenizer.json and tokenizer_config.json, the latter with the chat templa
 Files of conversations serve as well as files of text. Of an input larger than max_bytes the sample is
 spread evenly over the whole of it. The same input gives the same tokenizer.
 """
+import sys
 import time
 from dataclasses import dataclass
 
@@ -48,13 +49,11 @@ def main():
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding) if s.files else None
     with replaced_folder(s.out_dir, FILES) as folder:
-        backend = tokenizer_module.untrained(s.nfkc, tokenizer_module.HAN_RUN_TRAINING)
         with progress(source) as bar:
             sample = Sample(source, s, report, bar)
-            backend.train_from_iterator(sample, trainer(s.vocab_size))
+            backend = train(sample, s.vocab_size, s.nfkc)
         if not sample.bytes:
-            raise UserError("the input holds no text" + "".join(f";{line}" for line in report.lines()))
-        backend.pre_tokenizer = tokenizer_module.untrained(s.nfkc).pre_tokenizer
+            raise UserError(f"the input holds no text (--text_key={s.text_key})" + "".join(f";{line}" for line in report.lines()))
         tokenizer_module.save(backend, folder)
     tokenizer = tokenizer_module.Tokenizer.load(s.out_dir)
     print(f"wrote {s.out_dir}: {tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
@@ -65,11 +64,17 @@ def main():
         print(line)
 
 
-def trainer(vocab_size):
-    return trainers.BpeTrainer(
+def train(texts, vocab_size, nfkc=False):
+    """A tokenizers.Tokenizer trained on an iterable of texts. Memory grows with the different pre-tokens in
+    them, for which reason they are cut shorter here than in encoding; see tokenizer.py."""
+    backend = tokenizer_module.untrained(nfkc, tokenizer_module.HAN_RUN_TRAINING)
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=tokenizer_module.SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),       # all 256 bytes: every string can be encoded
-    )
+        show_progress=sys.stderr.isatty(),
+    ))
+    backend.pre_tokenizer = tokenizer_module.untrained(nfkc).pre_tokenizer
+    return backend
 
 
 def demo_texts(report):
@@ -80,7 +85,7 @@ def demo_texts(report):
 
 class Sample:
     """Iterates over the sampled texts. The first `f` of the input may give the first `f` of max_bytes (and a
-    twentieth ahead, so that an input that fits is taken whole); lines beyond that pass unparsed."""
+    hundredth ahead); lines beyond that pass unparsed."""
 
     def __init__(self, source, settings, report, bar):
         self._source, self._settings, self._report, self._bar = source, settings, report, bar
@@ -88,23 +93,23 @@ class Sample:
 
     def _wanted(self, line):
         share = self._source.position / max(1, self._source.size)
-        return self.bytes < self._settings.max_bytes * min(1, share + 0.05)
+        return self.bytes < self._settings.max_bytes * min(1, share + 0.01)
 
     def __iter__(self):
         s = self._settings
         texts = documents(self._source, s.text_key, self._wanted, chats=True) if self._source else demo_texts(self._report)
         for _, text in texts:
-            left = s.max_bytes - self.bytes
-            if left <= 0:
-                continue
             content = text.encode("utf-8")
-            if len(content) > left:
-                content = content[:left]
-                text = content.decode("utf-8", errors="ignore")
+            left = s.max_bytes - self.bytes
+            if len(content) > left:              # the last text is cut, between two characters
+                text = content[:left].decode("utf-8", errors="ignore")
+                content = text.encode("utf-8")
             self.bytes += len(content)
             self.documents += 1
             self._bar.update((self._source.position if self._source else self.bytes) - self._bar.n)
             yield text
+            if self.bytes + 4 > s.max_bytes:
+                break
 
 
 if __name__ == "__main__":
