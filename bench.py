@@ -198,6 +198,9 @@ def bench_decode(s):
 
 def main():
     s = configure(Settings)
+    for key, least in (("repeats", 2), ("batch_size", 0), ("block_size", 1), ("prompt", 1), ("new_tokens", 1), ("vocab_size", 2)):
+        if getattr(s, key) < least:
+            raise UserError(f"{key}={getattr(s, key)} must be at least {least}")
     torch.backends.cuda.matmul.allow_tf32 = True
     what = s.what[0] if s.what else "train"
     if what == "train":

@@ -83,7 +83,7 @@ def lock(folder):
         if not os.access(folder, os.W_OK):
             raise UserError(f"no permission to write to {folder}")
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {folder!r} for out_dir: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,15 +209,21 @@ def load_for_inference(folder, which="newest", check=False):
     return state
 
 
-def read_settings(folder):
-    """The settings of the run that left `folder`, a dict, from its config.py. Literals only: nothing is executed."""
+def read_settings(folder, *needed):
+    """The settings of the run that left `folder`, a dict, from its config.py. Literals only: nothing is executed.
+
+    UserError if it cannot be read, or lacks one of the keys in `needed`.
+    """
     path = os.path.join(folder, "config.py")
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
-        return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+        settings = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
     except (OSError, SyntaxError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if missing := set(needed) - settings.keys():
+        raise UserError(f"{path} says nothing of {', '.join(sorted(missing))}: it is not what train.py wrote")
+    return settings
 
 
 def write_settings(folder, settings):

@@ -189,7 +189,7 @@ def _read_config(path, hints, inputs):
     namespace = {}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except Exception as error:                    # the file is the user's program; its faults are theirs
+    except (Exception, SystemExit) as error:      # the file is the user's program; its faults are theirs
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
     values = {}
     for key, value in namespace.items():
@@ -199,7 +199,7 @@ def _read_config(path, hints, inputs):
         kind, optional = _optional(hints[key])
         if kind is float and type(value) is int:
             value = float(value)
-        if kind is int and type(value) is float and value == int(value):
+        if kind is int and type(value) is float and value.is_integer():
             value = int(value)
         if not (type(value) is kind or (optional and value is None)):
             raise UserError(f"{path}: {key} takes {_kind_name(kind)}, not {value!r}")

@@ -98,13 +98,13 @@ def answer_all(model, pairs, batch_size, max_new_tokens):
 
 def main():
     s = configure(Settings)
-    if s.batch_size < 1 or s.eval_iters < 0 or s.max_new_tokens < 1:
-        raise UserError("batch_size and max_new_tokens must be at least 1, eval_iters at least 0")
+    if s.batch_size < 1 or s.max_new_tokens < 1 or s.eval_iters < 0 or s.show < 0:
+        raise UserError("batch_size and max_new_tokens must be at least 1, eval_iters and show at least 0")
     started = time.time()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype="float32", which=s.which)
-    trained = read_settings(s.out_dir)
+    trained = read_settings(s.out_dir, "data_dir", "doc_mask")
     s.data_dir = s.data_dir or trained["data_dir"]
     data = TokenData(s.data_dir, "val", model.config.block_size)
     if data.meta["tokenizer_hash"] != model.tokenizer.hash:

@@ -32,8 +32,8 @@ def main():
     s = configure(Settings)
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
-    if s.num_samples < 1:
-        raise UserError(f"num_samples={s.num_samples} must be at least 1")
+    if not 1 <= s.num_samples <= 10_000:
+        raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: they are made in one batch")
     prompt = read_prompt(s.prompt)
     model = s.load()
     ids = [END_OF_TEXT] + model.tokenizer.encode(prompt)

@@ -93,7 +93,7 @@ class Settings:
 # the least that makes sense; what concerns the model's shape, GPTConfig checks
 LEAST = {"block_size": 1, "vocab_size": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0,
          "min_lr": 0, "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0,
-         "log_interval": 1, "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1}
+         "rope_theta": 1, "inspect_step": -1, "log_interval": 1, "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1}
 
 
 def check(s, world):
@@ -104,6 +104,8 @@ def check(s, world):
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
             raise UserError(f"{key}={getattr(s, key)} must be below 1")
+    if s.batch_size * s.gradient_accumulation_steps > 10**8:
+        raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps={s.gradient_accumulation_steps} is more windows than one step can hold")
     if s.max_iters == s.epochs == 0:
         raise UserError("give the length of the training: max_iters or epochs above 0")
     if s.gradient_accumulation_steps % world:
