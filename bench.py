@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, configure, positional, run
 from device import autocast, describe, peak_flops, pick_device, pick_dtype
-from model import GPT, GPTConfig, document_ids
+from model import GPT, GPTConfig, document_mask
 
 
 @dataclass
@@ -98,7 +98,7 @@ def training_step(s, model, device, dtype):
         batches.append(batches.pop(0))
         x, y = batches[0][:, :-1].contiguous(), batches[0][:, 1:].contiguous()
         with autocast(device, dtype):
-            loss, moe = step_model(x, y, document_ids(x) if s.doc_mask else None)
+            loss, moe = step_model(x, y, document_mask(x, flex=s.compile and device.type == "cuda") if s.doc_mask else None)
         objective = loss / y.numel()
         if moe:
             objective = objective + 0.05 * moe[0]

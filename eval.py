@@ -23,7 +23,7 @@ from checkpoint import read_settings
 from configurator import UserError, configure, run
 from data import TokenData
 from device import autocast, describe, pick_device, pick_dtype
-from model import GPT, document_ids, generate
+from model import GPT, document_mask, generate
 from tokenizer import IM_END
 
 
@@ -51,7 +51,7 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
     for start in tqdm(starts, unit="batch", disable=None):
         x, y = (t.to(device) for t in data.windows(range(start, min(start + batch_size, data.n_windows))))
         with autocast(device, dtype):
-            logits, moe = model.logits_and_stats(x, document_ids(x) if doc_mask else None)
+            logits, moe = model.logits_and_stats(x, document_mask(x) if doc_mask else None)
         logits, target = logits.flatten(0, 1).float(), y.flatten()
         loss += torch.nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="sum").double().item()
         correct += (logits.argmax(-1) == target).sum().item()

@@ -129,26 +129,23 @@ class Attention(nn.Module):
         return (weight[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype).view_as(q)
 
 
-def document_ids(idx):
-    """Number the documents of each row: (B, T) token ids → (B, T) int32. A document ends with its <|endoftext|>."""
-    ends = (idx == END_OF_TEXT).int()
-    return (ends.cumsum(1) - ends).int()
+def document_mask(idx, flex=False):
+    """What each token may see: tokens of its own document, up to itself. A document ends with its <|endoftext|>.
 
-
-def document_mask(document):
-    """What each token may see: tokens of its own document, up to itself.
-
-    document: (B, T), as document_ids gives it. Returns a BlockMask for flex_attention where it will be
-    compiled for a GPU, else a bool tensor (B, 1, T, T), True where attention is allowed.
+    idx: (B, T). Returns a bool tensor (B, 1, T, T), True where attention is allowed; with flex=True a
+    BlockMask for flex_attention, whose kernel skips what is masked and is quick only if compiled.
+    It is made outside the compiled model: inside, torch 2.11 fails to compile the validation.
     """
-    B, T = document.shape
-    if document.is_cuda and torch.compiler.is_compiling():
+    B, T = idx.shape
+    ends = (idx == END_OF_TEXT).int()
+    document = ends.cumsum(1) - ends
+    if flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(b, h, q, k):
             return (q >= k) & (document[b, q] == document[b, k])
-        return create_block_mask(visible, B, None, T, T, device=document.device)
-    causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
+        return create_block_mask(visible, B, None, T, T, device=idx.device)
+    causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
     return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
 
 
@@ -159,7 +156,8 @@ def attend(q, k, v, mask):
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    # v is a slice of qkv; compiled without a backward pass, torch (2.11 and 2.13) loses its offset
+    return flex_attention(q, k, v.contiguous(), block_mask=mask, enable_gqa=True)
 
 
 class FFN(nn.Module):
@@ -210,28 +208,25 @@ class GPT(nn.Module):
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, idx, targets=None, document=None):
+    def forward(self, idx, targets=None, mask=None):
         """idx: (B, T) token ids, T up to block_size.
 
         With targets (B, T), -1 where nothing is learned: the *sum* of the cross-entropies in nats (the
         caller divides by the number of learned tokens of the whole step), and for a mixture of experts
         (balance loss averaged over layers, share of rows (n_layer, n_expert)), for a dense model None.
-        Without targets: logits (B, T, vocab_size). document (B, T): attention stays inside a document; it
-        comes from outside because a mask made of a compiled graph's intermediate result is refused by
-        torch's compiler where there is no backward pass to save it for.
+        Without targets: logits (B, T, vocab_size). mask: of document_mask, to keep attention inside a document.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit into block_size={self.config.block_size}")
-        logits, moe = self.logits_and_stats(idx, document)
+        logits, moe = self.logits_and_stats(idx, mask)
         if targets is None:
             return logits
         logits = logits.flatten(0, 1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum"), moe
 
-    def logits_and_stats(self, idx, document=None):
+    def logits_and_stats(self, idx, mask=None):
         """(B, T) → logits (B, T, vocab_size) and what `forward` says of a mixture of experts."""
-        mask = None if document is None else document_mask(document)
         x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
         return self.logits(x), moe
 

@@ -27,7 +27,7 @@ import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
 from device import autocast, describe, peak_flops, pick_device, pick_dtype, rank_and_world
-from model import document_ids
+from model import document_mask
 from run_log import RunLog, check_wandb, say
 from starting_point import build_model, identity, job, open_resumed
 
@@ -245,6 +245,9 @@ def main():
             return batch
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
 
+    def attention_mask(x):
+        return document_mask(x, flex=s.compile and device.type == "cuda") if s.doc_mask else None
+
     @torch.no_grad()
     def evaluate():
         """Mean loss per learned token over a fixed set of validation windows: the language loss alone. None if a signal cut it short."""
@@ -260,7 +263,7 @@ def main():
             y[len(rows):] = -1                       # the last batch is filled up, so that all have one shape
             x, y = to_device((x, y))
             with autocast(device, dtype):
-                loss, _ = step_model(x, y, document_ids(x) if s.doc_mask else None)
+                loss, _ = step_model(x, y, attention_mask(x))
             sums[:2] += torch.stack((loss.double(), (y >= 0).sum()))
         if world > 1:
             dist.all_reduce(sums)
@@ -318,7 +321,7 @@ def main():
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             with autocast(device, dtype):
-                loss, moe = step_model(x, y, document_ids(x) if s.doc_mask else None)
+                loss, moe = step_model(x, y, attention_mask(x))
             # DDP averages over processes, `world` makes it a sum. A loss that is not finite is made to have such a
             # gradient, so that one test of the summed gradient's norm serves for both, on all processes alike
             objective = loss * (world / max(learned, 1) + 0 * loss.detach())
