@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -119,20 +120,31 @@ def encode_conversations(tokenizer, batch, capacity):
     # and a conversation of 50 MB need not be encoded to be told so
     longest = max(map(len, tokenizer.token_bytes))
     heads = [messages[:within(messages, capacity * longest)] for _, messages in batch]
+    encoded = iter(tokenizer.encode_batch([message["content"] for head in heads for message in head]))
     result = []
-    for (place, messages), head, (ids, mask) in zip(batch, heads, tokenizer.encode_chats(heads)):
-        name = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in messages)
-        fit = "whole"
-        if len(head) < len(messages) or len(ids) + 1 > capacity:
-            turns, length = whole_turns(head, ids, capacity - 1)
-            fit = "truncated" if turns else "dropped"
-            head, ids, mask = head[:turns], ids[:length], mask[:length]
-        sizes = [(message["role"], len(message["content"].encode("utf-8"))) for message in head]
+    for (place, messages), head in zip(batch, heads):
+        turns, whole, length = [], 0, 0                  # `whole`: how many turns, up to an assistant's, fit
+        for message in head:
+            turns.append((message["role"], ids := next(encoded)))
+            before, behind = tokenizer.frame(message["role"])
+            length += len(before) + len(ids) + len(behind)
+            if message["role"] == "assistant" and length < capacity:         # and one <|endoftext|>
+                whole = len(turns)
+        fit = "whole" if whole == len(messages) else "truncated" if whole else "dropped"
+        contents = [message["content"].encode("utf-8") for message in messages]
+        name = b"\x1e".join(message["role"].encode() + b"\x1f" + content for message, content in zip(messages, contents))
+        tokens, mask, sizes = [], [], {"system": 0, "user": 0, "assistant": 0}
+        for (role, ids), content in zip(turns[:whole], contents):
+            before, behind = tokenizer.frame(role)
+            learned = b"\1" if role == "assistant" else b"\0"
+            tokens += before, ids, behind
+            mask += bytes(len(before)), learned * (len(ids) + 1), bytes(len(behind) - 1)
+            sizes[role] += len(content)
         payload = b"".join([
-            _SIZES.pack(sum(size for _, size in sizes), sum(size for role, size in sizes if role == "assistant")),
-            np.array(ids + [END_OF_TEXT], "<u2").tobytes(), bytes(mask + [0]),
+            _SIZES.pack(sum(sizes.values()), sizes["assistant"]),
+            np.fromiter(chain(*tokens, (END_OF_TEXT,)), "<u2").tobytes(), *mask, b"\0",
         ])
-        result.append((place, digest(name.encode("utf-8")), payload, fit))
+        result.append((place, digest(name), payload, fit))
     return result
 
 
@@ -144,16 +156,6 @@ def within(messages, limit):
         if total > limit:
             return number
     return len(messages)
-
-
-def whole_turns(messages, ids, room):
-    """How many messages, and how many of `ids`, stand up to the last assistant turn that ends within `room`."""
-    turns = length = 0
-    ends = [at + 2 for at, id in enumerate(ids) if id == IM_END]      # <|im_end|> and the line end behind it
-    for number, (message, end) in enumerate(zip(messages, ends), 1):
-        if message["role"] == "assistant" and end <= room:
-            turns, length = number, end
-    return turns, length
 
 
 def pack(lengths, capacity):

@@ -94,6 +94,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.vocab_size = backend.get_vocab_size()
         self.token_bytes = _token_bytes(backend)         # [id] -> the bytes it stands for; b"" for special tokens
+        self._frames = {}
 
     @classmethod
     def load(cls, folder):
@@ -154,35 +155,25 @@ class Tokenizer:
         the assistant says and its <|im_end|>, else 0. With `add_generation_prompt` the ids end where
         the assistant's next answer begins. Raises UserError for another role.
         """
-        return self.encode_chats([messages], add_generation_prompt)[0]
-
-    def encode_chats(self, conversations, add_generation_prompt=False):
-        """encode_chat of many conversations at once, on all cores: a list of (ids, mask)."""
-        for message in (message for messages in conversations for message in messages):
-            if message["role"] not in ("system", "user", "assistant"):
-                raise UserError(f"unknown role {message['role']!r}: system, user and assistant are known")
-        contents = iter(self.encode_batch([message["content"] for messages in conversations for message in messages]))
-        heads, line_end = self._heads()
-        return [self._join(messages, contents, heads, line_end, add_generation_prompt) for messages in conversations]
-
-    def _heads(self):
-        if not hasattr(self, "_chat_heads"):
-            roles = ("system", "user", "assistant")
-            encoded = self.encode_batch([role + "\n" for role in roles] + ["\n"])
-            self._chat_heads = {role: [IM_START, *ids] for role, ids in zip(roles, encoded)}, encoded[-1]
-        return self._chat_heads
-
-    def _join(self, messages, contents, heads, line_end, add_generation_prompt):
         ids, mask = [], []
-        for message in messages:
-            head, content = heads[message["role"]], next(contents)
-            ids += head + content + [IM_END] + line_end
+        for message, content in zip(messages, self.encode_batch([message["content"] for message in messages])):
+            before, behind = self.frame(message["role"])
             learned = int(message["role"] == "assistant")
-            mask += [0] * len(head) + [learned] * (len(content) + 1) + [0] * len(line_end)
+            ids += before + content + behind
+            mask += [0] * len(before) + [learned] * (len(content) + 1) + [0] * (len(behind) - 1)
         if add_generation_prompt:
-            ids += heads["assistant"]
-            mask += [0] * len(heads["assistant"])
+            before, _ = self.frame("assistant")
+            ids += before
+            mask += [0] * len(before)
         return ids, mask
+
+    def frame(self, role):
+        """The ids before and behind the content of a message: <|im_start|>role\\n and <|im_end|>\\n."""
+        if role not in ("system", "user", "assistant"):
+            raise UserError(f"unknown role {role!r}: system, user and assistant are known")
+        if role not in self._frames:
+            self._frames[role] = [IM_START, *self.encode(role + "\n")], [IM_END, *self.encode("\n")]
+        return self._frames[role]
 
 
 def _cut(text):
