@@ -37,6 +37,7 @@ def replaced_folder(path, names):
         raise UserError(f"{path} is a mount point, which cannot be replaced: give --out_dir a folder below it")
     with _locked(os.path.join(parent, f".{name}.lock"), path):
         fresh = os.path.join(parent, f".{name}.partial")
+        _bring_back(fresh + ".old", path)
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             os.mkdir(fresh)
@@ -83,12 +84,18 @@ def _take_place(fresh, path):
         return os.rename(fresh, path)
     if not _exchange(fresh, path):
         # neither Linux nor macOS, or a file system without it (some network ones): two steps, with a
-        # moment between them in which `path` is missing
+        # moment between them in which `path` is missing; see _bring_back
         old = fresh + ".old"
-        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
         os.rename(fresh, path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(old, path):
+    """Put right what a run left that was killed between the two steps, or just behind them."""
+    if os.path.exists(old) and not os.path.exists(path):
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a, b):

@@ -71,9 +71,11 @@ class Source:
     def __init__(self, paths, report, encoding="utf-8"):
         self.report, self.encoding = report, encoding
         try:
-            "".encode(encoding)
+            byte_for_byte = "\n".encode(encoding) == b"\n"
         except LookupError:
             raise UserError(f"unknown encoding {encoding!r}; utf-8 and gb18030 are usual") from None
+        if not byte_for_byte:
+            raise UserError(f"text in {encoding!r} cannot be cut into lines unread: make it utf-8 first, as `iconv -f {encoding} -t utf-8` does")
         self.files = [file for path in paths for file in _find_files(path)]
         self.size = sum(map(os.path.getsize, self.files))
         self._finished, self._raw = 0, None
@@ -178,12 +180,12 @@ def _json_object(source, place, line):
         source.report.skip("blank line", place)
         return None
     try:
-        record = _parse(text)
+        record, parsed = _parse(text), True
     except (ValueError, RecursionError):
-        record = None
+        record, parsed = None, False
     if text[0] == "[" and place.endswith(":1"):
         raise UserError(f"{place[:-2]} is one JSON array; make it one object a line, as `jq -c '.[]'` does")
-    if record is None:
+    if not parsed:
         source.report.skip("malformed JSON", place)
         return None
     if type(record) is not dict:

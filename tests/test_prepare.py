@@ -1,0 +1,312 @@
+"""Token files: the bytes, the boundaries, the counts, the split, the mask, the rows."""
+import random
+import resource
+import time
+
+import numpy as np
+import pytest
+
+import prepare_sft
+import token_files
+from prepare_sft import pack
+from preparation_runs import (chats, command, fingerprint, finish, make_tokenizer, meta, read_documents, read_rows, refused, texts,
+                              write_chats, write_lines, write_texts)
+from token_files import Spool, digest
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer, 200 documents in two files, 120 conversations."""
+    folder = tmp_path_factory.mktemp("corpus")
+    make_tokenizer(folder / "tokenizer")
+    write_texts(folder / "a.jsonl", texts(120))
+    write_texts(folder / "b.jsonl", texts(80, 120))
+    write_chats(folder / "chats.jsonl", chats(120))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.load(folder / "tokenizer")
+
+
+def pretrain(folder, out, *argv, files=("a.jsonl", "b.jsonl"), fraction=0.1):
+    output = finish("prepare_pretrain", *(folder / name for name in files), f"--tokenizer={folder}/tokenizer", f"--out_dir={out}",
+                    f"--val_fraction={fraction}", *argv)
+    return output, meta(out)
+
+
+def sft(folder, out, *argv, files=("chats.jsonl",), block_size=255, fraction=0.1):
+    output = finish("prepare_sft", *(folder / name for name in files), f"--tokenizer={folder}/tokenizer", f"--out_dir={out}",
+                    f"--val_fraction={fraction}", f"--block_size={block_size}", *argv)
+    return output, meta(out)
+
+
+# Change these only if the format of the token files is meant to change: every prepared corpus is then another one.
+PINNED_PRETRAIN = {"train.bin": "89da9438ecc954de", "val.bin": "1eec58c3195b8bba"}
+PINNED_SFT = {"train.bin": "e4f93fc33842992b", "train_mask.bin": "ab549271ebb96b16", "val.bin": "35a2a969635dc892", "val_mask.bin": "4a36d604a4bc7af2"}
+
+
+def test_bytes_are_pinned(folder, tmp_path):
+    pretrain(folder, tmp_path / "p")
+    sft(folder, tmp_path / "s")
+    for out, pinned in (("p", PINNED_PRETRAIN), ("s", PINNED_SFT)):
+        found = {name: value[:16] for name, value in fingerprint(tmp_path / out).items() if name != "meta.json"}
+        assert found == pinned
+
+
+@pytest.mark.parametrize("stage, files", [("prepare_pretrain", ("a.jsonl", "b.jsonl")), ("prepare_sft", ("chats.jsonl",))])
+def test_same_bytes_for_any_threads_and_batches(folder, tmp_path, stage, files):
+    found = []
+    for number, (threads, batch) in enumerate([(1, 1_000_000), (2, 1_000_000), (2, 500), (1, 1)]):
+        out = tmp_path / str(number)
+        command(stage, *(folder / name for name in files), f"--tokenizer={folder}/tokenizer", f"--out_dir={out}", "--val_fraction=0.1",
+                f"--batch_size={batch}", env={"RAYON_NUM_THREADS": str(threads)})
+        found.append(fingerprint(out))
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_every_document_once_and_counted(folder, tmp_path, tokenizer):
+    output, made = pretrain(folder, tmp_path / "p")
+    everything = []
+    for split in ("train", "val"):
+        documents = read_documents(tmp_path / "p", split)
+        counts = made["splits"][split]
+        assert counts["documents"] == len(documents)
+        assert counts["tokens"] == sum(len(ids) + 1 for ids in documents)
+        assert counts["bytes"] == sum(len(tokenizer.decode(ids).encode()) for ids in documents)
+        assert f"{counts['documents']:,} documents, {counts['tokens']:,} tokens" in output
+        everything += documents
+    assert sorted(map(tokenizer.decode, everything)) == sorted(texts(200))
+    assert sorted(everything) == sorted(tokenizer.encode(text) for text in texts(200))
+    assert (made["kind"], made["vocab_size"], made["tokenizer_hash"]) == ("pretrain", tokenizer.vocab_size, tokenizer.hash)
+    assert made["skipped"] == {} and made["repaired"] == {}
+
+
+def test_documents_are_shuffled_by_the_seed(folder, tmp_path, tokenizer):
+    orders = []
+    for number, seed in enumerate((1, 1, 2)):
+        pretrain(folder, tmp_path / str(number), f"--seed={seed}", fraction=0)
+        orders.append([tokenizer.decode(ids) for ids in read_documents(tmp_path / str(number), "train")])
+    assert orders[0] == orders[1] != orders[2]
+    numbers = [texts(200).index(text) for text in orders[0]]
+    assert sum(b == a + 1 for a, b in zip(numbers, numbers[1:])) < 8              # expected: 1
+    assert abs(np.corrcoef(numbers, range(200))[0, 1]) < 0.25
+
+
+def test_split_is_by_content(folder, tmp_path, tokenizer):
+    """What is validation stays so when files are added, whatever the order, the seed or the format; about the share that was asked for."""
+    def validation(out, *argv, **options):
+        pretrain(folder, out, *argv, **options)
+        return {tokenizer.decode(ids) for ids in read_documents(out, "val")}
+    alone = validation(tmp_path / "1", files=("a.jsonl",))
+    both = validation(tmp_path / "2", "--seed=5", files=("b.jsonl", "a.jsonl"))
+    assert alone and alone == both & set(texts(120))
+    larger = validation(tmp_path / "3", fraction=0.3)
+    assert both < larger and 40 < len(larger) < 80                               # 60 expected, standard deviation 6.5
+
+
+def test_split_fraction_over_many():
+    chosen = sum(token_files.is_validation(digest(str(i).encode()), 0.01) for i in range(100_000))
+    assert 850 < chosen < 1150                                                   # 1,000 expected, standard deviation 31
+
+
+def test_duplicates(folder, tmp_path, tokenizer):
+    items = texts(50)
+    write_texts(folder / "c.jsonl", items + items[10:30] + items[10:12])
+    _, kept = pretrain(folder, tmp_path / "1", files=("c.jsonl",))
+    assert kept["splits"]["train"]["documents"] + kept["splits"]["val"]["documents"] == 72
+    output, made = pretrain(folder, tmp_path / "2", "--dedup=True", files=("c.jsonl",))
+    found = [tokenizer.decode(ids) for split in ("train", "val") for ids in read_documents(tmp_path / "2", split)]
+    assert sorted(found) == sorted(items)
+    (reason, entry), = made["skipped"].items()
+    assert "duplicate" in reason and entry["count"] == 22 and "skipped 22: duplicate" in output
+    assert int(entry["first"].rsplit(":", 1)[1]) > 50                            # the first copy stays, the later ones go
+    write_chats(folder / "d.jsonl", chats(20) + chats(5))
+    _, made = sft(folder, tmp_path / "3", "--dedup=True", files=("d.jsonl",))
+    assert made["splits"]["train"]["documents"] + made["splits"]["val"]["documents"] == 20
+    assert [entry["count"] for entry in made["skipped"].values()] == [5]
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_spool_with_buckets_over_the_limit(tmp_path, monkeypatch, dedup):
+    """A bucket too large for memory is split again, and the order stays what it was."""
+    def shuffled(name):
+        (tmp_path / name).mkdir()
+        dropped = []
+        spool = Spool(str(tmp_path / name), 3, dedup, dropped.append)
+        for i in range(2000):
+            content = str(i % 1000).encode()
+            spool.add(digest(content), content * 5, f"f:{i}")
+        result = [(record.digest, bytes(record.payload)) for record in spool.shuffled()]
+        assert not (tmp_path / name).exists()
+        return result, len(dropped)
+    usual = shuffled("a")
+    monkeypatch.setattr(token_files, "BUCKET_BYTES", 300)
+    assert shuffled("b") == usual
+    assert len(usual[0]) == (1000 if dedup else 2000) and usual[1] == (1000 if dedup else 0)
+
+
+def expected_conversation(tokenizer, messages, capacity):
+    """By the contract, spelled out: the turns up to the last assistant turn that fits with one <|endoftext|>; None where none does."""
+    for count in range(len(messages), 0, -1):
+        if messages[count - 1]["role"] == "assistant":
+            ids, mask = tokenizer.encode_chat(messages[:count])
+            if len(ids) + 1 <= capacity:
+                return count, ids, mask
+    return None
+
+
+@pytest.mark.parametrize("block_size", [60, 100, 255, 1000])
+def test_rows_hold_whole_conversations(folder, tmp_path, tokenizer, block_size):
+    output, made = sft(folder, tmp_path / "s", block_size=block_size)
+    expected = [(messages, expected_conversation(tokenizer, messages, block_size + 1)) for messages in chats(120)]
+    kept = [(messages, fit) for messages, fit in expected if fit]
+    found = []
+    for split in ("train", "val"):
+        rows = read_rows(tmp_path / "s", split, block_size + 1)
+        conversations = [conversation for row, _ in rows for conversation in row]
+        counts = made["splits"][split]
+        assert counts["rows"] == len(rows) and counts["tokens"] == len(rows) * (block_size + 1)
+        assert counts["documents"] == len(conversations)
+        assert counts["padding_tokens"] == sum(padding for _, padding in rows)
+        assert counts["learned_tokens"] == sum(sum(mask) for _, mask in conversations)
+        found += conversations
+    assert sorted(found) == sorted((ids, mask) for _, (_, ids, mask) in kept)
+    text = lambda role: sum(len(m["content"].encode()) for messages, (count, _, _) in kept for m in messages[:count] if role in (None, m["role"]))
+    assert sum(counts["bytes"] for counts in made["splits"].values()) == text(None)
+    assert sum(counts["learned_bytes"] for counts in made["splits"].values()) == text("assistant")
+    truncated, dropped = sum(fit[0] < len(messages) for messages, fit in kept), len(expected) - len(kept)
+    if block_size == 60:
+        assert truncated > 10 and dropped > 10
+    assert sum(entry["count"] for entry in made["repaired"].values()) == truncated
+    assert sum(entry["count"] for entry in made["skipped"].values()) == dropped
+    if truncated:
+        assert f"repaired {truncated}: later turns cut off to fit a row" in output
+
+
+def test_conversation_that_just_fits(folder, tmp_path, tokenizer):
+    messages = [{"role": "user", "content": "的"}, {"role": "assistant", "content": "人" * 40}]
+    length = len(tokenizer.encode_chat(messages)[0]) + 1
+    write_chats(folder / "one.jsonl", [messages])
+    _, made = sft(folder, tmp_path / "s", files=("one.jsonl",), block_size=length - 1, fraction=0)
+    assert made["splits"]["train"]["rows"] == 1 and made["splits"]["train"]["padding_tokens"] == 0
+    line = refused("prepare_sft", folder / "one.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/t",
+                   "--val_fraction=0", f"--block_size={length - 2}")
+    assert "too long for a row" in line and not (tmp_path / "t").exists()
+
+
+def test_conversation_far_too_long_is_not_encoded(tokenizer, monkeypatch):
+    """The part that cannot fit is not even encoded, and what is kept is the same."""
+    short = [{"role": "user", "content": "的"}, {"role": "assistant", "content": "人"}]
+    endless = short + [{"role": "user", "content": "在" * 5000}, {"role": "assistant", "content": "是"}]
+    seen = []
+    inner = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (seen.extend(texts), inner(self, texts))[1])
+    (_, a, payload, fit), (_, b, whole, _) = prepare_sft.encode_conversations(tokenizer, [("x", endless), ("y", short)], 64)
+    assert fit == "truncated" and payload == whole and a != b and not any(len(text) > 1000 for text in seen)
+
+
+def test_pools_are_packed_one_by_one(folder, tmp_path, tokenizer):
+    def small_pools():
+        prepare_sft.POOL_TOKENS = 500
+    finish("prepare_sft", folder / "chats.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/s", "--val_fraction=0",
+           "--block_size=255", before=small_pools)
+    found = [ids for row, _ in read_rows(tmp_path / "s", "train", 256) for ids, _ in row]
+    assert sorted(found) == sorted(expected_conversation(tokenizer, messages, 256)[1] for messages in chats(120) if expected_conversation(tokenizer, messages, 256))
+
+
+def naive_best_fit_decreasing(lengths, capacity):
+    """The number of rows, by the definition of the algorithm, in quadratic time."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms[rooms.index(min(fitting))] -= length
+        else:
+            rooms.append(capacity - length)
+    return len(rooms)
+
+
+def fewest_rows(lengths, capacity):
+    """A number of rows below which no packing can go: L2 of Martello and Toth (1990)."""
+    count = np.bincount(lengths, minlength=capacity + 1)
+    items, tokens = np.append(0, count.cumsum()), np.append(0, (count * np.arange(capacity + 1)).cumsum())
+    best = 0
+    for small in range(capacity // 2 + 1):
+        alone = items[-1] - items[capacity - small + 1]                          # nothing of `small` or more fits beside them
+        half = items[capacity - small + 1] - items[capacity // 2 + 1]            # no two of them fit together
+        room = half * capacity - (tokens[capacity - small + 1] - tokens[capacity // 2 + 1])
+        rest = tokens[capacity // 2 + 1] - tokens[small]
+        best = max(best, int(alone + half + max(0, -(-(rest - room) // capacity))))
+    return best
+
+
+@pytest.mark.parametrize("capacity, shape", [(1, "any"), (7, "any"), (64, "any"), (64, "short"), (64, "long"), (513, "any"), (513, "short")])
+def test_packing(capacity, shape):
+    rng = random.Random(capacity)
+    low, high = {"any": (1, capacity), "short": (1, max(1, capacity // 4)), "long": (capacity // 3, capacity)}[shape]
+    for count in (0, 1, 2, 10, 400):
+        lengths = [rng.randint(low, high) for _ in range(count)]
+        rows = pack(lengths, capacity)
+        assert sorted(item for row in rows for item in row) == list(range(count))
+        assert all(sum(lengths[item] for item in row) <= capacity for row in rows)
+        assert len(rows) == naive_best_fit_decreasing(lengths, capacity)
+        assert fewest_rows(lengths, capacity) <= len(rows) <= 11 / 9 * fewest_rows(lengths, capacity) + 4
+
+
+@pytest.mark.slow
+def test_packing_ten_million_conversations(tmp_path):
+    """RowWriter on simulated lengths: ten times the conversations, ten times the time, the same memory."""
+    capacity, seconds, peaks, padding = 513, [], [], []
+    for name in ("train.bin", "train_mask.bin"):
+        (tmp_path / name).symlink_to("/dev/null")
+    for count in (1_000_000, 10_000_000):
+        rng = np.random.default_rng(0)
+        pool = bytes(3 * capacity)
+        writer = prepare_sft.RowWriter(str(tmp_path), "train", capacity)
+        start = time.process_time()
+        for length in np.minimum(capacity, 20 + rng.lognormal(4.6, 0.8, count)).astype(int).tolist():
+            writer.add(prepare_sft._SIZES.pack(1, 1) + pool[:3 * length])
+        writer.close()
+        seconds.append(time.process_time() - start)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        padding.append(writer.counts["padding_tokens"] / writer.counts["tokens"])
+        print(f"{count:,} conversations: {seconds[-1]:.1f} s, peak {peaks[-1]:.0f} MiB, padding {padding[-1]:.3%}")
+    assert seconds[1] < 13 * seconds[0]
+    assert peaks[1] < peaks[0] + 700                                             # the list of lengths above takes 400 of it
+    assert padding[1] < 0.03
+
+
+def test_show(folder, tmp_path):
+    output = finish("prepare_sft", folder / "chats.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/s", "--show=2")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    heads = [line for line in output.splitlines() if line.startswith("---")]
+    lines = [line for line in output.splitlines() if not line.startswith("---")]
+    pairs = [pair for messages in chats(2) for pair in zip(*tokenizer.encode_chat(messages))]
+    assert len(heads) == 2 and len(lines) == len(pairs)
+    assert all((int(line[3:9]), line[2] == "*") == (id, bool(mask)) for line, (id, mask) in zip(lines, pairs))
+    assert not (tmp_path / "s").exists()
+
+
+def test_nothing_is_written_for_what_cannot_be(folder, tmp_path):
+    write_lines(tmp_path / "bad.jsonl", [{"text": "一"}, {"txt": "二"}])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    common = f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/o"
+    cases = [
+        ("prepare_pretrain", [tmp_path / "bad.jsonl", "--strict=True"], "bad.jsonl:2: no text under 'text'"),
+        ("prepare_pretrain", [tmp_path / "empty.jsonl"], "no document"),
+        ("prepare_pretrain", [tmp_path / "missing.jsonl"], "no such file"),
+        ("prepare_pretrain", [folder / "a.jsonl", "--val_fraction=1.5"], "val_fraction"),
+        ("prepare_pretrain", [tmp_path / "bad.jsonl", "--val_fraction=1e-9"], "fall into validation"),
+        ("prepare_pretrain", [folder / "a.jsonl", "--encoding=klingon"], "unknown encoding"),
+        ("prepare_pretrain", [folder / "a.jsonl", "--encoding=utf-16"], "cannot be cut into lines"),
+        ("prepare_pretrain", [folder / "a.jsonl", "--tokenizer=nowhere"], "train_tokenizer.py"),
+        ("prepare_sft", [folder / "a.jsonl"], "no conversation"),
+        ("prepare_sft", [folder / "chats.jsonl", "--block_size=4"], "block_size"),
+        ("prepare_sft", [folder / "chats.txt"], "no such file"),
+    ]
+    for stage, argv, word in cases:
+        assert word in refused(stage, *common, *argv), (stage, argv)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl"]
