@@ -26,10 +26,10 @@ MAX_PIECE = 1 << 18                  # characters encoded at once: the library t
 
 # Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at a
 # line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no spaces,
-# so that nearly each run of it is a new word, and the trainer keeps all the words it meets: it gets
-# them cut into short pieces. Encoding has no need of that, and cut runs would give a name other tokens
+# so nearly each run of it is a new word, and a trainer keeps all the words it meets: train_tokenizer.py
+# gives it shorter runs. Encoding has no need of that, and cut runs would give a name other tokens
 # wherever it stands: uncut they also take 7 % fewer tokens. The other caps serve odd input.
-HAN_RUN, HAN_RUN_TRAINING = 1024, 4
+HAN_RUN = 1024
 
 
 def pre_token_pattern(han_run=HAN_RUN):
@@ -131,7 +131,7 @@ class Tokenizer:
         A text over MAX_PIECE characters is cut after a line end, which changes no id; only where none
         is in reach it is cut anywhere, which may part one token into two.
         """
-        pieces = _cut(text)
+        pieces = cut(text)
         for first in range(0, len(pieces), 4):
             yield from self._encode(pieces[first: first + 4])
 
@@ -176,7 +176,7 @@ class Tokenizer:
         return self._frames[role]
 
 
-def _cut(text):
+def cut(text):
     """Pieces of at most MAX_PIECE characters, cut after a line end where there is one."""
     pieces, start = [], 0
     while len(text) - start > MAX_PIECE:

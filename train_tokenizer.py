@@ -5,13 +5,15 @@
 
 Writes tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers.
 Files of conversations serve as well as files of text. Of an input larger than max_bytes the sample is
-spread evenly over the whole of it. The same input gives the same tokenizer.
+spread evenly over the whole of it. The same input gives the same tokenizer. Memory stays under 4 GiB
+whatever max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
 """
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import Regex, pre_tokenizers, trainers
 
 import tokenizer as tokenizer_module
 from configurator import UserError, configure, positional, run
@@ -34,6 +36,9 @@ class Settings:
 
 
 FILES = {"tokenizer.json", "tokenizer_config.json"}
+PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes some 110 bytes for each, so 2.7 GiB
+HAN_RUN = 16                         # characters; no token is longer than the runs that it is learned from
+HAN_RUN_DEMO = 4                     # a small town has few phrases, and they would fill its small vocabulary
 
 
 def main():
@@ -51,7 +56,7 @@ def main():
     with replaced_folder(s.out_dir, FILES) as folder:
         with progress(source) as bar:
             sample = Sample(source, s, report, bar)
-            backend = train(sample, s.vocab_size, s.nfkc)
+            backend = train(sample, s.vocab_size, s.nfkc, HAN_RUN if s.files else HAN_RUN_DEMO)
         if not sample.bytes:
             raise UserError(f"the input holds no text (--text_key={s.text_key})" + "".join(f";{line}" for line in report.lines()))
         tokenizer_module.save(backend, folder)
@@ -64,17 +69,79 @@ def main():
         print(line)
 
 
-def train(texts, vocab_size, nfkc=False):
-    """A tokenizers.Tokenizer trained on an iterable of texts. Memory grows with the different pre-tokens in
-    them, for which reason they are cut shorter here than in encoding; see tokenizer.py."""
-    backend = tokenizer_module.untrained(nfkc, tokenizer_module.HAN_RUN_TRAINING)
-    backend.train_from_iterator(texts, trainers.BpeTrainer(
+def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):
+    """A tokenizers.Tokenizer trained on an iterable of texts, in memory that does not grow with them."""
+    backend = tokenizer_module.untrained(nfkc)
+    encoding = backend.normalizer, backend.pre_tokenizer
+    counts = count_pieces(texts, backend.normalizer, han_run)
+    # the trainer is given the pieces as they are, each on a line of its own
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.train_from_iterator(written_out(counts), trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=tokenizer_module.SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),       # all 256 bytes: every string can be encoded
         show_progress=sys.stderr.isatty(),
     ))
-    backend.pre_tokenizer = tokenizer_module.untrained(nfkc).pre_tokenizer
+    backend.normalizer, backend.pre_tokenizer = encoding
     return backend
+
+
+def count_pieces(texts, normalizer=None, han_run=HAN_RUN, limit=PIECES_BYTES):
+    """How often each pre-token occurs in the texts: a Counter.
+
+    Han has no spaces, so most runs of it occur once, and the trainer would keep every one. Where the
+    pieces come to more than `limit` bytes, those that have occurred least are cut in half, and again.
+    """
+    split = pre_tokenizers.Split(Regex(tokenizer_module.pre_token_pattern(han_run)), "isolated")
+    counts, look = Counter(), limit // 100
+    for text in texts:
+        if normalizer:
+            text = normalizer.normalize_str(text)
+        for part in tokenizer_module.cut(text):
+            counts.update(piece for piece, _ in split.pre_tokenize_str(part))
+            if len(counts) > look:
+                halve_rare(counts, limit)
+                look = 1.1 * len(counts)
+    halve_rare(counts, limit)
+    return counts
+
+
+def halve_rare(counts, limit):
+    """If the pieces come to more than `limit` bytes, cut the rarest in half until they come to 7/10 of it."""
+    rare, size = 1, _bytes(counts)
+    if size <= limit:
+        return
+    while size > 0.7 * limit and rare < 1 << 40:         # single characters, which cannot be cut, may be more
+        for piece in [piece for piece, count in counts.items() if count <= rare and len(piece) > 1]:
+            count, middle = counts.pop(piece), len(piece) // 2
+            counts[piece[:middle]] += count
+            counts[piece[middle:]] += count
+        before, size = size, _bytes(counts)
+        if size > 0.9 * before:
+            rare *= 2
+
+
+def _bytes(counts):
+    return sum(len(piece.encode("utf-8")) for piece in counts)
+
+
+def written_out(counts, size=1 << 17):
+    """Yield texts of about `size` characters in which every piece stands on as many lines as it was counted. Empties `counts`."""
+    lines, length = [], 0
+    while counts:
+        piece, count = counts.popitem()
+        if piece == "\n":                                # a byte of the alphabet, in need of no merge
+            continue
+        while count:
+            times = min(count, max(1, size // len(piece)))
+            count -= times
+            lines.append((piece + "\n") * times)
+            length += times * len(piece)
+            if length >= size:
+                yield "".join(lines)
+                lines, length = [], 0
+    yield "".join(lines)
 
 
 def demo_texts(report):

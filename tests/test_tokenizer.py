@@ -92,7 +92,7 @@ def test_long_text_in_pieces(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "MAX_PIECE", 100)
     assert tokenizer.encode(lines) == whole                              # cut at line ends: the same ids
     assert tokenizer.encode_batch(["a", lines, "b"])[1] == whole
-    assert max(map(len, tokenizer_module._cut(unbroken))) == 100
+    assert max(map(len, tokenizer_module.cut(unbroken))) == 100
     assert tokenizer.decode(tokenizer.encode(unbroken)) == unbroken
 
 
@@ -248,6 +248,52 @@ def test_sample_is_spread_over_the_input(corpus, tmp_path, suffix):
 def test_input_that_fits_is_taken_whole(corpus, tmp_path):
     result = _train(tmp_path, corpus, "--vocab_size=300", "--out_dir=t")
     assert "from 4,000 documents" in result.stdout
+
+
+def test_counting_pieces_is_what_the_trainer_does(corpus):
+    """Below the limit the vocabulary is the one that the library's trainer makes of the same texts and pre-tokens."""
+    from tokenizers import pre_tokenizers, trainers
+    texts = [json.loads(text)["text"] for text in open(corpus, encoding="utf-8")][:500] + ["The quick brown fox, 1986!\n\n  x"] * 9
+    referee = tokenizer_module.untrained(han_run=5)
+    referee.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=800, min_frequency=2, special_tokens=SPECIAL_TOKENS, show_progress=False,
+                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    assert train_tokenizer.train(texts, 800, han_run=5).get_vocab() == referee.get_vocab()
+
+
+def test_rare_pieces_are_counted_in_halves():
+    rng = random.Random(3)
+    texts = ["".join(chr(0x4E00 + rng.randrange(500)) for _ in range(160)) + "。万里长城永不倒。" for _ in range(2000)]
+    whole, halved = (train_tokenizer.count_pieces(texts, limit=limit) for limit in (1 << 30, 100_000))
+    size = lambda counts: sum(len(piece.encode()) for piece in counts)
+    characters = lambda counts: sum(len(piece) * count for piece, count in counts.items())
+    assert size(whole) > 900_000 and size(halved) <= 100_000
+    assert characters(whole) == characters(halved) == sum(map(len, texts))       # nothing goes uncounted
+    assert whole["万里长城永不倒"] == halved["万里长城永不倒"] == 2000
+    for limit in (1, 1000):                                                      # not to be had: single characters are more
+        assert set(map(len, train_tokenizer.count_pieces(texts, limit=limit))) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prose", "noise"])
+def test_memory_of_training(tmp_path, kind):
+    """200 MB of Chinese without a space, in prose and in characters at random: under 4 GiB."""
+    import bench_data
+    if kind == "prose":
+        bench_data.write_documents(tmp_path / "c.jsonl", 200)
+    else:
+        rng = random.Random(4)
+        characters = [chr(0x4E00 + i) for i in range(6000)]
+        with open(tmp_path / "c.jsonl", "w", encoding="utf-8") as file:
+            for _ in range(66_000):
+                file.write(json.dumps({"text": "".join(rng.choices(characters, k=1000))}, ensure_ascii=False) + "\n")
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train_tokenizer; from configurator import run; run(train_tokenizer.main); "
+            "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
+    result = subprocess.run([sys.executable, "-c", code, ROOT, str(tmp_path / "c.jsonl"), "--max_bytes=200_000_000", f"--out_dir={tmp_path}/t"],
+                            text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    peak = int(result.stdout.split("VmHWM:")[1].split()[0]) / 2**20
+    print(f"{kind}: peak {peak:.2f} GiB; {result.stdout.splitlines()[0]}")
+    assert peak < 4
 
 
 def test_nfkc_is_an_option(tmp_path):
