@@ -132,6 +132,8 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
+        # torch maps only files whose name is UTF-8, reads the others
+        mmap = mmap and str(path).encode("utf-8", "replace").decode() == str(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         # weights_only: whatever is not a tensor, a number, text or a container of these is refused unrun

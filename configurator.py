@@ -30,6 +30,8 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()`; on UserError, and when memory runs out, print one line and exit with status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
         main()
     except UserError as error:

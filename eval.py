@@ -63,7 +63,10 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
 
 def bits_per_byte(loss, split, kind):
     """nats a token → bits a byte of UTF-8 text, by the split's counts of tokens and bytes."""
-    learned, bytes_ = (split["learned_tokens"], split["learned_bytes"]) if kind == "sft" else (split["tokens"], split["bytes"])
+    try:
+        learned, bytes_ = (split["learned_tokens"], split["learned_bytes"]) if kind == "sft" else (split["tokens"], split["bytes"])
+    except KeyError as error:
+        raise UserError(f"the data's meta.json does not count {error}: prepare the data again") from None
     return loss / math.log(2) * learned / bytes_ if bytes_ else float("nan")
 
 

@@ -142,7 +142,8 @@ def check_splits(splits, val_fraction, report):
 
 
 def write_meta(folder, meta):
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
+    # a file's name need not be UTF-8; what it becomes here is the very escape that JSON has for it
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(meta, file, ensure_ascii=False, indent=2)
 
 

@@ -72,7 +72,7 @@ class Source:
         self.report, self.encoding = report, encoding
         try:
             byte_for_byte = "\n".encode(encoding) == b"\n"
-        except LookupError:
+        except (LookupError, ValueError):
             raise UserError(f"unknown encoding {encoding!r}; utf-8 and gb18030 are usual") from None
         if not byte_for_byte:
             raise UserError(f"text in {encoding!r} cannot be cut into lines unread: make it utf-8 first, as `iconv -f {encoding} -t utf-8` does")

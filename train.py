@@ -90,17 +90,20 @@ class Settings:
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
-# the least that makes sense; what concerns the model's shape, GPTConfig checks
-LEAST = {"block_size": 1, "vocab_size": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0,
-         "min_lr": 0, "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0,
-         "rope_theta": 1, "inspect_step": -1, "log_interval": 1, "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1}
+# what means something at all, and what no machine could do; how the sizes of the model must fit together, GPTConfig checks
+LEAST = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 1, "n_inner": 0, "n_expert": 0, "n_expert_per_tok": 1, "block_size": 1, "vocab_size": 0,
+         "rope_theta": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0, "min_lr": 0,
+         "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0, "log_interval": 1,
+         "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1, "inspect_step": -1}
+MOST = {"n_layer": 10**4, "n_embd": 10**7, "n_inner": 10**8, "block_size": 10**8, "vocab_size": 10**7, "batch_size": 10**7, "gradient_accumulation_steps": 10**7}
 
 
 def check(s, world):
-    """Raise UserError for a setting that means nothing (a NaN too)."""
+    """Raise UserError for a setting that is out of bounds (a NaN too) or contradicts another."""
     for key, least in LEAST.items():
-        if not least <= getattr(s, key) < 1e12:
-            raise UserError(f"{key}={getattr(s, key)} must be {'at least' if getattr(s, key) < 1e12 else 'a number from'} {least}")
+        most = MOST.get(key, 10**10)
+        if not least <= getattr(s, key) <= most:
+            raise UserError(f"{key}={getattr(s, key)} must be at least {least} and at most {most:,}")
     for key in ("beta1", "beta2"):
         if getattr(s, key) >= 1:
             raise UserError(f"{key}={getattr(s, key)} must be below 1")

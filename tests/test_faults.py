@@ -31,6 +31,8 @@ PROGRAMS = ["train_tokenizer", "prepare_pretrain", "prepare_sft", "train", "eval
 class Fork:
     """`main()` of a program in a forked child: `status`, `out`, `err` when it has ended."""
 
+    limit = 60                                   # seconds; more is a hang
+
     def __init__(self, program, argv, folder, stdin=b""):
         module = importlib.import_module(program)
         streams = [os.memfd_create("stdin"), os.memfd_create("stdout"), os.memfd_create("stderr")]
@@ -42,8 +44,9 @@ class Fork:
             try:
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
-                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
                 os.chdir(folder)
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its pool of threads doesn't survive a fork
                 torch.set_num_threads(1)
                 sys.argv = [f"{program}.py", *argv]
@@ -60,7 +63,7 @@ class Fork:
                     sys.stdout.flush(), sys.stderr.flush()
                 finally:
                     os._exit(status)
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + self.limit
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > limit:
                 os.kill(pid, 9)
@@ -127,6 +130,16 @@ def count(folder, split, number):
         with open(f"{folder}/meta.json") as file:
             content = json.load(file)
         content["splits"][split]["tokens"] = number
+        write(f"{folder}/meta.json", json.dumps(content))
+    return spoil
+
+
+def uncounted(folder, key):
+    def spoil():
+        with open(f"{folder}/meta.json") as file:
+            content = json.load(file)
+        for counts in content["splits"].values():
+            del counts[key]
         write(f"{folder}/meta.json", json.dumps(content))
     return spoil
 
@@ -308,8 +321,8 @@ CASES = {
         ("negative width", TRAIN + "--n_embd=-16", "n_embd=-16"),
         ("negative experts", TRAIN + "--n_expert=-4", "n_expert"),
         ("more experts chosen than there are", TRAIN + "--n_expert=4 --n_expert_per_tok=5", "n_expert_per_tok=5 of n_expert=4"),
-        ("a model larger than any memory", TRAIN + "--n_inner=1e13", "out of memory"),
-        ("a batch larger than any memory", TRAIN + "--batch_size=1e11", "more windows than one step can hold"),
+        ("a model larger than any machine", TRAIN + "--n_layer=1e9", "n_layer=1000000000 must be at least 1 and at most 10,000"),
+        ("a batch larger than any memory", TRAIN + "--batch_size=1e11", "batch_size=100000000000 must be at least 1 and at most"),
         ("rope_theta 0", TRAIN + "--rope_theta=0", "rope_theta=0"),
         ("rope_theta is no number", TRAIN + "--rope_theta=nan", "rope_theta=nan"),
         ("dropout 1", TRAIN + "--dropout=1", "dropout=1.0 must be in"),
@@ -353,6 +366,7 @@ CASES = {
         ("data gone", "--out_dir=out", "cannot read pre/meta.json", remove("pre")),
         ("data of another tokenizer", "--out_dir=out", "pre was prepared with another tokenizer", meta("pre", tokenizer_hash="0" * 64)),
         ("SFT data of another block_size", "--out_dir=out --data_dir=sft", "sft was packed for block_size=32", meta("sft", block_size=32)),
+        ("meta.json counts no bytes", "--out_dir=out", "meta.json does not count 'bytes'", uncounted("pre", "bytes")),
         ("no questions file", "--out_dir=out --questions=nowhere.jsonl", "no such file or directory: nowhere.jsonl"),
         ("questions without answers", "--out_dir=out --questions=corpus.jsonl", "corpus.jsonl holds no chat that ends with an answer"),
         ("a question longer than the context", "--out_dir=out --questions=long.jsonl", "long.jsonl|context|tokens",
@@ -473,6 +487,35 @@ def test_bad_input(project, tmp_path, program, arguments, pattern, spoil, stdin)
     assert len(lines[0]) < 500 and re.search(pattern, lines[0]), lines[0]
     after = tree(folder)
     assert after == before, f"left behind or changed: {sorted(set(after.items()) ^ set(before.items()))}"
+
+
+def test_memory_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    """What numpy, torch and torch on a GPU say of it, is one line and exit 2; another RuntimeError keeps its traceback."""
+    def no_room_on_the_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139 GiB. If reserved memory is large try ...")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for ask in (lambda: np.empty(10**17), lambda: torch.empty(10**17), no_room_on_the_gpu):
+        with pytest.raises(SystemExit) as leave:
+            run(ask)
+        line = capsys.readouterr().err
+        assert leave.value.code == 2 and re.fullmatch(r"train.py: out of memory \(.*allocate.*\): a smaller batch_size.*\n", line), line
+    with pytest.raises(RuntimeError):
+        run(lambda: torch.ones(2) @ torch.ones(3))
+
+
+def test_a_file_name_that_is_not_utf8(project, tmp_path):
+    """Names in GBK, as an archive made on Windows may hold: read, written to and named in meta.json; training takes it from there."""
+    shutil.copytree(project, tmp_path / "project")
+    here = os.fsencode(tmp_path / "project")
+    os.rename(here + b"/corpus.jsonl", here + b"/" + "语料.jsonl".encode("gbk"))
+    name, out = os.fsdecode("语料.jsonl".encode("gbk")), os.fsdecode("输出".encode("gbk"))
+    for program, arguments in (("train_tokenizer", f"{name} --vocab_size=300 --out_dir=tok_{out}"),
+                               ("prepare_pretrain", f"{name} --tokenizer=tok_{out} --val_fraction=0.1 --out_dir={out}"),
+                               ("train", TRAIN + f"--data_dir={out} --out_dir=model_{out} --eval_iters=1"), ("eval", f"--out_dir=model_{out}")):
+        done = Fork(program, arguments.split(), tmp_path / "project")
+        assert done.status == 0, done.out + done.err
+    with open(tmp_path / "project" / out / "meta.json", encoding="utf-8") as file:
+        assert json.load(file)["sources"] == [name]
 
 
 def test_there_are_enough_of_them():
