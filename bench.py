@@ -22,7 +22,7 @@ from model import GPT, GPTConfig, document_mask
 
 @dataclass
 class Settings:
-    what: list[str] = positional()    # train, decode or data
+    what: list[str] = positional()    # train, decode or data; behind data perhaps a file of text and one of conversations
     n_layer: int = 12                 # blocks
     n_head: int = 16                  # query heads
     n_kv_head: int = 8                # key/value heads
@@ -209,7 +209,7 @@ def main():
         bench_decode(s)
     elif what == "data":
         from bench_data import bench_data
-        bench_data()
+        bench_data(s.what[1:])
     else:
         raise UserError(f"bench.py measures train, decode or data, not {what!r}")
 

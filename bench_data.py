@@ -2,7 +2,7 @@
 
     python bench.py data                                 # generated text
     python bench.py data corpus.jsonl chats.jsonl        # text and conversations of your own
-    python bench_data.py --megabytes=4000 --repeats=1    # more of it
+    python bench_data.py --megabytes=4000 --repeats=1 --bare=False   # memory, on more of it
 
 The bare loop has all texts in memory and does nothing but `tokenizer.encode_batch`, a million characters
 a call. Preparation is the main() of prepare_pretrain.py or prepare_sft.py from the file to the files:
@@ -30,14 +30,16 @@ class Settings:
     tokenizer: str | None = None      # folder of the tokenizer; default: one of 8,000 tokens is trained on the input
     megabytes: int = 64               # of generated text, and half as much of conversations
     repeats: int = 3                  # runs of each kind
+    bare: bool = True                 # run the bare loop, which has all text in memory; False: for a corpus larger than that
     folder: str | None = None         # where the generated and prepared files go; default: a temporary folder
 
 
-def main():
-    bench_data(configure(Settings))
+def bench_data(files=()):
+    """What `python bench.py data [TEXT CHATS]` does."""
+    measure(Settings(files=list(files)))
 
 
-def bench_data(s):
+def measure(s):
     if s.megabytes < 1 or s.repeats < 1:
         raise UserError("--megabytes and --repeats must be positive")
     if len(s.files) not in (0, 2):
@@ -55,17 +57,28 @@ def bench_data(s):
         threads = os.environ.get("RAYON_NUM_THREADS") or str(os.cpu_count())
         print(f"{threads} threads, medians of {s.repeats}")
         for stage, path in (("prepare_pretrain", text), ("prepare_sft", chats)):
-            bare, whole = [], []
+            runs = {"bare loop": [], "preparation": []}
             for _ in range(s.repeats):
-                bare.append(_child(["bare", stage, path, tokenizer]))
-                whole.append(_child([f"{stage}.py", path, f"--tokenizer={tokenizer}", f"--out_dir={folder}/{stage}"]))
-            seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in (("bare", bare), ("whole", whole))}
-            size, tokens = bare[0]["bytes"], bare[0]["tokens"]
-            print(f"{stage}.py   {size / 1e6:,.0f} MB, {tokens:,} tokens")
-            for name, title in (("bare", "bare loop"), ("whole", "preparation")):
-                print(f"  {title:<12} {seconds[name]:8.2f} s  {size / seconds[name] / 1e6:7.2f} MB/s  {tokens / seconds[name]:12,.0f} tokens/s")
-            print(f"  ratio        {seconds['bare'] / seconds['whole']:8.1%}    peak memory of the preparation "
-                  f"{max(run['peak'] for run in whole) / 2**20:,.0f} MiB", flush=True)
+                if s.bare:
+                    runs["bare loop"].append(_child(["bare", stage, path, tokenizer]))
+                runs["preparation"].append(_child([f"{stage}.py", path, f"--tokenizer={tokenizer}", f"--out_dir={folder}/{stage}"]))
+            size, tokens = _counts(os.path.join(folder, stage), runs["bare loop"])
+            print(f"{stage}.py   {size / 1e6:,.0f} MB of text, {tokens:,} tokens")
+            seconds = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items() if of}
+            for name, value in seconds.items():
+                print(f"  {name:<12} {value:8.2f} s  {size / value / 1e6:7.2f} MB/s  {tokens / value:12,.0f} tokens/s")
+            ratio = f"{seconds['bare loop'] / seconds['preparation']:.1%}" if s.bare else "not measured"
+            peak = max(run["peak"] for run in runs["preparation"]) / 2**20
+            print(f"  ratio        {ratio:>10}    peak memory of the preparation {peak:,.0f} MiB", flush=True)
+
+
+def _counts(folder, bare):
+    """(bytes, tokens): what the bare loop encoded; without it, what the token files say they hold."""
+    if bare:
+        return bare[0]["bytes"], bare[0]["tokens"]
+    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
+        splits = json.load(file)["splits"].values()
+    return tuple(sum(split[key] for split in splits) for key in ("bytes", "tokens"))
 
 
 def _child(arguments):
@@ -73,7 +86,7 @@ def _child(arguments):
     command = [sys.executable, os.path.abspath(__file__), "--measure", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
-        raise UserError(f"{' '.join(arguments)} failed")
+        sys.exit(result.returncode)                      # it has said why
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -185,4 +198,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         _measure(sys.argv[2:])
     else:
-        run(main)
+        run(lambda: measure(configure(Settings)))
