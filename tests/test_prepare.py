@@ -1,5 +1,6 @@
 """Token files: the bytes, the boundaries, the counts, the split, the mask, the rows."""
 import random
+import re
 import resource
 import time
 
@@ -310,3 +311,13 @@ def test_nothing_is_written_for_what_cannot_be(folder, tmp_path):
     for stage, argv, word in cases:
         assert word in refused(stage, *common, *argv), (stage, argv)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl"]
+
+
+def test_benchmark_prints_both_ratios():
+    output = command("bench_data", "--megabytes=1", "--repeats=1")
+    for stage in ("prepare_pretrain.py", "prepare_sft.py"):
+        block = output.split(stage)[1]
+        bare, whole = (float(re.search(rf"{name} +([\d.]+) s +[\d.]+ MB/s +[\d,]+ tokens/s", block)[1]) for name in ("bare loop", "preparation"))
+        ratio = float(re.search(r"ratio +([\d.]+)%", block)[1]) / 100
+        assert bare > 0 and abs(ratio - bare / whole) < 0.05 + 0.01 / whole
+        assert 20 < float(re.search(r"peak memory of the preparation ([\d,]+) MiB", block)[1].replace(",", "")) < 1024
