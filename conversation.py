@@ -63,12 +63,12 @@ class GenerationSettings:
 
 
 def check_messages(messages):
-    """Raise UserError unless `messages` is a conversation that ends with a question."""
+    """Raise UserError unless `messages` is a list of messages."""
+    if not isinstance(messages, (list, tuple)):
+        raise UserError(f"a conversation is a list of messages, not {str(messages)[:80]}")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
             raise UserError(f'a message is {{"role": "system", "user" or "assistant", "content": text}}, not {str(message)[:80]}')
-    if not messages or messages[-1]["role"] != "user":
-        raise UserError("the last message must be the user's")
 
 
 def read_prompt(text):
@@ -166,12 +166,14 @@ class Conversation:
                 return question
         return None
 
-    def drop_answer(self):
-        """Take back the last answer, so that `answer` makes another. Returns False if there is none."""
-        if not self.turns or self.turns[-1].role != "assistant":
-            return False
-        self.turns.pop()
-        return True
+    def load(self, messages):
+        """Go on from `messages`, as `messages()` gives them. Raises UserError if they are none, or their system
+        prompt doesn't fit; then nothing has changed."""
+        check_messages(messages)
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        turns = [Turn(m["role"], m["content"], self._ids(m["role"], m["content"])) for m in messages[1 if system else 0:]]
+        self.set_system(system)
+        self.turns, self.first = turns, 0
 
     def messages(self):
         """All of it, also what the model no longer sees, as [{"role", "content"}, ...]."""
@@ -187,11 +189,24 @@ class Conversation:
 
         Raises UserError if the message alone is longer than the context; then nothing has been said.
         """
+        before = self.turns[:], self.first
         self.add("user", text)
+        return self._answer_or_restore(before, options)
+
+    def retry(self, **options):
+        """Take back the last answer and return the iterator of another one's pieces. Raises UserError, and keeps it, if
+        there is none, or no room since the system prompt has changed."""
+        if not self.turns or self.turns[-1].role != "assistant":
+            raise UserError("there is no answer to retry")
+        before = self.turns[:], self.first
+        self.turns.pop()
+        return self._answer_or_restore(before, options)
+
+    def _answer_or_restore(self, before, options):
         try:
             self._make_room(0)
         except UserError:
-            self.turns.pop()
+            self.turns, self.first = before
             raise
         return self.answer(**options)
 

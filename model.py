@@ -86,6 +86,18 @@ def apply_rope(x, rope):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
+def linear(x, weight, bias=None):
+    """F.linear; of a single row, while generating on a CPU, a matrix-vector product: in bfloat16 1.3 times as fast there."""
+    if x.is_cuda or x.numel() != weight.shape[1] or bias is not None or torch.is_grad_enabled() or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -93,8 +105,8 @@ class Attention(nn.Module):
         self.head_width = config.n_embd // config.n_head
         self.dropout = config.dropout
         # q, k and v in one matrix: one larger product instead of three
-        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_width, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_width, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope, mask=None, cache=None):
         """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
@@ -121,7 +133,8 @@ class Attention(nn.Module):
         # are read once and never repeated
         grouped = q.view(len(q), self.n_kv_head, -1, self.head_width)
         if not q.is_cuda:
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+            # a row alone sees all that the mask spans: it ends with the newest token
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask if len(q) > 1 else None).view_as(q)
         # Written out, a compiler fuses it into reductions over the cache: 1.2 times as fast for the whole
         # step as the attention kernels, which are made for many queries
         score = (grouped[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * self.head_width ** -0.5
@@ -163,8 +176,8 @@ def attend(q, k, v, mask):
 class FFN(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -245,7 +258,7 @@ class GPT(nn.Module):
         return self.norm(x), moe if isinstance(moe, tuple) else None
 
     def logits(self, x):
-        return F.linear(x, self.wte.weight)
+        return linear(x, self.wte.weight)
 
     def n_params(self):
         """(all parameters, those that one token passes through)."""
@@ -328,6 +341,8 @@ class GPT(nn.Module):
         from conversation import Conversation, check_messages
         check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         check_messages(messages)
+        if not messages or messages[-1]["role"] != "user":
+            raise UserError("the last message must be the user's")
         # taken out while in use: a second stream beside this one makes a cache of its own
         cache, self._chat_cache = self._chat_cache or self.new_cache(), None
         conversation = Conversation(self, cache=cache)
@@ -418,6 +433,8 @@ def prefill(model, cache, prompts):
         while same < min(len(prompt) - 1, len(old)) and prompt[same] == old[same]:
             same += 1
         starts.append(same)
+    # should this be interrupted: from here on the old tokens' slots are overwritten
+    cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]
     width = max(len(p) - s for p, s in zip(prompts, starts))
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
     position = torch.full_like(idx, cache.size)

@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 
 from configurator import UserError, configure
-from conversation import Conversation, check_messages
+from conversation import Conversation
 
 try:
     import readline
@@ -203,9 +203,7 @@ class Terminal:
 
     def command_retry(self, rest):
         """another answer to the last message"""
-        if not self.conversation.drop_answer():
-            raise UserError("there is no answer to retry")
-        self.say(lambda: self.conversation.answer(**self.options()))
+        self.say(lambda: self.conversation.retry(**self.options()))
 
     def command_undo(self, rest):
         """take back the last message and its answer"""

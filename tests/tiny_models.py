@@ -1,0 +1,66 @@
+"""Tiny models with random weights, their tokenizer, and the folder that train.py would leave them in."""
+import functools
+import os
+import shutil
+import tempfile
+
+import torch
+from tokenizers import pre_tokenizers, trainers
+
+import checkpoint
+from model import GPT, GPTConfig
+from tokenizer import SPECIAL_TOKENS, Tokenizer, save, untrained
+
+CORPUS = ["你好，世界！你好吗？我很好。", "从前有座山，山上有座庙，庙里有个老和尚。", "user\nassistant\nsystem\n", "The cat sat on the mat.",
+          "问：今天天气怎么样？答：晴。", "一二三四五六七八九十 0123456789"] * 4
+
+
+@functools.cache
+def tokenizer():
+    """300 tokens, so most characters are several tokens and random ids are mostly broken UTF-8."""
+    backend = untrained()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    folder = tempfile.mkdtemp()
+    try:
+        save(backend, folder)
+        return Tokenizer.load(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=300, **config):
+    """A float32 model whose attention and FFN matter: its weights are ten times those of a fresh one."""
+    torch.manual_seed(seed)
+    config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert_per_tok=2) | config
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_expert=n_expert, **config)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(10)
+    model.tokenizer, model.step = tokenizer(), 7
+    return model
+
+
+def talkative(model):
+    """`model`, which now says nothing but letters and never ends an answer by itself.
+
+    The first channel of the embedding parts letters (+3) from all other tokens (-3). The last FFN's first
+    two neurons turn it into its magnitude, so that it is positive in every output.
+    """
+    letters = torch.tensor([bool(data) and data.decode("utf-8", "replace").isalpha() for data in tokenizer().token_bytes])
+    model.wte.weight[:, 0] = torch.where(letters, 3.0, -3.0)
+    ffn = model.blocks[-1].ffn
+    for up, down in [(ffn.up.weight, ffn.down.weight)] if hasattr(ffn, "up") else [(w1.T, w2.T) for w1, w2 in zip(ffn.w1_EDF, ffn.w2_EFD)]:
+        up[:2], down[0] = 0, 0                   # up: (neuron, channel), down: (channel, neuron)
+        up[0, 0], up[1, 0], down[0, :2] = 20, -20, 20
+    return model
+
+
+def write_folder(folder, model):
+    """What train.py leaves of `model`, as far as using it goes."""
+    os.makedirs(os.path.join(folder, "tokenizer"))
+    tokenizer()._backend.save(os.path.join(folder, "tokenizer", "tokenizer.json"), pretty=True)
+    from dataclasses import asdict
+    checkpoint.save(checkpoint.step_path(folder, 7), {
+        "model": model.state_dict(), "model_config": asdict(model.config), "step": 7, "tokenizer_hash": tokenizer().hash})
+    return folder
