@@ -14,6 +14,7 @@ import collections
 import concurrent.futures
 import hashlib
 import os
+import resource
 import shutil
 import struct
 import typing
@@ -63,6 +64,7 @@ class Spool:
     def __init__(self, folder, seed, dedup=False, duplicate=None):
         self._folder, self._seed, self._dedup, self._duplicate = folder, _mix(seed & (2**64 - 1)), dedup, duplicate
         self._count, self._files = 0, {}
+        _allow_open_files(BUCKETS + 256)
 
     def add(self, digest, payload, place=""):
         """Append a document. `payload`: bytes, as shuffled() shall give them back."""
@@ -110,6 +112,14 @@ class Spool:
                     data = memoryview(file.read())
                 os.remove(path)
                 yield from _sorted_records(data)
+
+
+def _allow_open_files(count):
+    """Raise the process's own limit to `count` where that is allowed; on macOS it is 256 at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _sorted_records(data):

@@ -280,6 +280,14 @@ def test_packing_ten_million_conversations(tmp_path):
     assert padding[1] < 0.03
 
 
+def test_few_files_may_be_open(folder, tmp_path):
+    """As on macOS, where a process begins with a limit of 256; here 60."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    finish("prepare_pretrain", folder / "a.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/o", before=limit)
+    assert len(read_documents(tmp_path / "o", "train")) > 100
+
+
 def test_show(folder, tmp_path):
     output = finish("prepare_sft", folder / "chats.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/s", "--show=2")
     tokenizer = Tokenizer.load(folder / "tokenizer")

@@ -204,7 +204,7 @@ def corpus(tmp_path_factory):
 
 def test_vocabulary_is_what_was_asked(corpus, tmp_path):
     for size in (259, 700):
-        assert _train(tmp_path, corpus, f"--vocab_size={size}", "--out_dir=t").returncode == 0
+        assert _train(tmp_path, corpus, f"--vocab_size={size}", "--max_bytes=300_000", "--out_dir=t").returncode == 0
         tokenizer = Tokenizer.load(tmp_path / "t")
         assert tokenizer.vocab_size == size
         assert tokenizer.decode(tokenizer.encode("从未见过 🦄")) == "从未见过 🦄"
@@ -220,7 +220,7 @@ def test_vocabulary_of_a_small_corpus_is_smaller_and_says_so(tmp_path):
 
 def test_same_input_same_tokenizer(corpus, tmp_path):
     for name in "ab":
-        assert _train(tmp_path, corpus, "--vocab_size=900", f"--out_dir={name}").returncode == 0
+        assert _train(tmp_path, corpus, "--vocab_size=900", "--max_bytes=300_000", f"--out_dir={name}").returncode == 0
     assert Tokenizer.load(tmp_path / "a").hash == Tokenizer.load(tmp_path / "b").hash
 
 
@@ -246,8 +246,12 @@ def test_sample_is_spread_over_the_input(corpus, tmp_path, suffix):
 
 
 def test_input_that_fits_is_taken_whole(corpus, tmp_path):
-    result = _train(tmp_path, corpus, "--vocab_size=300", "--out_dir=t")
-    assert "from 4,000 documents" in result.stdout
+    lines = corpus.read_bytes().splitlines(keepends=True)[:400]
+    (tmp_path / "c.jsonl").write_bytes(b"".join(lines))
+    size = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    for most in (size, 10 * size):
+        result = _train(tmp_path, "c.jsonl", "--vocab_size=300", f"--max_bytes={most}", "--out_dir=t")
+        assert "from 400 documents" in result.stdout
 
 
 def test_counting_pieces_is_what_the_trainer_does(corpus):
@@ -262,13 +266,13 @@ def test_counting_pieces_is_what_the_trainer_does(corpus):
 
 def test_rare_pieces_are_counted_in_halves():
     rng = random.Random(3)
-    texts = ["".join(chr(0x4E00 + rng.randrange(500)) for _ in range(160)) + "。万里长城永不倒。" for _ in range(2000)]
-    whole, halved = (train_tokenizer.count_pieces(texts, limit=limit) for limit in (1 << 30, 100_000))
+    texts = ["".join(chr(0x4E00 + rng.randrange(500)) for _ in range(160)) + "。万里长城永不倒。" for _ in range(1000)]
+    whole, halved = (train_tokenizer.count_pieces(texts, limit=limit) for limit in (1 << 30, 50_000))
     size = lambda counts: sum(len(piece.encode()) for piece in counts)
     characters = lambda counts: sum(len(piece) * count for piece, count in counts.items())
-    assert size(whole) > 900_000 and size(halved) <= 100_000
+    assert size(whole) > 400_000 and size(halved) <= 50_000
     assert characters(whole) == characters(halved) == sum(map(len, texts))       # nothing goes uncounted
-    assert whole["万里长城永不倒"] == halved["万里长城永不倒"] == 2000
+    assert whole["万里长城永不倒"] == halved["万里长城永不倒"] == 1000
     for limit in (1, 1000):                                                      # not to be had: single characters are more
         assert set(map(len, train_tokenizer.count_pieces(texts, limit=limit))) == {1}
 
