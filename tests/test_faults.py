@@ -7,6 +7,7 @@ the folder first. Each runs in a fork of this process (torch is imported once), 
 
 After it every file must be as before, byte for byte, and none must be new.
 """
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -487,6 +488,36 @@ def test_bad_input(project, tmp_path, program, arguments, pattern, spoil, stdin)
     assert len(lines[0]) < 500 and re.search(pattern, lines[0]), lines[0]
     after = tree(folder)
     assert after == before, f"left behind or changed: {sorted(set(after.items()) ^ set(before.items()))}"
+
+
+ODD = ["nan", "inf", "-inf", "-1", "0", "1e30", "-1e30", "1e9", "2", "", "../no/such", "0.5", "True", "None", "a" * 300, "\udcff", "cuda:5", ":"]
+PLAIN = {"train_tokenizer": "corpus.jsonl --vocab_size=300 --out_dir=new", "prepare_pretrain": PRE + "--val_fraction=0.1",
+         "prepare_sft": CHAT + "--block_size=64 --val_fraction=0.2", "train": TRAIN + "--eval_iters=1", "eval": "--out_dir=out",
+         "sample": "--out_dir=out --max_new_tokens=5", "chat": "--out_dir=out --prompt=你好 --max_new_tokens=5"}
+LONG_RUNS = [("train", "max_iters", "1e9"), ("train", "compile", "True")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PLAIN)
+def test_every_flag_with_odd_values(project, tmp_path, program, capsys):
+    """Each of 18 odd values for each flag: either it works, or one line and exit 2, with nothing left behind. Never a traceback, never a hang."""
+    tried, refused, folder = 0, 0, tmp_path / "project"
+    for field in dataclasses.fields(importlib.import_module(program).Settings):
+        for value in ODD if field.default_factory is not list else ():
+            if (program, field.name, value) in LONG_RUNS:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(project, folder)
+            done = Fork(program, [*PLAIN[program].split(), f"--{field.name}={value}"], folder)
+            what = f"{program}.py --{field.name}={value}\n{done.out}{done.err}"
+            assert done.status in (0, 2) and "Traceback" not in what, what
+            tried, refused = tried + 1, refused + (done.status == 2)
+            if done.status == 2:
+                assert len(done.err.strip().splitlines()) == 1 and done.err.startswith(f"{program}.py: "), what
+                assert tree(folder) == tree(project), what
+    with capsys.disabled():
+        print(f"\n{program}: {tried} flags with odd values, {refused} refused with one line, {tried - refused} understood")
+    assert refused > tried / 3
 
 
 def test_memory_that_cannot_be_had(tmp_path, monkeypatch, capsys):

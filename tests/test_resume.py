@@ -2,13 +2,14 @@
 import json
 import os
 import random
+import subprocess
 import time
 
 import pytest
 import torch
 
 import checkpoint
-from training_runs import MOE, PHASES, TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, refused
+from training_runs import MOE, PHASES, PYTHON, ROOT, TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, refused
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,43 @@ def test_battery_of_kills(data, tmp_path, kind, dtype, compile, capsys):
     with capsys.disabled():
         print(f"\n{kind} {dtype} compile={compile}: {sum(hit.values())} kills ("
               + ", ".join(f"{count} in {phase}" for phase, count in hit.items() if count) + f"), {compared} runs finished, all bit-identical")
+
+
+GPU = ["--n_layer=12", "--n_head=16", "--n_kv_head=8", "--n_embd=1024", "--block_size=512", "--vocab_size=32000", "--batch_size=32",
+       "--gradient_accumulation_steps=2", "--dropout=0.1", "--learning_rate=6e-4", "--min_lr=6e-5", "--warmup_iters=10", "--max_iters=60", "--log_interval=1",
+       "--eval_interval=20", "--eval_iters=5", "--checkpoint_interval=10", "--save_best=False", "--compile", "--deterministic"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/nvidiactl"), reason="needs a GPU")
+def test_kills_on_a_gpu(tmp_path, capsys):
+    kill_processes(GPU, make_data(tmp_path / "data", train=2_000_000, val=100_000, block_size=512), tmp_path, 4, capsys)
+
+
+def kill_processes(argv, data, folder, kills, capsys):
+    """train.py as a user starts it: killed after so many logged steps, drawn at random, `kills` times; then compared with a straight run."""
+    command = [PYTHON, "train.py", *argv, f"--data_dir={data}"]
+    subprocess.run([*command, f"--out_dir={folder}/straight"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    steps, draw, done = len(numbers(folder / "straight")), random.Random(1), []
+    for moment in sorted(draw.sample(range(steps // 5, steps), kills)):
+        resume = ["--init_from=resume"] if checkpoint.saved_steps(folder / "killed") else ["--overwrite"]
+        child = subprocess.Popen([*command, *resume, f"--out_dir={folder}/killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        while child.poll() is None and (not os.path.exists(folder / "killed/metrics.jsonl") or len(whole_lines(folder / "killed")) < moment):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        child.kill()
+        if child.wait() == -9:
+            done.append(moment)
+    subprocess.run([*command, "--init_from=resume", f"--out_dir={folder}/killed"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert_same_run(folder / "straight", folder / "killed")
+    with capsys.disabled():
+        print(f"\n{len(done)} kills, after {', '.join(map(str, done))} of {steps} records: every loss, weight and moment bit-identical")
+    assert len(done) >= kills - 1                # the last may come too late
+
+
+def whole_lines(out_dir):
+    with open(out_dir / "metrics.jsonl", "rb") as file:
+        return [line for line in file if line.endswith(b"\n")]
 
 
 def test_sigterm_ends_and_resume_is_exact_with_compile(data, tmp_path):
