@@ -175,8 +175,7 @@ def bench_decode(s):
         return bench_decode_cpu(s)
     s.batch_size = s.batch_size or 1
     _, copy = ceilings(device, torch.bfloat16)
-    model = make_model(s, device, s.prompt + s.new_tokens + 1).to(torch.bfloat16).eval().requires_grad_(False)
-    model.rope = model.rope.float()
+    model = make_model(s, device, s.prompt + s.new_tokens + 1).for_generation(device, torch.bfloat16)
     from model import KVCache
     cache = KVCache(model, s.batch_size)
     prompts = torch.randint(1, s.vocab_size, (s.batch_size, s.prompt)).tolist()
