@@ -275,7 +275,7 @@ def test_packing_ten_million_conversations(tmp_path):
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         padding.append(writer.counts["padding_tokens"] / writer.counts["tokens"])
         print(f"{count:,} conversations: {seconds[-1]:.1f} s, peak {peaks[-1]:.0f} MiB, padding {padding[-1]:.3%}")
-    assert seconds[1] < 13 * seconds[0]
+    assert seconds[1] < 15 * seconds[0]
     assert peaks[1] < peaks[0] + 700                                             # the list of lengths above takes 400 of it
     assert padding[1] < 0.03
 
