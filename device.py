@@ -1,6 +1,5 @@
 """Which device, which number type, and how fast the device could be."""
 import contextlib
-import os
 
 import torch
 
@@ -62,8 +61,3 @@ def describe(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def rank_and_world():
-    """(rank, local rank, number of processes) that torchrun set; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from device import rank_and_world
+from processes import rank_and_world
 
 
 def say(text):

@@ -26,8 +26,9 @@ import torch.distributed as dist
 import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
-from device import autocast, describe, peak_flops, pick_device, pick_dtype, rank_and_world
+from device import autocast, describe, peak_flops, pick_device, pick_dtype
 from model import document_mask
+from processes import agree, join_job, rank_and_world
 from run_log import RunLog, check_wandb, say
 from starting_point import build_model, identity, job, open_resumed
 
@@ -95,7 +96,8 @@ LEAST = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 1, "n_inner": 0, "
          "rope_theta": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0, "min_lr": 0,
          "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0, "log_interval": 1,
          "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1, "inspect_step": -1}
-MOST = {"n_layer": 10**4, "n_embd": 10**7, "n_inner": 10**8, "block_size": 10**8, "vocab_size": 10**7, "batch_size": 10**7, "gradient_accumulation_steps": 10**7}
+MOST = {"n_layer": 10**4, "n_embd": 10**7, "n_inner": 10**8, "block_size": 10**8, "vocab_size": 10**7, "batch_size": 10**7,
+        "gradient_accumulation_steps": 10**7}
 
 
 def check(s, world):
@@ -108,7 +110,8 @@ def check(s, world):
         if getattr(s, key) >= 1:
             raise UserError(f"{key}={getattr(s, key)} must be below 1")
     if s.batch_size * s.gradient_accumulation_steps > 10**8:
-        raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps={s.gradient_accumulation_steps} is more windows than one step can hold")
+        raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps={s.gradient_accumulation_steps} "
+                        "is more windows than one step can hold")
     if s.max_iters == s.epochs == 0:
         raise UserError("give the length of the training: max_iters or epochs above 0")
     if s.gradient_accumulation_steps % world:
@@ -373,27 +376,6 @@ def main():
         dist.destroy_process_group()
     if not saved:
         raise UserError(f"the state at step {step} could not be saved: make room, then --init_from=resume goes on from the checkpoint before")
-
-
-def join_job(backend, rank, world):
-    """torch.distributed.init_process_group, which also works after a restart by torchrun --max-restarts.
-
-    The agent's store outlives its workers, and torch would read the addresses that the dead ones left in it. On one
-    node the count of restarts tells the attempts apart; on several it differs between them, and torch's own way out
-    is to launch with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
-    """
-    store, _, _ = next(dist.rendezvous("env://", rank, world))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-
-
-def agree(control, *numbers):
-    """The sums over all processes of some whole numbers on the host."""
-    numbers = torch.tensor(numbers)
-    if control is not None:
-        dist.all_reduce(numbers, group=control)
-    return numbers.tolist()
 
 
 if __name__ == "__main__":
