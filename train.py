@@ -242,9 +242,11 @@ def main():
     signal.signal(signal.SIGINT, on_signal)
 
     def micro_batches(step):
-        """This process's share of the step's windows: micro-batch m of rank r is the slice m * world + r."""
+        """This process's share of the step's windows, and how many targets they hold: micro-batch m of rank r is the slice m * world + r."""
         windows = batch_windows(s.seed, step, global_batch, train_data.n_windows).reshape(-1, s.batch_size)
-        return [to_device(train_data.windows(rows)) for rows in windows[rank::world]]
+        batches = [train_data.windows(rows) for rows in windows[rank::world]]
+        # counted on the host: a question to the GPU would wait until it has done all that it was given
+        return [to_device(batch) for batch in batches], sum((y >= 0).sum().item() for _, y in batches)
 
     def to_device(batch):
         if device.type == "cpu":
@@ -291,11 +293,11 @@ def main():
 
     # ---- the loop. `step` counts the finished ones; between two steps is the time to evaluate and to save
     step, val_loss, pending, saved = first_step, None, None, True
-    batches = micro_batches(step) if step < s.max_iters else []
+    batches, targets = micro_batches(step) if step < s.max_iters else ([], 0)
     model.train()
     while True:
         # `learned`: targets in the whole global batch of the coming step, before any of them is used
-        learned, stopping = agree(control, sum((y >= 0).sum().item() for _, y in batches), len(stop))
+        learned, stopping = agree(control, targets, len(stop))
         last = step >= s.max_iters or stopping > 0
         evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
         saving = last or step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0
@@ -337,7 +339,7 @@ def main():
             scaler.scale(objective).backward()
             loss_sum = loss_sum + loss.detach()
         if step + 1 < s.max_iters:
-            batches = micro_batches(step + 1)        # read while the device is busy
+            batches, targets = micro_batches(step + 1)       # read while the device is busy
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
