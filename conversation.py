@@ -41,7 +41,6 @@ class GenerationSettings:
 
     def sampling(self):
         """The options of Conversation.ask. Raises UserError if one is out of range."""
-        from model import check_sampling
         check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
         return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k,
@@ -60,6 +59,18 @@ class GenerationSettings:
             raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
         from model import GPT
         return GPT.from_checkpoint(self.out_dir, device=self.device, dtype=self.dtype, which=self.checkpoint)
+
+
+def check_sampling(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """Raise UserError for a sampling option that means nothing (a NaN too)."""
+    for name, value, fine, range in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
+            ("top_k", top_k, top_k >= 0, "0 or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0")):
+        if not fine:
+            raise UserError(f"{name}={value} must be {range}")
 
 
 def check_messages(messages):

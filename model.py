@@ -68,6 +68,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # the mean square of a bf16 row is taken in float32
         wide = x if x.dtype == torch.float64 else x.float()
+        if x.numel() == len(self.weight) and not x.is_cuda and not torch.is_grad_enabled():
+            # one token on a CPU: rms_norm is six passes there
+            row = wide.reshape(-1)
+            return (row * (row.dot(row) / len(row) + 1e-6).rsqrt() * self.weight).to(x.dtype).view(x.shape)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
 
 
@@ -122,9 +126,13 @@ class Attention(nn.Module):
 
     def attend_cache(self, q, k, v, mask, k_cache, v_cache, position):
         """Write the new k and v at `position` (B, T), then let q see the cache through `mask` (B, 1, T, S)."""
-        row = torch.arange(len(q), device=q.device)[:, None]
-        k_cache[row, :, position] = k.transpose(1, 2).to(k_cache.dtype)
-        v_cache[row, :, position] = v.transpose(1, 2).to(v_cache.dtype)
+        if len(q) == 1 and not q.is_cuda:
+            k_cache.index_copy_(2, position[0], k.to(k_cache.dtype))
+            v_cache.index_copy_(2, position[0], v.to(v_cache.dtype))
+        else:
+            row = torch.arange(len(q), device=q.device)[:, None]
+            k_cache[row, :, position] = k.transpose(1, 2).to(k_cache.dtype)
+            v_cache[row, :, position] = v.transpose(1, 2).to(v_cache.dtype)
         size = mask.shape[-1]
         k, v = k_cache[:, :, :size], v_cache[:, :, :size]
         if q.shape[2] > 1:
@@ -293,7 +301,7 @@ class GPT(nn.Module):
         tokenizer = Tokenizer.load(saved["tokenizer_dir"])
         if tokenizer.hash != saved.get("tokenizer_hash", tokenizer.hash):
             raise UserError(f"{saved['tokenizer_dir']} is not the tokenizer that the model in {folder} was trained with")
-        with torch.device("meta"), _Uninitialized():     # neither memory nor random numbers for weights that come from the file
+        with _Uninitialized():                   # neither memory nor random numbers for weights that come from the file
             model = cls(GPTConfig(**saved["model_config"]))
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
@@ -346,7 +354,7 @@ class GPT(nn.Module):
             pieces = list(model.chat(messages, max_new_tokens=32, top_k=5, seed=1, stream=True))
             assert "".join(pieces) == answer
         """
-        from conversation import Conversation, check_messages
+        from conversation import Conversation, check_messages, check_sampling
         check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         check_messages(messages)
         if not messages or messages[-1]["role"] != "user":
@@ -376,18 +384,6 @@ class GPT(nn.Module):
 # token, entirely on the device and with fixed shapes, so that a CUDA graph can hold all of it.
 
 
-def check_sampling(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Raise UserError for a sampling option that means nothing (a NaN too)."""
-    for name, value, fine, range in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
-            ("top_k", top_k, top_k >= 0, "0 or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0")):
-        if not fine:
-            raise UserError(f"{name}={value} must be {range}")
-
-
 def generation_dtype(name, device):
     """The torch.dtype of "auto", "float32", "bfloat16", "float16" or a torch.dtype, for weights that are only read.
 
@@ -399,10 +395,15 @@ def generation_dtype(name, device):
 
 
 class _Uninitialized(torch.overrides.TorchFunctionMode):
-    """Under it normal_ does nothing. (On meta tensors it would do nothing too, but import sympy first: 0.8 s.)"""
+    """Under it nothing is drawn at random, so the memory behind new weights is never touched and never taken.
+
+    (The meta device has no memory at all, but the first operation on it imports sympy and torch._dynamo: 0.8 s.)
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **kwargs or {})
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 class KVCache:
@@ -544,6 +545,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
     repetition penalty, which takes ids of the prompt and of the answer alike.
     Raises UserError if a prompt leaves no room in the context, or for an option out of range.
     """
+    from conversation import check_sampling
     check_sampling(max(max_new_tokens, 1), temperature, top_k, top_p, repetition_penalty)
     cache = cache or KVCache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     if len(cache.tokens) != len(prompts):
