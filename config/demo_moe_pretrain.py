@@ -4,3 +4,6 @@ n_expert = 8
 n_expert_per_tok = 2
 n_inner = 368                   # two experts and the router are a little less than the dense FFN's 768
 dtype = "float32"               # on a CPU the grouped product is quicker so than in bfloat16
+max_iters = 2400                # it learns the facts as quickly as the dense model, but so that SFT unlocks them, later
+eval_interval = 600
+checkpoint_interval = 0
