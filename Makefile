@@ -1,4 +1,4 @@
-# make demo              the whole loop on an invented town, on a laptop: some 3 minutes after installation
+# make demo              the whole loop on an invented town, on a laptop: some 2 minutes after installation
 # make demo MODEL=moe    the same with a mixture of experts
 # make test              the tests
 # make test-faults       the long batteries: kills, resumes, bad input
@@ -25,15 +25,19 @@ CODE := train.py model.py moe.py data.py checkpoint.py
 .DELETE_ON_ERROR:
 
 # $(call stage,heading,command): say what runs, then run it
+define command
+@printf '$$ %s\n' '$(strip $(1))'
+@$(1)
+endef
 define stage
-@printf '\n\033[1m— %s\033[0m\n$$ %s\n' '$(1)' '$(2)'
-@$(2)
+@printf '\n\033[1m— %s\033[0m\n' '$(1)'
+$(call command,$(2))
 endef
 
 demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
-	$(call stage,Chat: three questions,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=你好)
-	@$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=沈琴明住在哪里？
-	@$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=请问沈琴明爱吃什么？
+	$(call stage,Chat: three questions; the last two about somebody whom SFT never mentioned,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=你好)
+	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=沈琴明住在哪里？)
+	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=请问沈琴明爱吃什么？)
 	@$(PY) demo_report.py $(NAME)
 
 .venv/installed: requirements.txt
@@ -54,7 +58,7 @@ data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py
 	@touch $@
 
 $(OUT)_pretrain/done: data/demo/pretrain/meta.json $(PRETRAIN) $(CODE)
-	$(call stage,Pretraining,$(PY) train.py $(PRETRAIN) --overwrite=True)
+	$(call stage,Pretraining,$(PY) train.py $(strip $(PRETRAIN) --overwrite=True))
 	@touch $@
 
 $(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
@@ -62,7 +66,7 @@ $(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
 	@touch $@
 
 $(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
-	$(call stage,Control: the same SFT without pretraining,$(PY) train.py $(PRETRAIN) $(SFT) --init_from=scratch --out_dir=$(OUT)_control --overwrite=True)
+	$(call stage,Control: the same SFT without pretraining,$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control --overwrite=True)
 	@touch $@
 
 $(OUT)_%/eval.json: $(OUT)_%/done eval.py

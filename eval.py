@@ -134,7 +134,7 @@ def main():
         results |= {"questions": len(pairs), "right": right, "exact_match": right / len(pairs)}
         wrong = [(messages[-1]["content"], expected, answer) for answer, (messages, expected) in zip(answers, pairs) if answer != expected]
         for question, expected, answer in wrong[: s.show]:
-            print(f"  wrong: {question} → {answer} (right: {expected})")
+            print(f"  wrong: {question} → {answer.replace(chr(0xFFFD), '')} (right: {expected})")
         print(f"{s.questions}: {right} of {len(pairs)} questions answered exactly, {right / len(pairs):.1%}")
     results["seconds"] = time.time() - started
     with open(os.path.join(s.out_dir, "eval.json.tmp"), "w", encoding="utf-8") as file:
