@@ -114,7 +114,7 @@ def bench_train(s):
     device = pick_device(s.device)
     if device.type == "cpu":
         # the demo's model, since nobody trains 171 M parameters on two cores
-        s.n_layer, s.n_head, s.n_kv_head, s.n_embd, s.vocab_size, s.block_size = 4, 4, 2, 128, 2000, 128
+        s.n_layer, s.n_head, s.n_kv_head, s.n_embd, s.vocab_size, s.block_size = 2, 4, 2, 192, 1200, 128
     dtype = pick_dtype(s.dtype, device)
     s.batch_size = s.batch_size or (64 if device.type == "cuda" else 16)
     matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
