@@ -1,7 +1,12 @@
-"""Shared fixtures. The repository root is the import path, as it is for a user's `python train.py`."""
+"""The repository root is the import path, as it is for a user's `python train.py`; and what every test may rely on."""
 import os
+import signal
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Tests fork. A pool of compiler processes, once this one has it, is broken in its children, and they wait for it forever
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# What a shell starts in the background ignores Ctrl-C, and hands that on to the programs that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
