@@ -1,4 +1,5 @@
 """Token files: the bytes, the boundaries, the counts, the split, the mask, the rows."""
+import os
 import random
 import re
 import resource
