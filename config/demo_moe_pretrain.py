@@ -1,9 +1,9 @@
-"""The demo's pretraining with a mixture of experts: two of eight experts a token, no more parameters active than the dense demo has."""
+"""The demo's pretraining with a mixture of experts: two of four experts a token, no more parameters active than the dense demo has."""
 out_dir = "out/demo_moe_pretrain"
-n_expert = 8
+n_expert = 4
 n_expert_per_tok = 2
 n_inner = 368                   # two experts and the router are a little less than the dense FFN's 768
 dtype = "float32"               # on a CPU the grouped product is quicker so than in bfloat16
-max_iters = 2400                # it learns the facts as quickly as the dense model, but so that SFT unlocks them, later
-eval_interval = 600
+max_iters = 2200                # it learns the facts as quickly as the dense model, but so that SFT unlocks them, later
+eval_interval = 550
 checkpoint_interval = 0

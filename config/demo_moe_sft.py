@@ -8,6 +8,7 @@ max_iters = 0                   # as many as epochs says
 learning_rate = 1e-3
 min_lr = 1e-4
 warmup_iters = 20
+aux_loss_weight = 0.5           # questions are all alike: what they do to the routing must not undo what pretraining has made of it
 eval_interval = 100
 checkpoint_interval = 0
 log_interval = 20
