@@ -84,7 +84,7 @@ def rope_table(config):
 
 
 def apply_rope(x, rope):
-    """Rotate each pair (x[i], x[i + half]) of the last axis. x: (B, H, T, hd); rope: cos, sin that broadcast to (B, H, T, hd / 2)."""
+    """Rotate each pair (x[i], x[i + half]) of the last axis. x: (B, T, H, hd); rope: cos, sin that broadcast to (B, T, H, hd / 2)."""
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
@@ -116,8 +116,10 @@ class Attention(nn.Module):
         """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
         B, T, C = x.shape
         widths = [h * self.head_width for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = (t.view(B, T, -1, self.head_width).transpose(1, 2) for t in self.qkv(x).split(widths, dim=-1))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = (t.view(B, T, -1, self.head_width) for t in self.qkv(x).split(widths, dim=-1))
+        # A copy of v alone: a slice would keep all of qkv in memory for the backward pass. (And compiled
+        # without one, flex_attention of torch 2.11 and 2.13 loses a slice's offset.)
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v.contiguous()))
         if cache is not None:
             y = self.attend_cache(q, k, v, mask, *cache)
         else:
@@ -137,6 +139,9 @@ class Attention(nn.Module):
         k, v = k_cache[:, :, :size], v_cache[:, :, :size]
         if q.shape[2] > 1:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if len(q) > 1 and torch.compiler.is_compiling():
+            from torch.nn.attention.flex_attention import flex_attention
+            return flex_attention(q, k, v, enable_gqa=True, score_mod=lambda score, b, h, i, j: torch.where(j <= position[b, 0], score, float("-inf")))
         # One query: the heads of a group become the rows of one small query matrix, so that k and v
         # are read once and never repeated
         grouped = q.view(len(q), self.n_kv_head, -1, self.head_width)
@@ -177,8 +182,7 @@ def attend(q, k, v, mask):
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     from torch.nn.attention.flex_attention import flex_attention
-    # v is a slice of qkv; compiled without a backward pass, torch (2.11 and 2.13) loses a slice's offset
-    return flex_attention(q, k.contiguous(), v.contiguous(), block_mask=mask, enable_gqa=True)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
 
 
 class FFN(nn.Module):
@@ -248,7 +252,7 @@ class GPT(nn.Module):
 
     def logits_and_stats(self, idx, mask=None):
         """(B, T) → logits (B, T, vocab_size) and what `forward` says of a mixture of experts."""
-        x, moe = self.trunk(idx, self.rope[:, : idx.shape[1]], mask)
+        x, moe = self.trunk(idx, self.rope[:, : idx.shape[1], None], mask)
         return self.logits(x), moe
 
     def trunk(self, idx, rope, mask=None, cache=None):
@@ -431,7 +435,7 @@ class KVCache:
 def cached_forward(model, cache, idx, position, end):
     """idx, position: (B, n), the place of each token (cache.size: padding). Sees slots below `end`. → (B, n, C)."""
     mask = (torch.arange(end, device=idx.device) <= position[:, :, None])[:, None]
-    rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, None]
+    rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, :, None]
     return model.trunk(idx, rope, mask, (cache, position))[0]
 
 
@@ -448,21 +452,57 @@ def prefill(model, cache, prompts):
     # should this be interrupted: from here on the old tokens' slots are overwritten
     cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]
     width = max(len(p) - s for p, s in zip(prompts, starts))
+    # grouped_mm of other types than bfloat16 asks the host for the offsets, which no graph can hold
+    in_graph = device.type == "cuda" and model.wte.weight.dtype == torch.bfloat16
+    if in_graph:
+        width = 1 << (width - 1).bit_length()    # few different widths, since each is captured once
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
     position = torch.full_like(idx, cache.size)
     for b, (prompt, start) in enumerate(zip(prompts, starts)):
         idx[b, : len(prompt) - start] = torch.tensor(prompt[start:])
         position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
-    x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
+    if in_graph:
+        x = captured_forward(model, cache, idx, position)
+    else:
+        x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
     cache.tokens = [list(prompt) for prompt in prompts]
     cache.prefilled += sum(map(len, prompts)) - sum(starts)
     last = torch.tensor([len(p) - s - 1 for p, s in zip(prompts, starts)], device=device)
     return model.logits(x[torch.arange(len(prompts), device=device), last])
 
 
+def captured_forward(model, cache, idx, position):
+    """cached_forward over the whole cache, idx and position still on the host, as a CUDA graph, kept in the cache.
+
+    Launched one by one, its kernels take the host 10 ms for 12 layers and the device 2.
+    """
+    if ("prefill", idx.shape[1]) not in cache.loops:
+        buffers = idx.to(model.wte.weight.device), position.to(model.wte.weight.device)
+        cache.loops["prefill", idx.shape[1]] = *buffers, *capture(lambda: cached_forward(model, cache, *buffers, cache.size))
+    idx_buffer, position_buffer, replay, x = cache.loops["prefill", idx.shape[1]]
+    idx_buffer.copy_(idx)
+    position_buffer.copy_(position)
+    replay()
+    return x
+
+
 def decode_one_token(model, cache, token, position, end):
     """token, position: (B, 1) → logits (B, V) of what follows."""
     return model.logits(cached_forward(model, cache, token, position, end)[:, -1])
+
+
+def topk_by_parts(logits, k, width=64):
+    """The k largest of each row of (B, V), in falling order, and their ids: each (B, k), k at most V.
+
+    As topk; but of a long row first the k parts of `width` whose maxima are largest, which hold them
+    all. On a GPU topk of one row of 32,000 takes some twenty small kernels.
+    """
+    if k * width * 2 > logits.shape[-1]:
+        return logits.topk(k)
+    parts = F.pad(logits, (0, -logits.shape[-1] % width), value=float("-inf")).unflatten(-1, (-1, width))
+    part = parts.amax(-1).topk(k).indices
+    values, place = parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1).topk(k)
+    return values, part.gather(1, place // width) * width + place % width
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -477,7 +517,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
-        logits, ids = logits.topk(top_k)
+        logits, ids = topk_by_parts(logits, top_k)
     elif top_p < 1:
         logits, ids = logits.sort(descending=True)
     else:
@@ -527,11 +567,15 @@ def decode_step(model, cache, state, end, options):
 
 
 def capture(step):
-    """Record `step` (a function without arguments over fixed buffers) in a CUDA graph; return its replay."""
+    """Record `step` (a function without arguments over fixed buffers) in a CUDA graph, after two calls to
+    warm up. Returns its replay, and where that leaves what `step` returns."""
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        result = step()
+    return graph.replay, result
 
 
 @torch.inference_mode()
@@ -560,12 +604,14 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
     cuda = model.wte.weight.is_cuda
     state = cache.loops.setdefault("state", DecodeState(model, len(prompts), cache.size))
     steps = min(max_new_tokens, cache.size)
-    for b, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed((seed + b) % 2**63)
-        state.u[b, :steps] = torch.rand(steps, generator=generator).to(state.u.device)
-        state.seen[b].zero_()
-        state.seen[b, torch.tensor(prompt, device=state.seen.device)] = True
-        state.seen[b, list(stop_ids)] = False
+    generators = (torch.Generator().manual_seed((seed + b) % 2**63) for b in range(len(prompts)))
+    state.u[:, :steps].copy_(torch.stack([torch.rand(steps, generator=generator) for generator in generators]))
+    if repetition_penalty != 1:
+        seen = torch.zeros(state.seen.shape, dtype=torch.bool)           # on the host, then one transfer
+        for row, prompt in zip(seen, prompts):
+            row[list(prompt)] = True
+            row[list(stop_ids)] = False
+        state.seen.copy_(seen)
     state.step.zero_()
     choose(state, prefill(model, cache, prompts), *options)
     state.position.copy_(torch.tensor([[len(p)] for p in prompts]))
@@ -592,13 +638,14 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
             if t > 0:
                 decode_step(model, cache, state, min(longest + t, cache.size), options)
             host[:, t] = state.token[:, 0]
-        row = []
-        for b, token in enumerate(host[:, t].tolist()):
+        row, new = [], host[:, t].tolist()
+        for b, token in enumerate(new):
             row.append(None if ended[b] else token)
             if not ended[b]:
                 if t > 0:
-                    cache.tokens[b].append(int(host[b, t - 1]))   # its k and v were written by this step
+                    cache.tokens[b].append(old[b])       # its k and v were written by this step
                 ended[b] = token in stop_ids or t + 1 >= rooms[b]
+        old = new
         yield row
         if all(ended):
             return
@@ -608,10 +655,7 @@ def captured_loop(model, cache, state, options, compile):
     """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
     function = torch.compile(decode_step, fullgraph=True, options={"coordinate_descent_tuning": True, "combo_kernels": True}) if compile else decode_step
     keep = state.token.clone(), state.position.clone(), state.step.clone(), state.seen.clone()
-    for _ in range(2):
-        function(model, cache, state, cache.size, options)
-    torch.cuda.synchronize()
-    cache.loops[options] = capture(lambda: function(model, cache, state, cache.size, options))
+    cache.loops[options], _ = capture(lambda: function(model, cache, state, cache.size, options))
     for buffer, value in zip((state.token, state.position, state.step, state.seen), keep):
         buffer.copy_(value)
     return cache.loops[options]

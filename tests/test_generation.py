@@ -11,7 +11,7 @@ import conversation as conversation_module
 import model as model_module
 from configurator import UserError
 from conversation import Conversation, TextStream
-from model import GPT, GPTConfig, KVCache, sample
+from model import GPT, GPTConfig, KVCache, generate, sample, topk_by_parts
 from tiny_models import talkative, tiny_model, tokenizer, write_folder
 from tokenizer import END_OF_TEXT, IM_END, IM_START
 
@@ -182,6 +182,19 @@ def test_sample_draws_the_distribution(temperature, top_k, top_p):
     for id in range(8):
         expected = p[id] / sum(p[id] for id in kept) if id in kept else 0
         assert abs(counts[id] / n - expected) < 2e-4, id
+
+
+@pytest.mark.parametrize("size", [100, 32000, 31999, 5000])
+def test_topk_by_parts_is_topk(size):
+    """Whether the row is cut into parts or not, whole or not, and with all the largest in one part."""
+    logits = torch.randn(5, size)
+    logits[1, 64:128] += 9
+    logits[2, 7:] = -float("inf")
+    logits[3] = logits[3].round()                # ties: the values are the same, which ids they have is open
+    for k in (1, 6, 20, min(size, 300)):
+        values, ids = topk_by_parts(logits, k)
+        assert torch.equal(values, logits.topk(k)[0]) and torch.equal(logits.gather(1, ids), values)
+        assert all(len(set(row)) == k for row in ids.tolist())
 
 
 def test_sample_at_the_edges():
@@ -514,3 +527,23 @@ def test_examples_in_the_docstrings(tmp_path, monkeypatch, capsys):
     assert isinstance(names["text"], str) and names["text"] and names["answer"]
     exec(examples(conversation_module.__doc__), names)
     assert names["conversation"].messages()[-1]["content"] == capsys.readouterr().out != ""
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, batch, compile", [(DENSE, 1, False), (DENSE, 3, True), (MOE, 1, True), (MOE, 3, False)])
+def test_graphs_on_a_gpu_give_the_likeliest_token(kind, batch, compile):
+    """Over four turns, prompt and answer from CUDA graphs in bfloat16: each token is, within rounding, the likeliest without a cache."""
+    model = tiny_model(**kind, n_embd=64, n_inner=64, block_size=96).for_generation(torch.device("cuda"), torch.bfloat16)
+    draw = random.Random(0)
+    prompts, cache = [[draw.randrange(300) for _ in range(3 + 4 * b)] for b in range(batch)], model.new_cache(batch)
+    for turn in range(4):
+        answers = [[] for _ in prompts]
+        for row in generate(model, prompts, 6, temperature=0, cache=cache, compile=compile):
+            for prompt, answer, id in zip(prompts, answers, row):
+                logits = model(torch.tensor([prompt + answer]).cuda())[0, -1].float()
+                assert logits.max() - logits[id] < 0.05 * (logits.max() - logits.min())
+                answer.append(id)
+        prompts = [prompt + answer + [draw.randrange(300) for _ in range(draw.randint(1, 9))] for prompt, answer in zip(prompts, answers)]
