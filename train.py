@@ -279,8 +279,10 @@ def main():
         total, learned, cut_short = sums.tolist()
         return None if cut_short else total / max(learned, 1)
 
-    def finish(step, lr, numbers):
-        """Read a step's numbers back and log them. Called while the next step is already running."""
+    def finish(step, lr, numbers, arrived):
+        """Log a step's numbers, once they have arrived. Called while the next step is already running."""
+        if arrived:
+            arrived.synchronize()
         loss, norm, *moe = numbers.tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         bad_steps[:] = [0, bad_steps[1]] if finite else [bad_steps[0] + 1, bad_steps[1] + 1]       # in a row, in all
@@ -358,9 +360,13 @@ def main():
         if world > 1:
             numbers[1:] /= world                     # the loss is a sum over processes, all else a mean
             dist.all_reduce(numbers)
+        arrived = None
+        if device.type == "cuda":                    # sent off now: asked for later, they would queue behind all of the next step
+            numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
         if pending:
             finish(*pending)
-        pending = (step, lr, numbers)
+        pending = (step, lr, numbers, arrived)
         if device.type == "cpu":                     # nothing is running meanwhile
             finish(*pending)
             pending = None
