@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
         if x.numel() == len(self.weight) and not x.is_cuda and not torch.is_grad_enabled():
             # one token on a CPU: rms_norm is six passes there
             row = wide.reshape(-1)
-            return (row * (row.dot(row) / len(row) + 1e-6).rsqrt() * self.weight).to(x.dtype).view(x.shape)
+            return (row * self.weight).mul_((row.dot(row).item() / len(row) + 1e-6) ** -0.5).to(x.dtype).view(x.shape)
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
 
 
@@ -115,11 +115,10 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
         B, T, C = x.shape
-        widths = [h * self.head_width for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = (t.view(B, T, -1, self.head_width) for t in self.qkv(x).split(widths, dim=-1))
-        # A copy of v alone: a slice would keep all of qkv in memory for the backward pass. (And compiled
-        # without one, flex_attention of torch 2.11 and 2.13 loses a slice's offset.)
-        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v.contiguous()))
+        qk, v = self.qkv(x).view(B, T, -1, self.head_width).split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        q, k = apply_rope(qk, rope).split((self.n_head, self.n_kv_head), dim=2)
+        # A copy of v alone: a slice would keep all of qkv in memory for the backward pass
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v.contiguous()))
         if cache is not None:
             y = self.attend_cache(q, k, v, mask, *cache)
         else:
@@ -182,7 +181,8 @@ def attend(q, k, v, mask):
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    # k is a slice; compiled without a backward pass, torch (2.11 and 2.13) loses a slice's offset
+    return flex_attention(q, k.contiguous(), v, block_mask=mask, enable_gqa=True)
 
 
 class FFN(nn.Module):
@@ -452,8 +452,8 @@ def prefill(model, cache, prompts):
     # should this be interrupted: from here on the old tokens' slots are overwritten
     cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]
     width = max(len(p) - s for p, s in zip(prompts, starts))
-    # grouped_mm of other types than bfloat16 asks the host for the offsets, which no graph can hold
-    in_graph = device.type == "cuda" and model.wte.weight.dtype == torch.bfloat16
+    # grouped_mm may ask the host for its offsets, which no graph can hold
+    in_graph = device.type == "cuda" and not model.config.n_expert
     if in_graph:
         width = 1 << (width - 1).bit_length()    # few different widths, since each is captured once
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
