@@ -2,6 +2,9 @@
 import os
 import signal
 import sys
+import threading
+
+from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -10,3 +13,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # What a shell starts in the background ignores Ctrl-C, and hands that on to the programs that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# tqdm's lock is one for all forked processes: a child killed while it writes would hold it for ever
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
