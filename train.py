@@ -9,9 +9,9 @@
 The loop below reads from top to bottom. What it promises: the batch and the randomness of step s
 depend on (seed, s) alone; the loss of a step is the sum over the learned tokens of the whole global
 batch divided by their number, however it is cut into micro-steps and processes; a run that is killed
-and resumed goes on bit for bit as if it had not been (same machine, same settings); a step whose
-loss or gradient is not finite changes nothing. Ctrl-C or SIGTERM finishes the step, saves and exits 0;
-a second Ctrl-C leaves at once.
+and resumed goes on bit for bit as if it had not been (same machine, same settings, and on a GPU
+--deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C or SIGTERM
+finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
 """
 import math
 import os
