@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configurator import UserError, configure, positional, run
 from output_folder import replaced_folder
 from text_reader import Report, Source, documents
-from token_files import Spool, digest, encode_ahead, in_batches, is_validation
+from token_files import Spool, digest, encode_ahead, in_batches
 from tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
 
 
@@ -120,7 +120,7 @@ def write_splits(folder, spool, val_fraction):
     with open(os.path.join(folder, "train.bin"), "wb", 1 << 20) as train, \
          open(os.path.join(folder, "val.bin"), "wb", 1 << 20) as val:
         for record in spool.shuffled():
-            chosen = is_validation(record.digest, val_fraction)
+            chosen = spool.in_validation(record, val_fraction)
             tokens = record.payload[_SIZES.size:]
             (val if chosen else train).write(tokens)
             counts = splits["val" if chosen else "train"]
@@ -131,14 +131,14 @@ def write_splits(folder, spool, val_fraction):
 
 
 def check_splits(splits, val_fraction, report):
-    """Raise UserError where there is nothing to train on or, though asked for, to validate on."""
+    """Raise UserError where there is nothing to train on."""
     train, val = splits["train"]["documents"], splits["val"]["documents"]
     if not train + val:
         why = "; ".join(line.strip() for line in report.lines())
         raise UserError(f"the input holds no document{f' ({why})' if why else ''}")
-    if not train or (val_fraction and not val):
-        raise UserError(f"of {train + val:,} documents, {val:,} fall into validation by --val_fraction={val_fraction}: "
-                        f"choose another fraction, or bring more documents")
+    if not train:
+        raise UserError(f"all {val:,} documents, or copies of one, fall into validation by --val_fraction={val_fraction}: "
+                        f"bring more, or choose a smaller fraction (0: no validation)")
 
 
 def write_meta(folder, meta):

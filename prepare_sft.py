@@ -27,7 +27,7 @@ from configurator import UserError, configure, positional, run
 from output_folder import replaced_folder
 from prepare_pretrain import check, check_splits, progress, summary, write_meta
 from text_reader import Report, Source, conversations
-from token_files import Spool, digest, encode_ahead, in_batches, is_validation
+from token_files import Spool, digest, encode_ahead, in_batches
 from tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 
@@ -235,7 +235,7 @@ def write_splits(folder, spool, val_fraction, capacity):
     """Empty the spool into the rows of train and val; returns their counts for meta.json."""
     writers = {name: RowWriter(folder, name, capacity) for name in ("train", "val")}
     for record in spool.shuffled():
-        writers["val" if is_validation(record.digest, val_fraction) else "train"].add(record.payload)
+        writers["val" if spool.in_validation(record, val_fraction) else "train"].add(record.payload)
     for writer in writers.values():
         writer.close()
     return {name: writer.counts for name, writer in writers.items()}

@@ -39,9 +39,12 @@ def digest(content):
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def is_validation(digest, fraction):
-    """The split is a property of the content alone, so that it stays as it is when files are added."""
-    return int.from_bytes(digest[:8], "little") < fraction * 2**64
+def place_in_split(digest):
+    """Where between 0 and 1 a document falls: validation takes those below its fraction.
+
+    A property of the content alone, so that the split stays as it is when files are added.
+    """
+    return int.from_bytes(digest[:8], "little") / 2**64
 
 
 def _mix(x):
@@ -64,12 +67,14 @@ class Spool:
     def __init__(self, folder, seed, dedup=False, duplicate=None):
         self._folder, self._seed, self._dedup, self._duplicate = folder, _mix(seed & (2**64 - 1)), dedup, duplicate
         self._count, self._files = 0, {}
+        self._lowest = 1.0
         _allow_open_files(BUCKETS + 256)
 
     def add(self, digest, payload, place=""):
         """Append a document. `payload`: bytes, as shuffled() shall give them back."""
         number = int.from_bytes(digest[8:], "little") if self._dedup else self._count
         self._count += 1
+        self._lowest = min(self._lowest, place_in_split(digest))
         key = _mix(number ^ self._seed)
         place = place.encode("utf-8", "surrogateescape") if self._dedup else b""
         self._append(self._files, self._folder, key >> 56,
@@ -79,6 +84,11 @@ class Spool:
         if bucket not in files:
             files[bucket] = open(os.path.join(folder, f"{bucket:02x}"), "wb", WRITE_BUFFER)
         files[bucket].write(record)
+
+    def in_validation(self, record, fraction):
+        """Of a few documents at least one, that which falls lowest; with fraction 0 none."""
+        place = place_in_split(record.digest)
+        return place < fraction or place == self._lowest and fraction > 0
 
     def shuffled(self):
         """Yield the Records in the order of their keys. Call once."""

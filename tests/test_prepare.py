@@ -110,8 +110,22 @@ def test_split_is_by_content(folder, tmp_path, tokenizer):
 
 
 def test_split_fraction_over_many():
-    chosen = sum(token_files.is_validation(digest(str(i).encode()), 0.01) for i in range(100_000))
+    chosen = sum(token_files.place_in_split(digest(str(i).encode())) < 0.01 for i in range(100_000))
     assert 850 < chosen < 1150                                                   # 1,000 expected, standard deviation 31
+
+
+@pytest.mark.parametrize("prepare, write", [(pretrain, write_texts), (sft, write_chats)])
+def test_few_documents_give_one_to_validation(folder, tmp_path, prepare, write):
+    """The same one whatever the order; none if none was asked for."""
+    items = texts(5) if write is write_texts else chats(5)
+    write(folder / "few.jsonl", items)
+    write(folder / "few2.jsonl", items[::-1])
+    bins = set()
+    for out, file, fraction, val in [("1", "few.jsonl", 1e-4, 1), ("2", "few2.jsonl", 1e-4, 1), ("3", "few.jsonl", 0, 0)]:
+        _, meta = prepare(folder, tmp_path / out, files=(file,), fraction=fraction)
+        assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [5 - val, val]
+        bins.add((tmp_path / out / "val.bin").read_bytes() if val else b"")
+    assert len(bins) == 2
 
 
 def test_duplicates(folder, tmp_path, tokenizer):
