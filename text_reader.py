@@ -78,44 +78,37 @@ class Source:
             raise UserError(f"text in {encoding!r} cannot be cut into lines unread: make it utf-8 first, as `iconv -f {encoding} -t utf-8` does")
         self.files = [file for path in paths for file in _find_files(path)]
         self.size = sum(map(os.path.getsize, self.files))
-        self._finished, self._raw = 0, None
-
-    @property
-    def position(self):
-        raw = self._raw
-        try:
-            return self._finished + (raw.tell() if raw else 0)
-        except ValueError:                       # closed between the two looks, by the reading thread
-            return self._finished
+        self.position = 0                        # set by the thread that reads: another one can't ask a file that may be closed meanwhile
 
     def lines(self):
         """Yield (kind, place, line): kind "json" or "txt", place "file:line", line of bytes with its line end."""
+        finished = 0
         for path in self.files:
             try:
-                with open(path, "rb") as self._raw:
-                    for name, kind, stream in _open_streams(path, self._raw):
-                        yield from self._lines_of(name, kind, stream)
-                self._raw = None
-                self._finished += os.path.getsize(path)
+                with open(path, "rb") as raw:
+                    for name, kind, stream in _open_streams(path, raw):
+                        for number, line in self._lines_of(name, stream):
+                            self.position = finished + raw.tell()
+                            yield kind, f"{name}:{number}", line
+                self.position = finished = finished + os.path.getsize(path)
             except (EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
                 raise UserError(f"{path} is damaged or cut short ({error}): fetch it again") from None
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
-    def _lines_of(self, name, kind, stream):
+    def _lines_of(self, name, stream):
         number = 0
         while line := stream.readline(MAX_LINE + 1):
             number += 1
-            place = f"{name}:{number}"
             if len(line) > MAX_LINE:
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(1 << 20)
-                self.report.skip(f"line longer than {MAX_LINE >> 20} MiB", place)
+                self.report.skip(f"line longer than {MAX_LINE >> 20} MiB", f"{name}:{number}")
                 continue
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                self.report.repair("byte order mark removed", place)
+                self.report.repair("byte order mark removed", f"{name}:{number}")
                 line = line[3:]
-            yield kind, place, line
+            yield number, line
 
 
 def _find_files(path):

@@ -1,5 +1,6 @@
 """What the real corpora look like, and worse: for each oddity the rule (kept, repaired, skipped), counted and printed."""
 import bz2
+import concurrent.futures
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import lzma
 import subprocess
 import sys
 import tarfile
+import threading
 
 import pytest
 
@@ -266,6 +268,29 @@ def test_line_over_the_limit(tmp_path, monkeypatch):
 def test_other_key(tmp_path):
     write_lines(tmp_path / "c.jsonl", [{"content": "甲"}])
     assert read(tmp_path / "c.jsonl", text_key="content")[0] == ["甲"]
+
+
+def test_position_seen_by_another_thread(tmp_path):
+    """The progress bar looks while the files are read and closed: it only ever goes forward, to the size of all."""
+    for number in range(1000):
+        (tmp_path / f"{number:03}.jsonl").write_bytes(A * 3)
+    source, seen, done, interval = Source([str(tmp_path)], Report()), [], threading.Event(), sys.getswitchinterval()
+
+    def look():
+        while not done.is_set():
+            seen.append(source.position)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            looked = pool.submit(look)
+            assert sum(1 for _ in source.lines()) == 3000
+            done.set()
+            looked.result()
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+    assert seen == sorted(seen) and len(set(seen)) > 10 and source.position == source.size
 
 
 @pytest.mark.slow
