@@ -14,7 +14,6 @@ import struct
 import time
 from dataclasses import dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, positional, run
@@ -99,7 +98,7 @@ def progress(source):
 
 
 _SIZES = struct.Struct("<Q")         # UTF-8 bytes of the text, before its tokens in a record
-_END = np.array([END_OF_TEXT], "<u2").tobytes()
+_END = struct.pack("<H", END_OF_TEXT)
 
 
 def encode_documents(tokenizer, batch):
@@ -109,7 +108,7 @@ def encode_documents(tokenizer, batch):
     for place, text in batch:
         content = text.encode("utf-8")
         pieces = [next(short)] if len(text) <= MAX_PIECE else tokenizer.encode_pieces(text)
-        tokens = b"".join(np.array(ids, "<u2").tobytes() for ids in pieces)
+        tokens = b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids in pieces)
         result.append((place, len(text), digest(content), _SIZES.pack(len(content)) + tokens + _END))
     return result
 
