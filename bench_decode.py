@@ -47,14 +47,12 @@ def bench_decode_cpu(s):
     batch, new_tokens = s.batch_size or 1, s.new_tokens if "new_tokens" in s.given else 64
     config = GPTConfig(**{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)} | {"block_size": s.prompt + new_tokens + 1})
     torch.manual_seed(0)
-    model = GPT(config).eval().requires_grad_(False)
+    model = GPT(config)
     total, active = model.n_params()
     prompts = torch.randint(1, s.vocab_size, (batch, s.prompt)).tolist()
     print(f"{describe(torch.device('cpu'))} · {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active · batch {batch} · prompt {s.prompt}, {new_tokens} new")
     for name in ("float32", "bfloat16") if s.dtype == "auto" else (s.dtype,):
-        for key, parameter in model.named_parameters():
-            # as from_checkpoint does it
-            parameter.data = parameter.data.to(torch.float32 if "norm" in key or "router" in key else getattr(torch, name))
+        model.for_generation(torch.device("cpu"), getattr(torch, name))
         pairs = [(w, torch.randn(w.shape[1]).to(w.dtype)) for w in matrices(model)]
         size = sum(w.nbytes for w, _ in pairs)
         matvec_loop(pairs, 2), answer(model, prompts, 3)

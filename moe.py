@@ -162,9 +162,22 @@ class MoE(nn.Module):
         return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1)
 
     def lay_out_for_decoding(self):
-        """Turn the weights in memory, not in shape, so that few_tokens sums along it: on a GPU 1.2 times the tokens a second."""
+        """Turn the weights in memory, not in shape, so that few_tokens and one_row sum along it: on a GPU 1.2 times the
+        tokens a second, in bfloat16 on a CPU 2.5 times."""
         for weight in (self.w1_EDF, self.w2_EFD):
-            weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+            turned = torch.empty_like(weight.data.transpose(1, 2), memory_format=torch.contiguous_format)
+            for to, expert in zip(turned, weight.data):      # one by one is 2.6 times as fast on a CPU
+                to.copy_(expert.t())
+            weight.data = turned.transpose(1, 2)
+
+    def one_row(self, x_D):
+        """For decoding a single row on a CPU: the chosen experts one after the other, each a matrix-vector product."""
+        gate_1K, expert_1K = self.router(x_D[None])
+        y_D = 0
+        for gate, expert in zip(gate_1K[0].tolist(), expert_1K[0].tolist()):
+            h_F = F.silu(torch.mv(self.w1_EDF[expert].t(), x_D)) * gate
+            y_D = y_D + torch.mv(self.w2_EFD[expert].t(), h_F)
+        return y_D
 
     def few_tokens(self, x_TD, gate_TK, expert_TK):
         """For decoding: read the chosen experts' weights in place of sorting (compiled, the gather is

@@ -152,14 +152,23 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
     assert cache.prefilled == 10 + 4             # the seventh was shown, but not yet read by the model
 
 
-def test_one_row_of_bfloat16():
-    """The matrix-vector product that a CPU makes for one row says what F.linear says."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(64, 32).bfloat16(), torch.randn(1, 1, 32).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"n_head": 2, "n_kv_head": 2}, {"n_expert": 4, "n_expert_per_tok": 2}])
+def test_one_row_on_a_cpu(options, dtype):
+    """What decode_one_row works out token by token, in vectors, is what the modules say of the whole text."""
+    model = tiny_model(**options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:                 # norms of 1 and biases of 0 would hide that they are left out
+            parameter.data += torch.randn_like(parameter) / 4
+    model.for_generation(torch.device("cpu"), dtype)
+    ids = random_ids(20)
     with torch.inference_mode():
-        torch.testing.assert_close(model_module.linear(x, weight), torch.nn.functional.linear(x, weight), rtol=2e-2, atol=2e-2)
-        two = torch.randn(2, 1, 32).bfloat16()
-        assert model_module.linear(two, weight).shape == (2, 1, 64)
+        cache = model.new_cache()
+        model_module.prefill(model, cache, [ids[:5]])
+        rows = [model_module.decode_one_token(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]), t + 1) for t in range(5, 20)]
+        whole = model(torch.tensor([ids]))[0, 5:]
+        error = (torch.cat(rows) - whole).abs().max().item()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02 * whole.abs().max().item())
 
 
 # Sampling
