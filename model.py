@@ -99,10 +99,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask=None, cache=None):
         """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, -1, self.head_width).split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
-        q, k = apply_rope(qk, rope).split((self.n_head, self.n_kv_head), dim=2)
-        # A copy of v alone: a slice would keep all of qkv in memory for the backward pass
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v.contiguous()))
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_width).split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        # A copy of v: a slice would keep all of qkv in memory for the backward pass
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v.contiguous()))
         if cache is not None:
             y = self.attend_cache(q, k, v, mask, *cache)
         else:
