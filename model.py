@@ -479,7 +479,7 @@ def decode_one_row(model, cache, token, position):
     """
     x, rope = model.wte.weight[token], model.rope[:, position, None]
     for block, k, v in zip(model.blocks, cache.k, cache.v):
-        attn = block.attn
+        attn, ffn = block.attn, block.ffn
         qkv = of_row(attn.qkv, norm_of_row(block.attn_norm, x)).view(-1, attn.head_width)
         qk = apply_rope(qkv[: -attn.n_kv_head], rope)
         k[0, :, position], v[0, :, position] = qk[attn.n_head:], qkv[-attn.n_kv_head:]
@@ -487,7 +487,7 @@ def decode_one_row(model, cache, token, position):
         y = F.scaled_dot_product_attention(qk[: attn.n_head].view(1, attn.n_kv_head, -1, attn.head_width), k[:, :, : position + 1], v[:, :, : position + 1])
         x = x + of_row(attn.proj, y.view(-1))
         row = norm_of_row(block.ffn_norm, x)
-        x = x + (block.ffn.one_row(row) if isinstance(block.ffn, MoE) else of_row(block.ffn.down, F.silu(of_row(block.ffn.up, row))))
+        x = x + (ffn.one_row(row) if isinstance(ffn, MoE) else of_row(ffn.down, F.silu(of_row(ffn.up, row))))
     return torch.mv(model.wte.weight, norm_of_row(model.norm, x))[None]
 
 
