@@ -194,7 +194,8 @@ def main():
         model._ddp_params_and_buffers_to_ignore = ["rope"]    # the same constant everywhere: not worth a broadcast a step
         step_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if s.compile:
-        step_model = torch.compile(step_model, dynamic=False)
+        # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0
+        step_model = torch.compile(step_model, dynamic=False, options={"use_fast_math": True} if device.type == "cuda" else None)
 
     # ---- what the run leaves behind
     log = None
