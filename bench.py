@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from configurator import UserError, configure, positional, run
-from device import autocast, describe, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig, document_mask
 
 
@@ -89,8 +89,7 @@ def make_model(s, device, block_size):
 def training_step(s, model, device, dtype):
     """A function that makes one full training step on fresh random tokens, as train.py does."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    options = {"use_fast_math": True} if device.type == "cuda" else None
-    step_model = torch.compile(model, dynamic=False, options=options) if s.compile else model
+    step_model = compile_for_training(model, device) if s.compile else model
     batches = [torch.randint(1, s.vocab_size, (s.batch_size, s.block_size + 1), device=device) for _ in range(4)]
     for batch in batches if s.doc_mask else []:
         batch[torch.rand(batch.shape, device=device) < 1 / 100] = 0           # documents of 100 tokens on average

@@ -48,6 +48,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
+def compile_for_training(model, device):
+    """torch.compile as train.py uses it and bench.py times it: one graph for each shape of a batch."""
+    # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0
+    options = {"use_fast_math": True} if device.type == "cuda" else None
+    return torch.compile(model, dynamic=False, options=options)
+
+
 def peak_flops(device):
     """FLOP/s of the GPU's dense bf16 peak, or None where it isn't known (a CPU)."""
     if device.type != "cuda":

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
-from device import autocast, describe, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
 from model import document_mask
 from processes import agree, join_job, rank_and_world
 from run_log import RunLog, check_wandb, say
@@ -194,8 +194,7 @@ def main():
         model._ddp_params_and_buffers_to_ignore = ["rope"]    # the same constant everywhere: not worth a broadcast a step
         step_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if s.compile:
-        # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0
-        step_model = torch.compile(step_model, dynamic=False, options={"use_fast_math": True} if device.type == "cuda" else None)
+        step_model = compile_for_training(step_model, device)
 
     # ---- what the run leaves behind
     log = None
