@@ -49,7 +49,7 @@ def died(data, tmp_path_factory):
 
 def test_the_newest_few_and_the_best_are_kept(data, tmp_path):
     """best.pt holds the weights of the least validation loss, whatever came after; and no optimizer."""
-    argv = [*TINY, "--eval_interval=5", "--learning_rate=0.3", "--eval_iters=50", "--max_iters=40", f"--data_dir={data}"]   # a rate that ends badly
+    argv = [*TINY, "--eval_interval=5", "--min_lr=3", "--eval_iters=50", "--max_iters=40", f"--data_dir={data}"]   # a rate that rises, and ends badly
     finish([*argv, f"--out_dir={tmp_path}/out", "--keep_checkpoints=3"])
     names = {name for name in os.listdir(tmp_path / "out") if name.endswith(".pt")}
     assert names == {"ckpt_00000030.pt", "ckpt_00000035.pt", "ckpt_00000040.pt", "best.pt"}
