@@ -20,8 +20,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import UserError
-from moe import MoE
+from moe import ALL_EXPERTS_TOKENS, MoE
+from one_row import product, topk_by_counting
 
+LOG2_E = math.log2(math.e)
 END_OF_TEXT = 0          # ends every document; attention may be told not to look across it
 
 
@@ -123,13 +125,7 @@ class Attention(nn.Module):
         # One query: the heads of a group become the rows of one small query matrix, so that k and v
         # are read once and never repeated
         grouped = q.view(len(q), self.n_kv_head, -1, self.head_width)
-        if not q.is_cuda:
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
-        # Written out, a compiler fuses it into reductions over the cache: 1.2 times as fast for the whole
-        # step as the attention kernels, which are made for many queries
-        score = (grouped[:, :, :, None].float() * k[:, :, None].float()).sum(-1) * self.head_width ** -0.5
-        weight = score.masked_fill(~mask, float("-inf")).softmax(-1)
-        return (weight[..., None] * v[:, :, None].float()).sum(-2).to(q.dtype).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
 
 
 def document_mask(idx, flex=False):
@@ -190,6 +186,37 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x)), None
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum"), for a compiler on a GPU.
+
+    x (N, C), weight (V, C), targets (N,) → a scalar, in nats. The gradient is worked out on the way forward, while the logits
+    are at hand: one kernel reads them from memory and writes their gradient over them, where there were one that
+    reads them and, on the way back, one that reads and writes. The way back only scales what was found.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        logits = x @ weight.t()
+        # in powers of 2: exp2 is one instruction of a GPU, exp some five
+        wide = (logits if logits.dtype == torch.float64 else logits.float()) * LOG2_E
+        targets = targets.int()[:, None]
+        hit = torch.arange(len(weight), dtype=torch.int32, device=x.device) == targets
+        top = wide.amax(-1, keepdim=True)
+        log_sum = (wide - top).exp2().sum(-1, keepdim=True).log2() + top
+        at = torch.where(hit, wide, 0).sum(-1, keepdim=True)
+        loss = torch.where(targets >= 0, log_sum - at, float("inf"))
+        # loss + at is log_sum again, or infinite where nothing is learned. Written so, the compiler sees that nobody
+        # needs the logits afterwards, and reuses their memory
+        grad = ((wide - (loss + at)).exp2() - hit.to(wide.dtype)).to(x.dtype)
+        ctx.save_for_backward(grad @ weight, grad.t() @ x)
+        return torch.where(targets >= 0, loss, 0).sum() / LOG2_E
+
+    @staticmethod
+    def backward(ctx, scale):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * scale, grad_weight * scale, None
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -221,12 +248,16 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit into block_size={self.config.block_size}")
-        logits, moe = self.logits_and_stats(idx, mask)
+        x, moe = self.trunk(idx, self.rope[:, : idx.shape[1], None], mask)
         if targets is None:
-            return logits
-        logits = logits.flatten(0, 1)
+            return self.logits(x)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        # float16 could not hold a gradient that is not divided by the number of tokens yet
+        if torch.compiler.is_compiling() and x.is_cuda and torch.is_grad_enabled() and x.dtype != torch.float16:
+            return LinearCrossEntropy.apply(x, self.wte.weight.to(x.dtype), targets), moe
+        logits = self.logits(x)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum"), moe
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum"), moe
 
     def logits_and_stats(self, idx, mask=None):
         """(B, T) → logits (B, T, vocab_size) and what `forward` says of a mixture of experts."""
@@ -389,22 +420,24 @@ class _Uninitialized(torch.overrides.TorchFunctionMode):
 
 
 class KVCache:
-    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, size + 1, head width).
+    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, slots, head width).
 
-    tokens[b] lists the ids of row b that are in the cache. The slot after the last is for padding: it
+    tokens[b] lists the ids of row b that are in the cache. Slot `size`, after the last token's, is for padding: it
     is written, never read. prefilled counts the prompt tokens that had to be computed.
     """
 
     def __init__(self, model, batch=1, size=0):
         c = model.config
         self.size = min(size or c.block_size, c.block_size)
-        shape = (batch, c.n_kv_head, self.size + 1, c.n_embd // c.n_head)
+        # a multiple of 16 slots, so that a GPU reads 16 bytes at a time
+        shape = (batch, c.n_kv_head, self.size // 16 * 16 + 16, c.n_embd // c.n_head)
         weight = model.wte.weight
         # one tensor a layer: a compiled step then writes each in place instead of copying all of them
         self.k, self.v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.n_layer)] for _ in "kv")
         if weight.is_cuda and batch == 1:
             # attention sums v over its slots, so they lie side by side: 1.09 times the tokens a second, in a batch fewer
             self.v = [v.transpose(2, 3).contiguous().transpose(2, 3) for v in self.v]
+        self.hidden = torch.zeros(c.n_expert_per_tok if c.n_expert else 1, c.n_inner, dtype=weight.dtype, device=weight.device)   # scratch
         self.tokens = [[] for _ in range(batch)]
         self.prefilled = 0
         self.loops = {}                          # decode loops captured over these buffers, by sampling options
@@ -430,17 +463,19 @@ def prefill(model, cache, prompts):
     # should this be interrupted: from here on the old tokens' slots are overwritten
     cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]
     width = max(len(p) - s for p, s in zip(prompts, starts))
-    # grouped_mm may ask the host for its offsets, which no graph can hold
-    in_graph = device.type == "cuda" and not model.config.n_expert
+    in_graph = device.type == "cuda"
     if in_graph:
-        width = 1 << (width - 1).bit_length()    # few different widths, since each is captured once
+        rounded = 1 << (width - 1).bit_length()  # few different widths, since each is captured once
+        # many tokens go through grouped_mm, which may ask the host for its offsets, and no graph can hold that
+        in_graph = not model.config.n_expert or len(prompts) * rounded <= ALL_EXPERTS_TOKENS
+        width = rounded if in_graph else width
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
     position = torch.full_like(idx, cache.size)
     for b, (prompt, start) in enumerate(zip(prompts, starts)):
         idx[b, : len(prompt) - start] = torch.tensor(prompt[start:])
         position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
     if in_graph:
-        x = captured_forward(model, cache, idx, position)
+        x = captured_forward(model, cache, idx, position, min(1 << (max(map(len, prompts)) - 1).bit_length(), cache.size))
     else:
         x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
     cache.tokens = [list(prompt) for prompt in prompts]
@@ -449,15 +484,16 @@ def prefill(model, cache, prompts):
     return model.logits(x[torch.arange(len(prompts), device=device), last])
 
 
-def captured_forward(model, cache, idx, position):
-    """cached_forward over the whole cache, idx and position still on the host, as a CUDA graph, kept in the cache.
+def captured_forward(model, cache, idx, position, end):
+    """cached_forward, idx and position still on the host, as a CUDA graph, kept in the cache.
 
     Launched one by one, its 750 operations keep the device waiting for the host: 10 ms and more for 12 layers.
     """
-    if ("prefill", idx.shape[1]) not in cache.loops:
+    key = "prefill", idx.shape[1], end
+    if key not in cache.loops:
         buffers = idx.to(model.wte.weight.device), position.to(model.wte.weight.device)
-        cache.loops["prefill", idx.shape[1]] = *buffers, *capture(lambda: cached_forward(model, cache, *buffers, cache.size))
-    idx_buffer, position_buffer, replay, x = cache.loops["prefill", idx.shape[1]]
+        cache.loops[key] = *buffers, *capture(lambda: cached_forward(model, cache, *buffers, end))
+    idx_buffer, position_buffer, replay, x = cache.loops[key]
     idx_buffer.copy_(idx)
     position_buffer.copy_(position)
     replay()
@@ -468,6 +504,8 @@ def decode_one_token(model, cache, token, position, end):
     """token, position: (B, 1) → logits (B, V) of what follows."""
     if len(token) == 1 and not token.is_cuda:
         return decode_one_row(model, cache, token.item(), end - 1)
+    if len(token) == 1 and torch.compiler.is_compiling():
+        return decode_one_row_compiled(model, cache, token, position)
     return model.logits(cached_forward(model, cache, token, position, end)[:, -1])
 
 
@@ -503,7 +541,38 @@ def norm_of_row(norm, x):
     return (wide * norm.weight).mul_((wide.dot(wide).item() / len(x) + 1e-6) ** -0.5).to(x.dtype)
 
 
-def topk_by_parts(logits, k, width=64):
+def decode_one_row_compiled(model, cache, token, position):
+    """decode_one_token of a single row for a compiler on a GPU: one_row.py says how it is written, and why. token, position:
+    (1, 1). Returns logits (1, V), float32. Nine kernels a layer, all of them short; of the modules it would make eleven."""
+    dtype = model.wte.weight.dtype
+    x, rope, row = model.wte.weight[token[0]][0], model.rope[:, position[0].clamp(max=cache.size - 1)], torch.zeros_like(position)
+    visible = torch.arange(cache.k[0].shape[2], device=x.device) <= position[0]
+
+    def linear(layer, x, norm=None):
+        y = product(layer.weight, x, norm)
+        return y if layer.bias is None else y + layer.bias
+    for block, k, v in zip(model.blocks, cache.k, cache.v):
+        attn, ffn = block.attn, block.ffn
+        qkv = linear(attn.qkv, x, block.attn_norm).to(dtype).view(1, 1, -1, attn.head_width)
+        k[row, :, position] = apply_rope(qkv[:, :, attn.n_head: -attn.n_kv_head], rope)
+        v[row, :, position] = qkv[:, :, -attn.n_kv_head:]
+        q = apply_rope(qkv[:, :, : attn.n_head], rope).view(attn.n_kv_head, -1, attn.head_width).float()
+        # one product for each query of a group: the compiler sees rows of k, and of v, that lie side by side
+        score = torch.stack([(k[0].float() * q[:, g, None]).sum(-1) for g in range(q.shape[1])], 1) * attn.head_width ** -0.5
+        weight = torch.where(visible, score, float("-inf")).softmax(-1)                     # (n_kv_head, group, slots)
+        y = torch.stack([(v[0].transpose(1, 2).float() * weight[:, g, None]).sum(-1) for g in range(q.shape[1])], 1)
+        x = x + linear(attn.proj, y.to(dtype).flatten()).to(dtype)
+        if isinstance(ffn, MoE):
+            y = ffn.one_row_compiled(x, block.ffn_norm, cache.hidden, row[0])
+        else:
+            # through memory: else every row of `down` works out SiLU again
+            cache.hidden[row[0]] = F.silu(linear(ffn.up, x, block.ffn_norm)).to(dtype)
+            y = linear(ffn.down, cache.hidden[0])
+        x = x + y.to(dtype)
+    return product(model.wte.weight, x, model.norm)[None]
+
+
+def topk_by_parts(logits, k, width=32):
     """The k largest of each row of (B, V), in falling order, and their ids: each (B, k), k at most V.
 
     As topk; but of a long row first the k parts of `width` whose maxima are largest, which hold them
@@ -511,9 +580,10 @@ def topk_by_parts(logits, k, width=64):
     """
     if k * width * 2 > logits.shape[-1]:
         return logits.topk(k)
+    topk = topk_by_counting if logits.is_cuda and torch.compiler.is_compiling() and k <= 64 else torch.topk
     parts = F.pad(logits, (0, -logits.shape[-1] % width), value=float("-inf")).unflatten(-1, (-1, width))
-    part = parts.amax(-1).topk(k).indices
-    values, place = parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1).topk(k)
+    part = topk(parts.amax(-1), k)[1]
+    values, place = topk(parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1), k)
     return values, part.gather(1, place // width) * width + place % width
 
 
@@ -662,9 +732,13 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
             return
 
 
+# realize_reads_threshold: what a layer adds to the residual stream is added once, not by each kernel that reads it
+DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_reads_threshold": 1, "use_fast_math": True}
+
+
 def captured_loop(model, cache, state, options, compile):
     """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
-    function = torch.compile(decode_step, fullgraph=True, options={"coordinate_descent_tuning": True, "combo_kernels": True}) if compile else decode_step
+    function = torch.compile(decode_step, fullgraph=True, options=DECODE_OPTIONS) if compile else decode_step
     keep = state.token.clone(), state.position.clone(), state.step.clone(), state.seen.clone()
     cache.loops[options], _ = capture(lambda: function(model, cache, state, cache.size, options))
     for buffer, value in zip((state.token, state.position, state.step, state.seen), keep):

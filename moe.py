@@ -15,8 +15,13 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from one_row import product
+
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+
+ALL_EXPERTS_TOKENS = 1024        # up to so many tokens, generation runs every expert on every one of them
 
 
 class Router(nn.Module):
@@ -41,20 +46,21 @@ class Router(nn.Module):
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * F.softplus(spread_TE)
             else:
                 logits_TE = x_TD @ self.weight_DE.to(x_TD.dtype)
-            expert_TK = largest(logits_TE, self.k)
+            expert_TK = torch.cat(largest(logits_TE, self.k)[1], dim=1)
             return logits_TE.gather(1, expert_TK).softmax(dim=1), expert_TK
 
 
 def largest(logits_TE, k):
-    """The indices (T, K) of each row's k largest values, in falling order.
+    """The k largest values of each row, in falling order, and their indices: two lists of (T, 1). Without a gradient.
 
     As topk; but for a handful of experts a compiler makes one kernel of this, and topk is three.
     """
-    column_E, left_TE, index_TK = torch.arange(logits_TE.shape[1], device=logits_TE.device), logits_TE.detach(), []
+    column_E, left_TE, values, indices = torch.arange(logits_TE.shape[1], device=logits_TE.device), logits_TE.detach(), [], []
     for _ in range(k):
-        index_TK.append(left_TE.argmax(dim=1, keepdim=True))
-        left_TE = left_TE.masked_fill(column_E == index_TK[-1], float("-inf"))
-    return torch.cat(index_TK, dim=1)
+        values.append(left_TE.amax(dim=1, keepdim=True))
+        indices.append(left_TE.argmax(dim=1, keepdim=True))
+        left_TE = left_TE.masked_fill(column_E == indices[-1], float("-inf"))
+    return values, indices
 
 
 def balance_loss(gate_TK, expert_TK, n_expert):
@@ -134,8 +140,8 @@ class MoE(nn.Module):
         """(B, T, D) → the same shape, the balance loss (scalar), and each expert's share of rows (E,)."""
         x_TD = x.reshape(-1, x.shape[-1])
         gate_TK, expert_TK = self.router(x_TD)
-        if x_TD.shape[0] <= 8 and x.is_cuda and not self.training:
-            y_TD = self.few_tokens(x_TD, gate_TK, expert_TK)
+        if x_TD.shape[0] <= ALL_EXPERTS_TOKENS and x.is_cuda and not self.training:
+            y_TD = self.all_experts(x_TD, gate_TK, expert_TK)
         else:
             y_TD = self.many_tokens(x_TD, gate_TK, expert_TK)
         share_E = F.one_hot(expert_TK, self.n_expert).sum((0, 1)) / expert_TK.numel()
@@ -159,7 +165,8 @@ class MoE(nn.Module):
         # output need not be kept for the gate's gradient
         h_NF = h_NF * _Permute.apply(gate_TK.reshape(-1, 1), order_N, inverse_N).to(dtype)
         y_ND = expert_mm(h_NF, self.w2_EFD.to(dtype), offset_E)
-        return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1)
+        # .to: under autocast sum gives float32, and the residual stream would go on in it
+        return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1).to(x_TD.dtype)
 
     def lay_out_for_decoding(self):
         """Turn the weights in memory, not in shape, so that few_tokens and one_row sum along it: on a GPU 1.2 times the
@@ -179,14 +186,23 @@ class MoE(nn.Module):
             y_D = y_D + torch.mv(self.w2_EFD[expert].t(), h_F)
         return y_D
 
-    def few_tokens(self, x_TD, gate_TK, expert_TK):
-        """For decoding: read the chosen experts' weights in place of sorting (compiled, the gather is
-        part of the product and copies nothing)."""
+    def one_row_compiled(self, x_D, norm, hidden_KF, row):
+        """forward of norm(x), one token, written as one_row.py says. hidden_KF: memory for the hidden rows, or else each row
+        of w2 works out SiLU again; row: a tensor that holds 0. Returns (D,), float32."""
+        logits_E = product(self.router.weight_DE.t(), x_D, norm)
+        values, experts = largest(logits_E[None], self.k)
+        gates = [(value - values[0])[0].exp() for value in values]
+        h_KF = [F.silu(product(self.w1_EDF[expert[0]][0].t(), x_D, norm)) * gate / sum(gates) for gate, expert in zip(gates, experts)]
+        hidden_KF[row + torch.arange(self.k, device=row.device)] = torch.stack(h_KF).to(x_D.dtype)
+        return sum(product(self.w2_EFD[expert[0]][0].t(), h_F) for h_F, expert in zip(hidden_KF, experts))
+
+    def all_experts(self, x_TD, gate_TK, expert_TK):
+        """For few tokens, when generating: each of them through all experts, with a gate of 0 for those not chosen. More
+        arithmetic, but the time goes into reading the weights; and nothing is sorted, so that a CUDA graph can hold it."""
         dtype = _compute_dtype(x_TD)
-        w1_TKDF, w2_TKFD = self.w1_EDF.to(dtype)[expert_TK], self.w2_EFD.to(dtype)[expert_TK]
-        h_TKF = F.silu((x_TD.to(dtype)[:, None, :, None] * w1_TKDF).sum(2, dtype=torch.float32))
-        h_TKF = (h_TKF * gate_TK[:, :, None]).to(dtype)
-        return (h_TKF[:, :, :, None] * w2_TKFD).sum((1, 2), dtype=torch.float32).to(dtype)
+        gate_TE = gate_TK.new_zeros(len(x_TD), self.n_expert).scatter(1, expert_TK, gate_TK)
+        h_ETF = F.silu(x_TD.to(dtype) @ self.w1_EDF.to(dtype)) * gate_TE.t()[:, :, None].to(dtype)
+        return (h_ETF @ self.w2_EFD.to(dtype)).sum(0).to(x_TD.dtype)
 
 
 def _compute_dtype(x):

@@ -12,6 +12,7 @@ import model as model_module
 from configurator import UserError
 from conversation import Conversation, TextStream
 from model import GPT, GPTConfig, KVCache, generate, sample, topk_by_parts
+from one_row import topk_by_counting
 from tiny_models import talkative, tiny_model, tokenizer, write_folder
 from tokenizer import END_OF_TEXT, IM_END, IM_START
 
@@ -154,18 +155,24 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"n_head": 2, "n_kv_head": 2}, {"n_expert": 4, "n_expert_per_tok": 2}])
-def test_one_row_on_a_cpu(options, dtype):
-    """What decode_one_row works out token by token, in vectors, is what the modules say of the whole text."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_row(options, dtype, compiled):
+    """What decode_one_row, and what a compiler on a GPU gets in its place, work out token by token is what the modules say of the whole text."""
     model = tiny_model(**options)
     for parameter in model.parameters():
         if parameter.dim() == 1:                 # norms of 1 and biases of 0 would hide that they are left out
             parameter.data += torch.randn_like(parameter) / 4
     model.for_generation(torch.device("cpu"), dtype)
     ids = random_ids(20)
+
+    def decode(t):
+        if compiled:
+            return model_module.decode_one_row_compiled(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]))
+        return model_module.decode_one_token(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]), t + 1)
     with torch.inference_mode():
         cache = model.new_cache()
         model_module.prefill(model, cache, [ids[:5]])
-        rows = [model_module.decode_one_token(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]), t + 1) for t in range(5, 20)]
+        rows = [decode(t) for t in range(5, 20)]
         whole = model(torch.tensor([ids]))[0, 5:]
         error = (torch.cat(rows) - whole).abs().max().item()
     assert error < (1e-5 if dtype == torch.float32 else 0.02 * whole.abs().max().item())
@@ -194,16 +201,17 @@ def test_sample_draws_the_distribution(temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize("size", [100, 32000, 31999, 5000])
-def test_topk_by_parts_is_topk(size):
+def test_topk_of_ours_is_topk(size):
     """Whether the row is cut into parts or not, whole or not, and with all the largest in one part."""
     logits = torch.randn(5, size)
     logits[1, 64:128] += 9
     logits[2, 7:] = -float("inf")
     logits[3] = logits[3].round()                # ties: the values are the same, which ids they have is open
     for k in (1, 6, 20, min(size, 300)):
-        values, ids = topk_by_parts(logits, k)
-        assert torch.equal(values, logits.topk(k)[0]) and torch.equal(logits.gather(1, ids), values)
-        assert all(len(set(row)) == k for row in ids.tolist())
+        for topk in (topk_by_parts, topk_by_counting) if size <= 5000 else (topk_by_parts,):
+            values, ids = topk(logits, k)
+            assert torch.equal(values, logits.topk(k)[0]) and torch.equal(logits.gather(1, ids), values)
+            assert all(len(set(row)) == k for row in ids.tolist())
 
 
 def test_sample_at_the_edges():
@@ -415,7 +423,7 @@ def test_truncate_ctx_is_a_smaller_context():
     for turn in range(6):
         ask(conversation, "你好", max_new_tokens=200, seed=turn)
         assert len(conversation.cache.tokens[0]) <= 60 and conversation.last["context_tokens"] <= 60 + 3
-    assert conversation.first > 0 and conversation.cache.k[0].shape[2] == 61
+    assert conversation.first > 0 and conversation.cache.size == 60 and conversation.cache.k[0].shape[2] == 64
 
 
 def test_a_message_longer_than_the_context_is_refused_with_its_length():

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import UserError
-from model import GPT, GPTConfig, document_mask
+from model import GPT, GPTConfig, LinearCrossEntropy, document_mask
 
 SMALL = dict(block_size=48, vocab_size=211, n_layer=3, n_head=6, n_kv_head=2, n_embd=96)
 
@@ -149,6 +149,36 @@ def test_gradients_in_bfloat16_are_near_float64():
     assert abs(loss.item() / expected.item() - 1) < 0.01
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         assert (p.grad - q.grad).norm() < 0.06 * q.grad.norm(), name
+
+
+def test_linear_cross_entropy_is_cross_entropy():
+    """The loss and both gradients, a scale behind it, a row of large logits, and rows without a target among them."""
+    x, weight = ((4 * torch.randn(n, 24, dtype=torch.float64)).requires_grad_() for n in (30, 70))
+    targets = torch.randint(-1, 70, (30,))
+    targets[:4] = torch.tensor([-1, 0, 69, -1])
+    results = []
+    for loss in (LinearCrossEntropy.apply(x, weight, targets), F.cross_entropy(x @ weight.t(), targets, ignore_index=-1, reduction="sum")):
+        results.append((loss, *torch.autograd.grad(loss * 0.37, (x, weight))))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("experts", [0, 4])
+def test_gradients_of_the_compiled_step_on_a_gpu(experts):
+    """As train.py compiles it, in bfloat16, with LinearCrossEntropy: loss and gradients against float64. All experts are chosen, without noise."""
+    from device import compile_for_training
+    options = dict(n_expert=experts, n_expert_per_tok=4, n_embd=64, n_head=4, n_inner=64, n_kv_head=2)
+    model, exact = small(**options).cuda(), small(**options).double().cuda()
+    idx, targets = torch.randint(1, 200, (8, 48)).cuda(), torch.randint(-1, 200, (8, 48)).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = compile_for_training(model, torch.device("cuda"))(idx, targets)
+    expected, _ = exact(idx, targets)
+    loss.backward(), expected.backward()
+    assert abs(loss.item() / expected.item() - 1) < 0.01
+    for (name, p), q in zip(model.named_parameters(), exact.parameters()):
+        if q.grad is not None:
+            assert (p.grad - q.grad).norm() < 0.08 * q.grad.norm() + 1e-6, name
 
 
 def test_compiles_whole():
