@@ -36,7 +36,7 @@ class Settings:
     new_tokens: int = 256             # tokens made (decode)
     doc_mask: bool = False            # attention inside documents, as in SFT (train)
     repeats: int = 20                 # timed steps
-    profile: bool = False             # print where the GPU's time goes (train)
+    profile: bool = False             # print where the GPU's time goes
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # auto, float32, bfloat16
     compile: bool = True              # torch.compile
@@ -139,33 +139,34 @@ def bench_train(s):
     if device.type == "cuda":
         print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB")
         if s.profile:
-            print_profile(step)
+            print_profile(lambda: [step() for _ in range(3)], 3)
 
 
-def print_profile(step, steps=3):
-    """GPU time of one step by kind of kernel."""
+def print_profile(function, parts, unit="ms"):
+    """GPU time of one of the `parts` that a call of `function` consists of, by kind of kernel and by kernel, in ms or µs."""
     kinds = {"attention": ("flash", "fmha", "cudnn", "sdpa", "attention"), "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
              "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"), "sort": ("sort", "scatter", "scan"), "fused element-wise and reductions": ("triton",)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         start = time.perf_counter()
-        for _ in range(steps):
-            step()
+        function()
         torch.cuda.synchronize()
-        wall = (time.perf_counter() - start) / steps * 1e3
+        wall = time.perf_counter() - start
+    scale = {"ms": 1e-3, "µs": 1}[unit] / parts      # the profiler counts microseconds
     sums, rows = {}, []
     for event in profiler.key_averages():
         if event.self_device_time_total <= 0:
             continue
         kind = next((kind for kind, words in kinds.items() if any(word in event.key.lower() for word in words)), "other")
-        milliseconds = event.self_device_time_total / steps / 1e3
-        sums[kind] = sums.get(kind, 0) + milliseconds
-        rows.append((milliseconds, event.count // steps, kind, event.key[:110]))
-    print("\nms a step by kind of kernel")
-    for kind, milliseconds in sorted(sums.items(), key=lambda item: -item[1]):
-        print(f"{milliseconds:8.2f}  {kind}")
+        took = event.self_device_time_total * scale
+        sums[kind] = sums.get(kind, 0) + took
+        rows.append((took, event.count / parts, event.key[:110]))
+    print(f"\n{unit} by kind of kernel, {sum(count for _, count, _ in rows):.0f} kernels")
+    for kind, took in sorted(sums.items(), key=lambda item: -item[1]):
+        print(f"{took:8.2f}  {kind}")
+    wall *= 1e6 * scale
     print(f"{wall - sum(sums.values()):8.2f}  gaps (wall {wall:.2f}, with the profiler on)\n\nthe 25 longest")
-    for milliseconds, count, kind, name in sorted(rows, reverse=True)[:25]:
-        print(f"{milliseconds:8.2f}  {count:5d} ×  {name}")
+    for took, count, name in sorted(rows, reverse=True)[:25]:
+        print(f"{took:8.2f}  {count:7.2f} ×  {name}")
 
 
 def bench_decode(s):
@@ -193,6 +194,8 @@ def bench_decode(s):
     print(f"first answer  {first:8.1f} s (capturing the graph{' and compiling' if s.compile else ''})")
     print(f"tokens/s      {s.batch_size * s.new_tokens / seconds:8,.0f}   prompt and sampling included")
     print(f"per step      {seconds / s.new_tokens * 1e6:8.0f} µs   reading the weights once at {copy / 1e12:.2f} TB/s: {1e6 / bound:.0f} µs, {s.new_tokens / seconds / bound:.1%} of that bound")
+    if s.profile:
+        print_profile(answer, s.new_tokens, "µs")
 
 
 def main():
