@@ -2,6 +2,7 @@
 
     python bench.py train                       # a full training step of the 171 M model (needs a GPU)
     python bench.py train --n_expert=8          # the 876 M mixture of experts
+    python bench.py train --data_dir=data/pretrain   # from token files as well: does the GPU wait for them?
     python bench.py train --device=cpu          # the demo's model on this CPU
     python bench.py decode --batch_size=1       # tokens a second with the KV cache
     python bench.py data                        # preparation against a bare tokenizer loop
@@ -9,6 +10,7 @@
 A training step is forward, backward, clipping and AdamW on random tokens; times are medians after
 warm-up. FLOPs per token: 6 × active matmul parameters (the tied head once) + 6 · n_layer · T · n_embd.
 """
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, fields
@@ -16,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from configurator import UserError, configure, positional, run
+from data import TokenData, batch_windows
 from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig, document_mask
 
@@ -35,6 +38,7 @@ class Settings:
     prompt: int = 64                  # tokens of the prompt (decode)
     new_tokens: int = 256             # tokens made (decode)
     doc_mask: bool = False            # attention inside documents, as in SFT (train)
+    data_dir: str = ""                # token files to train on as well, to see whether the GPU waits for them (train)
     repeats: int = 20                 # timed steps
     profile: bool = False             # print where the GPU's time goes
     device: str = "auto"              # auto, cpu, cuda
@@ -86,17 +90,32 @@ def make_model(s, device, block_size):
         return GPT(config)
 
 
-def training_step(s, model, device, dtype):
-    """A function that makes one full training step on fresh random tokens, as train.py does."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    step_model = compile_for_training(model, device) if s.compile else model
+def random_batches(s, device):
+    """x, y on the device, over and over the same four."""
     batches = [torch.randint(1, s.vocab_size, (s.batch_size, s.block_size + 1), device=device) for _ in range(4)]
     for batch in batches if s.doc_mask else []:
         batch[torch.rand(batch.shape, device=device) < 1 / 100] = 0           # documents of 100 tokens on average
+    return itertools.cycle([(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in batches])
 
-    def step():
-        batches.append(batches.pop(0))
-        x, y = batches[0][:, :-1].contiguous(), batches[0][:, 1:].contiguous()
+
+def file_batches(s, device):
+    """x, y of train.bin in the order in which train.py reads them, on their way to the device."""
+    data = TokenData(s.data_dir, "train", s.block_size)
+    if data.meta["vocab_size"] > s.vocab_size:
+        raise UserError(f"{s.data_dir} has a vocabulary of {data.meta['vocab_size']:,}: give --vocab_size={data.meta['vocab_size']}")
+    for step in itertools.count():
+        batch = data.windows(batch_windows(0, step, s.batch_size, data.n_windows))
+        yield batch if device.type == "cpu" else tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+
+
+def training_step(s, model, device, dtype):
+    """A function that makes one full training step of a batch (x, y), as train.py does: the host is one step ahead of the device."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    step_model = compile_for_training(model, device) if s.compile else model
+    ends = []
+
+    def step(batch):
+        x, y = batch
         with autocast(device, dtype):
             loss, moe = step_model(x, y, document_mask(x, flex=s.compile and device.type == "cuda") if s.doc_mask else None)
         objective = loss / y.numel()
@@ -107,6 +126,11 @@ def training_step(s, model, device, dtype):
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            ends.append(torch.cuda.Event())
+            ends[-1].record()
+            if len(ends) > 1:
+                ends.pop(0).synchronize()
     return step
 
 
@@ -119,12 +143,13 @@ def bench_train(s):
     s.batch_size = s.batch_size or (64 if device.type == "cuda" else 16)
     matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = make_model(s, device, s.block_size)
-    step = training_step(s, model, device, dtype)
+    step, batches = training_step(s, model, device, dtype), random_batches(s, device)
+    files = s.data_dir and file_batches(s, device)
     start = time.perf_counter()
-    step()
+    step(next(files or batches))
     _wait(device)
     first = time.perf_counter() - start
-    seconds = median_time(step, s.repeats, device)
+    seconds = median_time(lambda: step(next(batches)), s.repeats, device)
     tokens = s.batch_size * s.block_size
     flops = model.flops_per_token(s.block_size) * tokens
     total, active = model.n_params()
@@ -136,10 +161,14 @@ def bench_train(s):
     print(f"tokens/s      {tokens / seconds:8,.0f}")
     print(f"TFLOP/s       {flops / seconds / 1e12:8.1f}   {flops / seconds / matmul:.1%} of the ceiling"
           + (f"   {flops / seconds / peak_flops(device):.1%} of the data sheet's peak" if peak_flops(device) else ""))
+    if files:
+        rounds = [median_time(lambda: step(next(source)), s.repeats, device) for source in (files, batches) * 3]
+        read, drawn = statistics.median(rounds[::2]), statistics.median(rounds[1::2])
+        print(f"from files    {read * 1e3:8.2f} ms a step, random data in turns with it {drawn * 1e3:.2f} ms: {read / drawn - 1:+.1%}")
     if device.type == "cuda":
         print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB")
         if s.profile:
-            print_profile(lambda: [step() for _ in range(3)], 3)
+            print_profile(lambda: [step(next(batches)) for _ in range(3)], 3)
 
 
 def print_profile(function, parts, unit="ms"):

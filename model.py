@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from moe import ALL_EXPERTS_TOKENS, MoE
-from one_row import product, topk_by_counting
+from one_row import product
+from sampling import sample
 
 LOG2_E = math.log2(math.e)
 END_OF_TEXT = 0          # ends every document; attention may be told not to look across it
@@ -543,7 +544,7 @@ def norm_of_row(norm, x):
 
 def decode_one_row_compiled(model, cache, token, position):
     """decode_one_token of a single row for a compiler on a GPU: one_row.py says how it is written, and why. token, position:
-    (1, 1). Returns logits (1, V), float32. Nine kernels a layer, all of them short; of the modules it would make eleven."""
+    (1, 1). Returns logits (1, V), float32. Nine short kernels a layer."""
     dtype = model.wte.weight.dtype
     x, rope, row = model.wte.weight[token[0]][0], model.rope[:, position[0].clamp(max=cache.size - 1)], torch.zeros_like(position)
     visible = torch.arange(cache.k[0].shape[2], device=x.device) <= position[0]
@@ -570,46 +571,6 @@ def decode_one_row_compiled(model, cache, token, position):
             y = linear(ffn.down, cache.hidden[0])
         x = x + y.to(dtype)
     return product(model.wte.weight, x, model.norm)[None]
-
-
-def topk_by_parts(logits, k, width=32):
-    """The k largest of each row of (B, V), in falling order, and their ids: each (B, k), k at most V.
-
-    As topk; but of a long row first the k parts of `width` whose maxima are largest, which hold them
-    all. On a GPU topk of one row of 32,000 takes some twenty small kernels.
-    """
-    if k * width * 2 > logits.shape[-1]:
-        return logits.topk(k)
-    topk = topk_by_counting if logits.is_cuda and torch.compiler.is_compiling() and k <= 64 else torch.topk
-    parts = F.pad(logits, (0, -logits.shape[-1] % width), value=float("-inf")).unflatten(-1, (-1, width))
-    part = topk(parts.amax(-1), k)[1]
-    values, place = topk(parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1), k)
-    return values, part.gather(1, place // width) * width + place % width
-
-
-def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one id a row from softmax(logits / temperature), cut to the top_k likeliest and to the
-    smallest set that holds top_p of the probability.
-
-    logits: (B, V); u: (B,) in [0, 1), the only randomness: the id is where the cumulative probability
-    passes u. A row's u depends on its seed and step alone, so a row draws the same ids in any batch.
-    temperature 0 is greedy. Returns (B,).
-    """
-    if temperature == 0 or top_k == 1:
-        return logits.argmax(-1)
-    if 0 < top_k < logits.shape[-1]:
-        logits, ids = topk_by_parts(logits, top_k)
-    elif top_p < 1:
-        logits, ids = logits.sort(descending=True)
-    else:
-        ids = None
-    p = (logits.float() / temperature).softmax(-1)
-    total = p.cumsum(-1)
-    if top_p < 1:
-        p = p * (total - p < top_p)              # the first one always stays
-        total = p.cumsum(-1)
-    choice = (total <= u[:, None] * total[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    return (choice if ids is None else ids.gather(1, choice))[:, 0]
 
 
 class DecodeState:

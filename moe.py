@@ -169,7 +169,7 @@ class MoE(nn.Module):
         return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1).to(x_TD.dtype)
 
     def lay_out_for_decoding(self):
-        """Turn the weights in memory, not in shape, so that few_tokens and one_row sum along it: on a GPU 1.2 times the
+        """Turn the weights in memory, not in shape, so that a single row is summed along it: on a GPU 1.2 times the
         tokens a second, in bfloat16 on a CPU 2.5 times."""
         for weight in (self.w1_EDF, self.w2_EFD):
             turned = torch.empty_like(weight.data.transpose(1, 2), memory_format=torch.contiguous_format)

@@ -422,6 +422,7 @@ CASES = {
         ("negative batch", "train --device=cpu --batch_size=-4", "batch_size=-4"),
         ("no repeats", "train --device=cpu --repeats=0", "repeats=0"),
         ("no repeats of decoding", "decode --device=cpu --repeats=-1", "repeats=-1"),
+        ("no token files", "train --device=cpu --data_dir=nowhere", "cannot read nowhere/meta.json"),
         ("no tokens", "decode --device=cpu --new_tokens=0", "new_tokens=0"),
         ("no prompt", "decode --device=cpu --prompt=0", "prompt=0"),
     ],

@@ -11,8 +11,8 @@ import conversation as conversation_module
 import model as model_module
 from configurator import UserError
 from conversation import Conversation, TextStream
-from model import GPT, GPTConfig, KVCache, generate, sample, topk_by_parts
-from one_row import topk_by_counting
+from model import GPT, GPTConfig, KVCache, generate
+from sampling import sample, topk_by_counting, topk_by_parts
 from tiny_models import talkative, tiny_model, tokenizer, write_folder
 from tokenizer import END_OF_TEXT, IM_END, IM_START
 
