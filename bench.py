@@ -20,7 +20,7 @@ import torch
 from configurator import UserError, configure, positional, run
 from data import TokenData, batch_windows
 from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
-from model import GPT, GPTConfig, document_mask
+from model import GPT, GPTConfig, KVCache, document_mask
 
 
 @dataclass
@@ -103,9 +103,8 @@ def file_batches(s, device):
     data = TokenData(s.data_dir, "train", s.block_size)
     if data.meta["vocab_size"] > s.vocab_size:
         raise UserError(f"{s.data_dir} has a vocabulary of {data.meta['vocab_size']:,}: give --vocab_size={data.meta['vocab_size']}")
-    for step in itertools.count():
-        batch = data.windows(batch_windows(0, step, s.batch_size, data.n_windows))
-        yield batch if device.type == "cpu" else tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+    batches = (data.windows(batch_windows(0, step, s.batch_size, data.n_windows)) for step in itertools.count())
+    return batches if device.type == "cpu" else (tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch) for batch in batches)
 
 
 def training_step(s, model, device, dtype):
@@ -137,14 +136,15 @@ def training_step(s, model, device, dtype):
 def bench_train(s):
     device = pick_device(s.device)
     if device.type == "cpu":
-        # the demo's model, since nobody trains 171 M parameters on two cores
-        s.n_layer, s.n_head, s.n_kv_head, s.n_embd, s.vocab_size, s.block_size = 2, 4, 2, 192, 1200, 128
+        # the demo's model unless told otherwise, since nobody trains 171 M parameters on two cores
+        demo = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=192, vocab_size=1200, block_size=128)
+        vars(s).update((key, value) for key, value in demo.items() if key not in s.given)
     dtype = pick_dtype(s.dtype, device)
     s.batch_size = s.batch_size or (64 if device.type == "cuda" else 16)
-    matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    files = s.data_dir and file_batches(s, device)
+    matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else dtype)
     model = make_model(s, device, s.block_size)
     step, batches = training_step(s, model, device, dtype), random_batches(s, device)
-    files = s.data_dir and file_batches(s, device)
     start = time.perf_counter()
     step(next(files or batches))
     _wait(device)
@@ -168,11 +168,11 @@ def bench_train(s):
     if device.type == "cuda":
         print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB")
         if s.profile:
-            print_profile(lambda: [step(next(batches)) for _ in range(3)], 3)
+            print_profile(lambda: [step(next(batches)) for _ in range(3)], 3, "ms a step")
 
 
-def print_profile(function, parts, unit="ms"):
-    """GPU time of one of the `parts` that a call of `function` consists of, by kind of kernel and by kernel, in ms or µs."""
+def print_profile(function, parts, unit):
+    """GPU time of one of the `parts` that a call of `function` consists of, by kind of kernel and by kernel; unit: "ms …" or "µs …"."""
     kinds = {"attention": ("flash", "fmha", "cudnn", "sdpa", "attention"), "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
              "optimizer": ("adam", "multi_tensor", "lpnorm", "foreach"), "sort": ("sort", "scatter", "scan"), "fused element-wise and reductions": ("triton",)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -180,7 +180,7 @@ def print_profile(function, parts, unit="ms"):
         function()
         torch.cuda.synchronize()
         wall = time.perf_counter() - start
-    scale = {"ms": 1e-3, "µs": 1}[unit] / parts      # the profiler counts microseconds
+    scale = {"ms": 1e-3, "µs": 1}[unit.split()[0]] / parts      # the profiler counts microseconds
     sums, rows = {}, []
     for event in profiler.key_averages():
         if event.self_device_time_total <= 0:
@@ -206,7 +206,6 @@ def bench_decode(s):
     s.batch_size = s.batch_size or 1
     _, copy = ceilings(device, torch.bfloat16)
     model = make_model(s, device, s.prompt + s.new_tokens + 1).for_generation(device, torch.bfloat16)
-    from model import KVCache
     cache = KVCache(model, s.batch_size)
     prompts = torch.randint(1, s.vocab_size, (s.batch_size, s.prompt)).tolist()
 
@@ -224,7 +223,7 @@ def bench_decode(s):
     print(f"tokens/s      {s.batch_size * s.new_tokens / seconds:8,.0f}   prompt and sampling included")
     print(f"per step      {seconds / s.new_tokens * 1e6:8.0f} µs   reading the weights once at {copy / 1e12:.2f} TB/s: {1e6 / bound:.0f} µs, {s.new_tokens / seconds / bound:.1%} of that bound")
     if s.profile:
-        print_profile(answer, s.new_tokens, "µs")
+        print_profile(answer, s.new_tokens, "µs a token")
 
 
 def main():

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch
 
-from device import describe
+from device import describe, pick_dtype
 from model import GPT, GPTConfig, KVCache
 from moe import MoE
 
@@ -44,6 +44,7 @@ def answer(model, prompts, new_tokens):
 
 def bench_decode_cpu(s):
     """Print speed and limit for settings `s` of bench.py, for float32 and bfloat16 unless --dtype names one."""
+    dtypes = {name: pick_dtype(name, torch.device("cpu")) for name in (("float32", "bfloat16") if s.dtype == "auto" else (s.dtype,))}
     batch, new_tokens = s.batch_size or 1, s.new_tokens if "new_tokens" in s.given else 64
     config = GPTConfig(**{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)} | {"block_size": s.prompt + new_tokens + 1})
     torch.manual_seed(0)
@@ -51,8 +52,8 @@ def bench_decode_cpu(s):
     total, active = model.n_params()
     prompts = torch.randint(1, s.vocab_size, (batch, s.prompt)).tolist()
     print(f"{describe(torch.device('cpu'))} · {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active · batch {batch} · prompt {s.prompt}, {new_tokens} new")
-    for name in ("float32", "bfloat16") if s.dtype == "auto" else (s.dtype,):
-        model.for_generation(torch.device("cpu"), getattr(torch, name))
+    for name, dtype in dtypes.items():
+        model.for_generation(torch.device("cpu"), dtype)
         pairs = [(w, torch.randn(w.shape[1]).to(w.dtype)) for w in matrices(model)]
         size = sum(w.nbytes for w, _ in pairs)
         matvec_loop(pairs, 2), answer(model, prompts, 3)

@@ -57,6 +57,8 @@ class GPTConfig:
             raise UserError(f"RoPE needs an even head width, not n_embd/n_head={self.n_embd // self.n_head}")
         if self.n_expert and not 1 <= self.n_expert_per_tok <= self.n_expert <= 256:
             raise UserError(f"n_expert_per_tok={self.n_expert_per_tok} of n_expert={self.n_expert} (at most 256) cannot be chosen")
+        if self.n_expert and (self.n_embd % 8 or self.n_inner % 8):
+            raise UserError(f"n_embd={self.n_embd} and n_inner={self.n_inner} must be multiples of 8 with experts: their product reads 16 bytes at a time")
         if self.n_expert and self.bias:
             raise UserError("bias=True is not offered with experts (n_expert > 0)")
         if not 0 <= self.dropout < 1:
@@ -191,26 +193,28 @@ class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum"), for a compiler on a GPU.
 
     x (N, C), weight (V, C), targets (N,) → a scalar, in nats. The gradient is worked out on the way forward, while the logits
-    are at hand: one kernel reads them from memory and writes their gradient over them, in a quarter of the
+    are at hand: one kernel reads them from memory and writes their gradient over them, in less than half of the
     instructions that F.cross_entropy takes in two. The way back only scales what was found.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         logits = x @ weight.t()
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        learned, column = targets >= 0, targets.clamp(min=0)
-        # all in powers of 2: exp2 is one instruction of a GPU, exp some five
-        top = logits.amax(-1).to(wide) * LOG2_E
-        log_sum = (logits.to(wide) * LOG2_E - top[:, None]).exp2().sum(-1).log2() + top
-        log_sum = torch.where(learned, log_sum, float("inf"))              # a gradient of 0
-        grad = (logits.to(wide) * LOG2_E - log_sum[:, None]).exp2().to(x.dtype)
-        # the target's logit from a product of its own, rounded like the others: nobody else then needs the logits, and
-        # the compiler reuses their memory
-        at = (x.to(wide) * weight[column]).sum(-1).to(logits.dtype).to(wide) * LOG2_E
-        grad[torch.arange(len(x), device=x.device), column] = torch.where(learned, (at - log_sum).exp2() - 1, 0).to(x.dtype)
+        # in powers of 2: exp2 is one instruction of a GPU, exp some five
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * LOG2_E
+        targets = targets.int()[:, None]
+        hit = torch.arange(len(weight), dtype=torch.int32, device=x.device) == targets
+        top = wide.amax(-1, keepdim=True)
+        log_sum = (wide - top).exp2().sum(-1, keepdim=True).log2() + top
+        # read from the logits, not multiplied again: a compiler rounds nothing to bfloat16 in between, and what of a confident
+        # model's gradient is left, 1 less than 1, would be an error of rounding
+        at = torch.where(hit, wide, 0).sum(-1, keepdim=True)
+        loss = torch.where(targets >= 0, log_sum - at, float("inf"))
+        # loss + at is log_sum again, or infinite where nothing is learned. Written so, the compiler sees that nobody needs
+        # the logits afterwards, and reuses their memory
+        grad = ((wide - (loss + at)).exp2() - hit.to(wide.dtype)).to(x.dtype)
         ctx.save_for_backward(grad @ weight, grad.t() @ x)
-        return torch.where(learned, log_sum - at, 0).sum() / LOG2_E
+        return torch.where(targets >= 0, loss, 0).sum() / LOG2_E
 
     @staticmethod
     def backward(ctx, scale):
@@ -424,7 +428,7 @@ class KVCache:
     """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, slots, head width).
 
     tokens[b] lists the ids of row b that are in the cache. Slot `size`, after the last token's, is for padding: it
-    is written, never read. prefilled counts the prompt tokens that had to be computed.
+    is written, and what is read of it counts for nothing. prefilled counts the prompt tokens that had to be computed.
     """
 
     def __init__(self, model, batch=1, size=0):
@@ -441,7 +445,7 @@ class KVCache:
         self.hidden = torch.zeros(c.n_expert_per_tok if c.n_expert else 1, c.n_inner, dtype=weight.dtype, device=weight.device)   # scratch
         self.tokens = [[] for _ in range(batch)]
         self.prefilled = 0
-        self.loops = {}                          # decode loops captured over these buffers, by sampling options
+        self.loops = {}                          # the state of decoding, and what was captured over these buffers
 
 
 def cached_forward(model, cache, idx, position, end):
@@ -476,7 +480,9 @@ def prefill(model, cache, prompts):
         idx[b, : len(prompt) - start] = torch.tensor(prompt[start:])
         position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
     if in_graph:
-        x = captured_forward(model, cache, idx, position, min(1 << (max(map(len, prompts)) - 1).bit_length(), cache.size))
+        # the whole cache for a single row, whose prompts grow from turn to turn: a graph less each time, and it is as quick
+        end = cache.size if len(prompts) == 1 else min(1 << (max(map(len, prompts)) - 1).bit_length(), cache.size)
+        x = captured_forward(model, cache, idx, position, end)
     else:
         x = cached_forward(model, cache, idx.to(device), position.to(device), max(map(len, prompts)))
     cache.tokens = [list(prompt) for prompt in prompts]

@@ -21,7 +21,7 @@ from one_row import product
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
-ALL_EXPERTS_TOKENS = 1024        # up to so many tokens, generation runs every expert on every one of them
+ALL_EXPERTS_TOKENS = 1024        # up to so many tokens, when not training on a GPU, go through all experts
 
 
 class Router(nn.Module):
@@ -197,7 +197,7 @@ class MoE(nn.Module):
         return sum(product(self.w2_EFD[expert[0]][0].t(), h_F) for h_F, expert in zip(hidden_KF, experts))
 
     def all_experts(self, x_TD, gate_TK, expert_TK):
-        """For few tokens, when generating: each of them through all experts, with a gate of 0 for those not chosen. More
+        """For few tokens, when not training: each of them through all experts, with a gate of 0 for those not chosen. More
         arithmetic, but the time goes into reading the weights; and nothing is sorted, so that a CUDA graph can hold it."""
         dtype = _compute_dtype(x_TD)
         gate_TE = gate_TK.new_zeros(len(x_TD), self.n_expert).scatter(1, expert_TK, gate_TK)

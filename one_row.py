@@ -2,7 +2,8 @@
 
 There a token takes as long as its hundred small kernels, one waiting for the other, and a kernel as long as reading its
 weights at best. So a sum over a row is written as a product and a sum of it, which the compiler fuses with what
-surrounds them; and no sum runs over more than 1,024 numbers, which it then holds in registers and does not loop over.
+surrounds them; and a row whose length is a multiple of 1,024 is summed in parts of that many, which it holds in registers
+and does not loop over.
 """
 import torch
 
@@ -23,4 +24,4 @@ def product(weight, x, norm=None):
     if norm is None:
         return row_sums(weight * wide)
     mean_square = row_sums((wide * wide).expand_as(weight)) / len(x)
-    return row_sums(weight * (wide * norm.weight).to(x.dtype).float()) * (mean_square + 1e-6).rsqrt()
+    return row_sums(weight * (wide * norm.weight)) * (mean_square + 1e-6).rsqrt()
