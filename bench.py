@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError, configure, positional, run
 from data import TokenData, batch_windows
-from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
 from model import GPT, GPTConfig, KVCache, document_mask
 
 
@@ -103,8 +103,7 @@ def file_batches(s, device):
     data = TokenData(s.data_dir, "train", s.block_size)
     if data.meta["vocab_size"] > s.vocab_size:
         raise UserError(f"{s.data_dir} has a vocabulary of {data.meta['vocab_size']:,}: give --vocab_size={data.meta['vocab_size']}")
-    batches = (data.windows(batch_windows(0, step, s.batch_size, data.n_windows)) for step in itertools.count())
-    return batches if device.type == "cpu" else (tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch) for batch in batches)
+    return (send(data.windows(batch_windows(0, step, s.batch_size, data.n_windows)), device) for step in itertools.count())
 
 
 def training_step(s, model, device, dtype):

@@ -55,6 +55,11 @@ def compile_for_training(model, device):
     return torch.compile(model, dynamic=False, options=options)
 
 
+def send(batch, device):
+    """A tuple of tensors on the host, under way to the device: the host does not wait."""
+    return batch if device.type == "cpu" else tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+
+
 def peak_flops(device):
     """FLOP/s of the GPU's dense bf16 peak, or None where it isn't known (a CPU)."""
     if device.type != "cuda":

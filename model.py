@@ -468,12 +468,11 @@ def prefill(model, cache, prompts):
     # should this be interrupted: from here on the old tokens' slots are overwritten
     cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]
     width = max(len(p) - s for p, s in zip(prompts, starts))
-    in_graph = device.type == "cuda"
+    rounded = 1 << (width - 1).bit_length()      # few different widths, since each is captured once
+    # many tokens go through grouped_mm, which may ask the host for its offsets, and no graph can hold that
+    in_graph = device.type == "cuda" and (not model.config.n_expert or len(prompts) * rounded <= ALL_EXPERTS_TOKENS)
     if in_graph:
-        rounded = 1 << (width - 1).bit_length()  # few different widths, since each is captured once
-        # many tokens go through grouped_mm, which may ask the host for its offsets, and no graph can hold that
-        in_graph = not model.config.n_expert or len(prompts) * rounded <= ALL_EXPERTS_TOKENS
-        width = rounded if in_graph else width
+        width = rounded
     idx = torch.zeros(len(prompts), width, dtype=torch.long)
     position = torch.full_like(idx, cache.size)
     for b, (prompt, start) in enumerate(zip(prompts, starts)):

@@ -46,21 +46,20 @@ class Router(nn.Module):
                 logits_TE = clean_TE + torch.randn_like(clean_TE) * F.softplus(spread_TE)
             else:
                 logits_TE = x_TD @ self.weight_DE.to(x_TD.dtype)
-            expert_TK = torch.cat(largest(logits_TE, self.k)[1], dim=1)
+            expert_TK = torch.cat(largest(logits_TE, self.k), dim=1)
             return logits_TE.gather(1, expert_TK).softmax(dim=1), expert_TK
 
 
 def largest(logits_TE, k):
-    """The k largest values of each row, in falling order, and their indices: two lists of (T, 1). Without a gradient.
+    """The indices of each row's k largest values, in falling order: a list of (T, 1).
 
     As topk; but for a handful of experts a compiler makes one kernel of this, and topk is three.
     """
-    column_E, left_TE, values, indices = torch.arange(logits_TE.shape[1], device=logits_TE.device), logits_TE.detach(), [], []
+    column_E, left_TE, indices = torch.arange(logits_TE.shape[1], device=logits_TE.device), logits_TE.detach(), []
     for _ in range(k):
-        values.append(left_TE.amax(dim=1, keepdim=True))
         indices.append(left_TE.argmax(dim=1, keepdim=True))
         left_TE = left_TE.masked_fill(column_E == indices[-1], float("-inf"))
-    return values, indices
+    return indices
 
 
 def balance_loss(gate_TK, expert_TK, n_expert):
@@ -190,8 +189,8 @@ class MoE(nn.Module):
         """forward of norm(x), one token, written as one_row.py says. hidden_KF: memory for the hidden rows, or else each row
         of w2 works out SiLU again; row: a tensor that holds 0. Returns (D,), float32."""
         logits_E = product(self.router.weight_DE.t(), x_D, norm)
-        values, experts = largest(logits_E[None], self.k)
-        gates = [(value - values[0])[0].exp() for value in values]
+        experts = largest(logits_E[None], self.k)
+        gates = [(logits_E[expert[0]] - logits_E[experts[0][0]]).exp() for expert in experts]
         h_KF = [F.silu(product(self.w1_EDF[expert[0]][0].t(), x_D, norm)) * gate / sum(gates) for gate, expert in zip(gates, experts)]
         hidden_KF[row + torch.arange(self.k, device=row.device)] = torch.stack(h_KF).to(x_D.dtype)
         return sum(product(self.w2_EFD[expert[0]][0].t(), h_F) for h_F, expert in zip(hidden_KF, experts))

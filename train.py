@@ -26,7 +26,7 @@ import torch.distributed as dist
 import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
-from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype
+from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
 from model import document_mask
 from processes import agree, join_job, rank_and_world
 from run_log import RunLog, check_wandb, say
@@ -246,12 +246,7 @@ def main():
         windows = batch_windows(s.seed, step, global_batch, train_data.n_windows).reshape(-1, s.batch_size)
         batches = [train_data.windows(rows) for rows in windows[rank::world]]
         # counted on the host: a question to the GPU would wait until it has done all that it was given
-        return [to_device(batch) for batch in batches], sum((y >= 0).sum().item() for _, y in batches)
-
-    def to_device(batch):
-        if device.type == "cpu":
-            return batch
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+        return [send(batch, device) for batch in batches], sum((y >= 0).sum().item() for _, y in batches)
 
     def attention_mask(x):
         return document_mask(x, flex=s.compile and device.type == "cuda") if s.doc_mask else None
@@ -269,7 +264,7 @@ def main():
             rows = windows[start: start + s.batch_size]
             x, y = val_data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
             y[len(rows):] = -1                       # the last batch is filled up, so that all have one shape
-            x, y = to_device((x, y))
+            x, y = send((x, y), device)
             with autocast(device, dtype):
                 loss, _ = step_model(x, y, attention_mask(x))
             sums[:2] += torch.stack((loss.double(), (y >= 0).sum()))

@@ -113,7 +113,7 @@ def test_routes_as_mixtral_does():
 def test_largest_is_topk(experts):
     logits = torch.randn(200, experts)
     for k in {1, min(4, experts), experts}:
-        assert all(torch.equal(torch.cat(ours, 1), theirs) for ours, theirs in zip(largest(logits, k), logits.topk(k, dim=1)))
+        assert torch.equal(torch.cat(largest(logits, k), 1), logits.topk(k, dim=1)[1])
 
 
 def test_parameter_counts():
