@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from moe import ALL_EXPERTS_TOKENS, MoE
-from one_row import product
+from one_row import in_memory, product, products
 from sampling import sample
 
 LOG2_E = math.log2(math.e)
@@ -437,12 +437,16 @@ class KVCache:
         # a multiple of 16 slots, so that a GPU reads 16 bytes at a time
         shape = (batch, c.n_kv_head, self.size // 16 * 16 + 16, c.n_embd // c.n_head)
         weight = model.wte.weight
-        # one tensor a layer: a compiled step then writes each in place instead of copying all of them
-        self.k, self.v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(c.n_layer)] for _ in "kv")
-        if weight.is_cuda and batch == 1:
-            # attention sums v over its slots, so they lie side by side: 1.09 times the tokens a second, in a batch fewer
-            self.v = [v.transpose(2, 3).contiguous().transpose(2, 3) for v in self.v]
-        self.hidden = torch.zeros(c.n_expert_per_tok if c.n_expert else 1, c.n_inner, dtype=weight.dtype, device=weight.device)   # scratch
+        if weight.is_cuda and batch > 1:
+            # one tensor a layer: a compiled step then writes each in place instead of copying all of them
+            self.k, self.v = ([weight.new_zeros(shape) for _ in range(c.n_layer)] for _ in "kv")
+        else:
+            # one tensor for all layers, which decode_one_row_compiled writes at once
+            self.keys, self.values = (weight.new_zeros(c.n_layer, *shape) for _ in "kv")
+            if weight.is_cuda:
+                # attention sums v over its slots, so they lie side by side: 1.09 times the tokens a second, in a batch fewer
+                self.values = self.values.transpose(3, 4).contiguous().transpose(3, 4)
+            self.k, self.v = self.keys.unbind(), self.values.unbind()
         self.tokens = [[] for _ in range(batch)]
         self.prefilled = 0
         self.loops = {}                          # the state of decoding, and what was captured over these buffers
@@ -549,33 +553,47 @@ def norm_of_row(norm, x):
 
 def decode_one_row_compiled(model, cache, token, position):
     """decode_one_token of a single row for a compiler on a GPU: one_row.py says how it is written, and why. token, position:
-    (1, 1). Returns logits (1, V), float32. Nine short kernels a layer."""
-    dtype = model.wte.weight.dtype
-    x, rope, row = model.wte.weight[token[0]][0], model.rope[:, position[0].clamp(max=cache.size - 1)], torch.zeros_like(position)
-    visible = torch.arange(cache.k[0].shape[2], device=x.device) <= position[0]
+    (1, 1). Returns logits (1, V), float32. Six kernels a layer, with a mixture nine."""
+    c, dtype = model.config, model.wte.weight.dtype
+    n, group, head_width = c.n_kv_head, c.n_head // c.n_kv_head, c.n_embd // c.n_head
+    position, x = position[0], in_memory(model.wte.weight[token[0]][0])
+    cos, sin = rope = in_memory(model.rope[:, position.clamp(max=cache.size - 1)])
+    slot = torch.arange(cache.keys.shape[3], device=x.device)
+    here, visible = slot == position, slot <= position
+    new = []                                     # q, k and v of each layer, before RoPE
 
     def linear(layer, x, norm=None):
         y = product(layer.weight, x, norm)
         return y if layer.bias is None else y + layer.bias
-    for block, k, v in zip(model.blocks, cache.k, cache.v):
+    for block, keys, values in zip(model.blocks, cache.keys.unbind(), cache.values.unbind()):
         attn, ffn = block.attn, block.ffn
-        qkv = linear(attn.qkv, x, block.attn_norm).to(dtype).view(1, 1, -1, attn.head_width)
-        k[row, :, position] = apply_rope(qkv[:, :, attn.n_head: -attn.n_kv_head], rope)
-        v[row, :, position] = qkv[:, :, -attn.n_kv_head:]
-        q = apply_rope(qkv[:, :, : attn.n_head], rope).view(attn.n_kv_head, -1, attn.head_width).float()
-        # one product for each query of a group: the compiler sees rows of k, and of v, that lie side by side
-        score = torch.stack([(k[0].float() * q[:, g, None]).sum(-1) for g in range(q.shape[1])], 1) * attn.head_width ** -0.5
-        weight = torch.where(visible, score, float("-inf")).softmax(-1)                     # (n_kv_head, group, slots)
-        y = torch.stack([(v[0].transpose(1, 2).float() * weight[:, g, None]).sum(-1) for g in range(q.shape[1])], 1)
-        x = x + linear(attn.proj, y.to(dtype).flatten()).to(dtype)
+        new.append(in_memory(linear(attn.qkv, x, block.attn_norm).to(dtype).view(-1, head_width)))
+        q, new_k, new_v = new[-1].float().split((c.n_head, n, n))
+        # The new token's k and v stand beside the cache, where `here` says, and are written to it at the end, all layers at once.
+        # RoPE turns q and the new k alike, so their product needs none.
+        (q_a, q_b), (k_a, k_b), (new_a, new_b) = (t.chunk(2, -1) for t in (q.view(n, group, 1, head_width), keys[0].float(), new_k[:, None]))
+        turned_a, turned_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
+        v, y = values[0].transpose(1, 2).float(), 0                                # (n_kv_head, head width, slots)
+        for g in range(group):                   # the queries of a group one by one: (n_kv_head, slots)
+            terms = torch.where(here[:, None], q_a[:, g] * new_a + q_b[:, g] * new_b, turned_a[:, g] * k_a + turned_b[:, g] * k_b)
+            score = in_memory(torch.where(visible, terms.sum(-1) * (LOG2_E * head_width ** -0.5), float("-inf")))
+            # Each channel of v works out the softmax by itself, sooner than it would be told. `v - v`, which is 0,
+            # makes the softmax's sums run along v's rows, and the compiler hold them in registers as it does v.
+            score = score[:, None] + (v - v)
+            weight = (score - score.amax(-1, keepdim=True)).exp2()
+            attended = (torch.where(here, new_v[:, :, None], v) * weight).sum(-1) / weight.sum(-1)
+            y = y + products(attn.proj.weight.unflatten(1, (n, group, -1))[:, :, g].flatten(1), in_memory(attended.to(dtype).flatten()))
+        y = y.sum(-1) if attn.proj.bias is None else y.sum(-1) + attn.proj.bias
+        x = in_memory((x + y).to(dtype))
         if isinstance(ffn, MoE):
-            y = ffn.one_row_compiled(x, block.ffn_norm, cache.hidden, row[0])
+            y = ffn.one_row_compiled(in_memory(block.ffn_norm(x)))
         else:
-            # through memory: else every row of `down` works out SiLU again
-            cache.hidden[row[0]] = F.silu(linear(ffn.up, x, block.ffn_norm)).to(dtype)
-            y = linear(ffn.down, cache.hidden[0])
-        x = x + y.to(dtype)
-    return product(model.wte.weight, x, model.norm)[None]
+            y = linear(ffn.down, in_memory(F.silu(linear(ffn.up, x, block.ffn_norm)).to(dtype)))
+        x = in_memory((x + y).to(dtype))
+    new = torch.stack(new)[:, None, :, None]                                       # (n_layer, 1, heads, 1, head width)
+    cache.keys[:, :, :, position] = apply_rope(new[:, :, c.n_head: -n], rope[:, :, None])
+    cache.values[:, :, :, position] = new[:, :, -n:]
+    return in_memory(product(model.wte.weight, x, model.norm))[None]
 
 
 class DecodeState:
@@ -584,7 +602,7 @@ class DecodeState:
     def __init__(self, model, batch, steps):
         device = model.wte.weight.device
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.prompt = torch.zeros(batch, 1, dtype=torch.long, device=device)      # its length
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.u = torch.zeros(batch, steps, device=device)
         # an embedding with more rows than the tokenizer has tokens must not draw one of the others
@@ -607,10 +625,9 @@ def choose(state, logits, temperature, top_k, top_p, repetition_penalty):
 
 def decode_step(model, cache, state, end, options):
     """One token more for every row, in place. Reads nothing back to the host."""
-    logits = decode_one_token(model, cache, state.token, state.position, end)
     # a row that has run to the end of the cache goes on writing to the padding slot
-    state.position.copy_((state.position + 1).clamp(max=cache.size))
-    choose(state, logits, *options)
+    position = (state.prompt + state.step - 1).clamp(max=cache.size)
+    choose(state, decode_one_token(model, cache, state.token, position, end), *options)
 
 
 def capture(step):
@@ -660,11 +677,12 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
             row[list(stop_ids)] = False
         state.seen.copy_(seen)
     state.step.zero_()
+    state.prompt.copy_(torch.tensor([[len(p)] for p in prompts]))
     choose(state, prefill(model, cache, prompts), *options)
-    state.position.copy_(torch.tensor([[len(p)] for p in prompts]))
 
     longest = max(map(len, prompts))
-    host = torch.empty(len(prompts), steps, dtype=torch.long, pin_memory=cuda)
+    # a row a step: into a column, PyTorch would copy by way of memory that is not pinned, and wait
+    host = torch.empty(steps, len(prompts), dtype=torch.long, pin_memory=cuda)
     if cuda:
         step = cache.loops.get(options) or captured_loop(model, cache, state, options, compile)
         done = [torch.cuda.Event() for _ in range(steps)]
@@ -674,18 +692,18 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
         if cuda:
             # the device is always one token ahead of what the host has read
             if t == 0:
-                host[:, 0].copy_(state.token[:, 0], non_blocking=True)
+                host[0].copy_(state.token[:, 0], non_blocking=True)
                 done[0].record()
             if t + 1 < max(rooms):
                 step()
-                host[:, t + 1].copy_(state.token[:, 0], non_blocking=True)
+                host[t + 1].copy_(state.token[:, 0], non_blocking=True)
                 done[t + 1].record()
             done[t].synchronize()
         else:
             if t > 0:
                 decode_step(model, cache, state, min(longest + t, cache.size), options)
-            host[:, t] = state.token[:, 0]
-        row, new = [], host[:, t].tolist()
+            host[t] = state.token[:, 0]
+        row, new = [], host[t].tolist()
         for b, token in enumerate(new):
             row.append(None if ended[b] else token)
             if not ended[b]:
@@ -698,15 +716,15 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
             return
 
 
-# realize_reads_threshold: what a layer adds to the residual stream is added once, not by each kernel that reads it
-DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_reads_threshold": 1, "use_fast_math": True}
+# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, however many weights it reads
+DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "combo_kernels_pointwise_only": True, "realize_acc_reads_threshold": 1000, "use_fast_math": True}
 
 
 def captured_loop(model, cache, state, options, compile):
     """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
     function = torch.compile(decode_step, fullgraph=True, options=DECODE_OPTIONS) if compile else decode_step
-    keep = state.token.clone(), state.position.clone(), state.step.clone(), state.seen.clone()
+    keep = state.token.clone(), state.step.clone(), state.seen.clone()
     cache.loops[options], _ = capture(lambda: function(model, cache, state, cache.size, options))
-    for buffer, value in zip((state.token, state.position, state.step, state.seen), keep):
+    for buffer, value in zip((state.token, state.step, state.seen), keep):
         buffer.copy_(value)
     return cache.loops[options]

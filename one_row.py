@@ -1,27 +1,32 @@
 """What decoding a single row on a GPU is made of, written so that torch.compile makes few and quick kernels of it.
 
 There a token takes as long as its hundred small kernels, one waiting for the other, and a kernel as long as reading its
-weights at best. So a sum over a row is written as a product and a sum of it, which the compiler fuses with what
-surrounds them; and a row whose length is a multiple of 1,024 is summed in parts of that many, which it holds in registers
-and does not loop over.
+weights at best. So a product is written as a multiplication and a sum along the row, which the compiler fuses with what
+surrounds them; a row longer than 1,024 is folded first, since that many numbers a kernel holds in registers and does not
+loop over; and what many rows of the next product read goes through memory, or else each of them works it out again.
 """
-import torch
 
 
-def row_sums(products):
-    """The sums over the last axis."""
-    if products.shape[-1] % 1024:
-        return products.sum(-1)
-    return products.unflatten(-1, (-1, 1024)).sum(-1).sum(-1)
+def products(weight, x, expert=None):
+    """What `weight @ x` sums up along its rows, folded to 1,024 columns if there is a multiple of that: (out, in or 1024), float32.
+
+    weight: (out, in), or with `expert`, a tensor of one index, the matrices (n, out, in) of which weight[expert] is meant.
+    """
+    fold = max(len(x) // 1024, 1) if len(x) % 1024 == 0 else 1
+    parts = zip(weight.unflatten(-1, (fold, -1)).unbind(-2), x.unflatten(-1, (fold, -1)).unbind(0))
+    return sum((part if expert is None else part[expert][0]).float() * of_x.float() for part, of_x in parts)
 
 
 def product(weight, x, norm=None):
-    """weight @ x, or weight @ norm(x), whose scale is then found in the same pass over the row.
-
-    weight: (out, in); x: (in,); norm: an RMSNorm. Returns (out,), float32.
-    """
-    weight, wide = weight.float(), x.float()
+    """weight @ x, or weight @ norm(x), whose scale is then found in the same pass over the row: (out,), float32."""
     if norm is None:
-        return row_sums(weight * wide)
-    mean_square = row_sums((wide * wide).expand_as(weight)) / len(x)
-    return row_sums(weight * (wide * norm.weight)) * (mean_square + 1e-6).rsqrt()
+        return products(weight, x).sum(-1)
+    wide = x.float()
+    mean_square = (wide * wide).expand(weight.shape).mean(-1)
+    return (weight.float() * (wide * norm.weight)).sum(-1) * (mean_square + 1e-6).rsqrt()
+
+
+def in_memory(x):
+    """x, which a compiler then writes to memory once, where it would else work it out again wherever it is read."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())     # only what is in memory has strides

@@ -5,6 +5,8 @@ Nothing here asks the device for a number, so all of it can be part of a CUDA gr
 import torch
 from torch.nn import functional as F
 
+from one_row import in_memory
+
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one id a row from softmax(logits / temperature), cut to the top_k likeliest and to the
@@ -41,7 +43,7 @@ def topk_by_parts(logits, k, width=32):
         return logits.topk(k)
     parts = F.pad(logits, (0, -logits.shape[-1] % width), value=float("-inf")).unflatten(-1, (-1, width))
     part = topk_of_few(parts.amax(-1), k)[1]
-    values, place = topk_of_few(parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1), k)
+    values, place = topk_of_few(in_memory(parts.gather(1, part[..., None].expand(-1, -1, width)).flatten(1)), k)
     return values, part.gather(1, place // width) * width + place % width
 
 

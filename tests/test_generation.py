@@ -168,11 +168,11 @@ def test_one_row(options, dtype, way):
     ids = random_ids(20)
     for_a_compiler = model_module.decode_one_row_compiled
     if way == "compiled":
-        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={"realize_reads_threshold": 1})
+        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={"realize_acc_reads_threshold": 1000})
 
     def decode(t):
         if way != "vectors":
-            return for_a_compiler(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]))
+            return for_a_compiler(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]])).clone()
         return model_module.decode_one_token(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]), t + 1)
     with torch.inference_mode():
         cache = model.new_cache()
