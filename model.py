@@ -20,8 +20,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import UserError
+from fused import in_memory
 from moe import ALL_EXPERTS_TOKENS, MoE
-from one_row import in_memory, product, products
+from one_row import decode_one_row, decode_one_row_compiled
+from rope import apply_rope, rope_table
 from sampling import sample
 
 LOG2_E = math.log2(math.e)
@@ -74,21 +76,6 @@ class RMSNorm(nn.Module):
         # the mean square of a bf16 row is taken in float32
         wide = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), 1e-6).to(x.dtype)
-
-
-def rope_table(config):
-    """cos and sin of position × frequency, each (block_size, head width / 2), float32."""
-    half = config.n_embd // config.n_head // 2
-    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin())).float()
-
-
-def apply_rope(x, rope):
-    """Rotate each pair (x[i], x[i + half]) of the last axis. x: (B, T, H, hd); rope: cos, sin that broadcast to (B, T, H, hd / 2)."""
-    cos, sin = rope
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -425,7 +412,8 @@ class _Uninitialized(torch.overrides.TorchFunctionMode):
 
 
 class KVCache:
-    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, slots, head width).
+    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, slots, head width). Where `keys` and `values`
+    are there too, these are all layers' in one tensor, (n_layer, B, …), and k and v are views of them.
 
     tokens[b] lists the ids of row b that are in the cache. Slot `size`, after the last token's, is for padding: it
     is written, and what is read of it counts for nothing. prefilled counts the prompt tokens that had to be computed.
@@ -446,7 +434,7 @@ class KVCache:
             if weight.is_cuda:
                 # attention sums v over its slots, so they lie side by side: 1.09 times the tokens a second, in a batch fewer
                 self.values = self.values.transpose(3, 4).contiguous().transpose(3, 4)
-            self.k, self.v = self.keys.unbind(), self.values.unbind()
+            self.k, self.v = ([whole[i] for i in range(c.n_layer)] for whole in (self.keys, self.values))
         self.tokens = [[] for _ in range(batch)]
         self.prefilled = 0
         self.loops = {}                          # the state of decoding, and what was captured over these buffers
@@ -516,84 +504,8 @@ def decode_one_token(model, cache, token, position, end):
         return decode_one_row(model, cache, token.item(), end - 1)
     if len(token) == 1 and torch.compiler.is_compiling():
         return decode_one_row_compiled(model, cache, token, position)
-    return model.logits(cached_forward(model, cache, token, position, end)[:, -1])
-
-
-def decode_one_row(model, cache, token, position):
-    """decode_one_token of a single row on a CPU: the same, in vectors. Returns logits (1, V).
-
-    There a token takes as long as reading the weights, and what surrounds the products comes on top: here
-    fewer operations and no calls of modules, for 1.09 times the tokens a second.
-    """
-    x, rope = model.wte.weight[token], model.rope[:, position, None]
-    for block, k, v in zip(model.blocks, cache.k, cache.v):
-        attn, ffn = block.attn, block.ffn
-        qkv = of_row(attn.qkv, norm_of_row(block.attn_norm, x)).view(-1, attn.head_width)
-        qk = apply_rope(qkv[: -attn.n_kv_head], rope)
-        k[0, :, position], v[0, :, position] = qk[attn.n_head:], qkv[-attn.n_kv_head:]
-        # the heads of a group are the rows of one query matrix, as in attend_cache
-        y = F.scaled_dot_product_attention(qk[: attn.n_head].view(1, attn.n_kv_head, -1, attn.head_width), k[:, :, : position + 1], v[:, :, : position + 1])
-        x = x + of_row(attn.proj, y.view(-1))
-        row = norm_of_row(block.ffn_norm, x)
-        x = x + (ffn.one_row(row) if isinstance(ffn, MoE) else of_row(ffn.down, F.silu(of_row(ffn.up, row))))
-    return torch.mv(model.wte.weight, norm_of_row(model.norm, x))[None]
-
-
-def of_row(linear, x):
-    """The linear layer of a vector: mv reads bfloat16 weights 1.3 times as fast as F.linear does."""
-    y = torch.mv(linear.weight, x)
-    return y if linear.bias is None else y + linear.bias
-
-
-def norm_of_row(norm, x):
-    """RMSNorm of a vector; F.rms_norm takes six passes on a CPU."""
-    wide = x.float()
-    return (wide * norm.weight).mul_((wide.dot(wide).item() / len(x) + 1e-6) ** -0.5).to(x.dtype)
-
-
-def decode_one_row_compiled(model, cache, token, position):
-    """decode_one_token of a single row for a compiler on a GPU: one_row.py says how it is written, and why. token, position:
-    (1, 1). Returns logits (1, V), float32. Six kernels a layer, with a mixture nine."""
-    c, dtype = model.config, model.wte.weight.dtype
-    n, group, head_width = c.n_kv_head, c.n_head // c.n_kv_head, c.n_embd // c.n_head
-    position, x = position[0], in_memory(model.wte.weight[token[0]][0])
-    cos, sin = rope = in_memory(model.rope[:, position.clamp(max=cache.size - 1)])
-    slot = torch.arange(cache.keys.shape[3], device=x.device)
-    here, visible = slot == position, slot <= position
-    new = []                                     # q, k and v of each layer, before RoPE
-
-    def linear(layer, x, norm=None):
-        y = product(layer.weight, x, norm)
-        return y if layer.bias is None else y + layer.bias
-    for block, keys, values in zip(model.blocks, cache.keys.unbind(), cache.values.unbind()):
-        attn, ffn = block.attn, block.ffn
-        new.append(in_memory(linear(attn.qkv, x, block.attn_norm).to(dtype).view(-1, head_width)))
-        q, new_k, new_v = new[-1].float().split((c.n_head, n, n))
-        # The new token's k and v stand beside the cache, where `here` says, and are written to it at the end, all layers at once.
-        # RoPE turns q and the new k alike, so their product needs none.
-        (q_a, q_b), (k_a, k_b), (new_a, new_b) = (t.chunk(2, -1) for t in (q.view(n, group, 1, head_width), keys[0].float(), new_k[:, None]))
-        turned_a, turned_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
-        v, y = values[0].transpose(1, 2).float(), 0                                # (n_kv_head, head width, slots)
-        for g in range(group):                   # the queries of a group one by one: (n_kv_head, slots)
-            terms = torch.where(here[:, None], q_a[:, g] * new_a + q_b[:, g] * new_b, turned_a[:, g] * k_a + turned_b[:, g] * k_b)
-            score = in_memory(torch.where(visible, terms.sum(-1) * (LOG2_E * head_width ** -0.5), float("-inf")))
-            # Each channel of v works out the softmax by itself, sooner than it would be told. `v - v`, which is 0,
-            # makes the softmax's sums run along v's rows, and the compiler hold them in registers as it does v.
-            score = score[:, None] + (v - v)
-            weight = (score - score.amax(-1, keepdim=True)).exp2()
-            attended = (torch.where(here, new_v[:, :, None], v) * weight).sum(-1) / weight.sum(-1)
-            y = y + products(attn.proj.weight.unflatten(1, (n, group, -1))[:, :, g].flatten(1), in_memory(attended.to(dtype).flatten()))
-        y = y.sum(-1) if attn.proj.bias is None else y.sum(-1) + attn.proj.bias
-        x = in_memory((x + y).to(dtype))
-        if isinstance(ffn, MoE):
-            y = ffn.one_row_compiled(in_memory(block.ffn_norm(x)))
-        else:
-            y = linear(ffn.down, in_memory(F.silu(linear(ffn.up, x, block.ffn_norm)).to(dtype)))
-        x = in_memory((x + y).to(dtype))
-    new = torch.stack(new)[:, None, :, None]                                       # (n_layer, 1, heads, 1, head width)
-    cache.keys[:, :, :, position] = apply_rope(new[:, :, c.n_head: -n], rope[:, :, None])
-    cache.values[:, :, :, position] = new[:, :, -n:]
-    return in_memory(product(model.wte.weight, x, model.norm))[None]
+    # flex_attention captures the position: it would else be worked out within it, and without its dependencies
+    return model.logits(cached_forward(model, cache, token, in_memory(position), end)[:, -1])
 
 
 class DecodeState:
@@ -602,7 +514,7 @@ class DecodeState:
     def __init__(self, model, batch, steps):
         device = model.wte.weight.device
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.prompt = torch.zeros(batch, 1, dtype=torch.long, device=device)      # its length
+        self.prompt_length = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.u = torch.zeros(batch, steps, device=device)
         # an embedding with more rows than the tokenizer has tokens must not draw one of the others
@@ -625,8 +537,8 @@ def choose(state, logits, temperature, top_k, top_p, repetition_penalty):
 
 def decode_step(model, cache, state, end, options):
     """One token more for every row, in place. Reads nothing back to the host."""
-    # a row that has run to the end of the cache goes on writing to the padding slot
-    position = (state.prompt + state.step - 1).clamp(max=cache.size)
+    # `step` counts the token that is read here; a row that has run to the end of the cache goes on writing to the padding slot
+    position = (state.prompt_length + state.step - 1).clamp(max=cache.size)
     choose(state, decode_one_token(model, cache, state.token, position, end), *options)
 
 
@@ -655,7 +567,8 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
     """
     from conversation import check_sampling
     check_sampling(max(max_new_tokens, 1), temperature, top_k, top_p, repetition_penalty)
-    cache = cache or KVCache(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    # few different sizes, since each is captured and compiled by itself
+    cache = cache or KVCache(model, len(prompts), -(-(max(map(len, prompts)) + max_new_tokens) // 256) * 256)
     if len(cache.tokens) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but the cache has {len(cache.tokens)} rows")
     for prompt in prompts:
@@ -666,7 +579,9 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
         return
     options = (temperature, top_k, top_p, repetition_penalty)
     cuda = model.wte.weight.is_cuda
-    state = cache.loops.setdefault("state", DecodeState(model, len(prompts), cache.size))
+    if "state" not in cache.loops:
+        cache.loops["state"] = DecodeState(model, len(prompts), cache.size)
+    state = cache.loops["state"]
     steps = min(max_new_tokens, cache.size)
     generators = (torch.Generator().manual_seed((seed + b) % 2**63) for b in range(len(prompts)))
     state.u[:, :steps].copy_(torch.stack([torch.rand(steps, generator=generator) for generator in generators]))
@@ -677,16 +592,17 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
             row[list(stop_ids)] = False
         state.seen.copy_(seen)
     state.step.zero_()
-    state.prompt.copy_(torch.tensor([[len(p)] for p in prompts]))
+    state.prompt_length.copy_(torch.tensor([[len(p)] for p in prompts]))
     choose(state, prefill(model, cache, prompts), *options)
 
     longest = max(map(len, prompts))
     # a row a step: into a column, PyTorch would copy by way of memory that is not pinned, and wait
     host = torch.empty(steps, len(prompts), dtype=torch.long, pin_memory=cuda)
-    if cuda:
-        step = cache.loops.get(options) or captured_loop(model, cache, state, options, compile)
-        done = [torch.cuda.Event() for _ in range(steps)]
     rooms = [min(steps, cache.size - len(prompt)) for prompt in prompts]
+    if cuda:
+        done = [torch.cuda.Event() for _ in range(steps)]
+        if max(rooms) > 1:
+            step = cache.loops.get((compile, *options)) or captured_loop(model, cache, state, options, compile)
     ended = [False] * len(prompts)
     for t in range(max(rooms)):
         if cuda:
@@ -721,10 +637,12 @@ DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "com
 
 
 def captured_loop(model, cache, state, options, compile):
-    """decode_step over these buffers as one CUDA graph, kept in the cache; run once before to warm up."""
+    """decode_step over these buffers as one CUDA graph, kept in the cache. It is run twice before, to warm up: that leaves keys
+    and values behind the prompt, which are written again before they are read."""
     function = torch.compile(decode_step, fullgraph=True, options=DECODE_OPTIONS) if compile else decode_step
     keep = state.token.clone(), state.step.clone(), state.seen.clone()
-    cache.loops[options], _ = capture(lambda: function(model, cache, state, cache.size, options))
+    loop, _ = capture(lambda: function(model, cache, state, cache.size, options))
     for buffer, value in zip((state.token, state.step, state.seen), keep):
         buffer.copy_(value)
-    return cache.loops[options]
+    cache.loops[compile, *options] = loop
+    return loop

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from one_row import in_memory, product, products
+from fused import in_memory, product, products
 
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -187,13 +187,13 @@ class MoE(nn.Module):
         return y_D
 
     def one_row_compiled(self, x_D):
-        """forward of one token, written as one_row.py says. Returns (D,), float32."""
+        """forward of one token, written as fused.py says. Returns (D,), float32."""
         logits_E = product(self.router.weight_DE.t(), x_D)
-        experts = largest(logits_E[None], self.k)
-        gates = [(logits_E[expert[0]] - logits_E[experts[0][0]]).exp() for expert in experts]
-        rows = [in_memory((F.silu(products(self.w1_EDF.transpose(1, 2), x_D, expert[0]).sum(-1)) * gate / sum(gates)).to(x_D.dtype))
-                for expert, gate in zip(experts, gates)]
-        return sum(products(self.w2_EFD.transpose(1, 2), row, expert[0]) for expert, row in zip(experts, rows)).sum(-1)
+        experts_K = largest(logits_E[None], self.k)
+        gates_K = [(logits_E[expert[0]] - logits_E[experts_K[0][0]]).exp() for expert in experts_K]
+        rows_KF = [in_memory((F.silu(products(self.w1_EDF.transpose(1, 2), x_D, expert[0]).sum(-1)) * gate / sum(gates_K)).to(x_D.dtype))
+                   for expert, gate in zip(experts_K, gates_K)]
+        return sum(products(self.w2_EFD.transpose(1, 2), row_F, expert[0]) for expert, row_F in zip(experts_K, rows_KF)).sum(-1)
 
     def all_experts(self, x_TD, gate_TK, expert_TK):
         """For few tokens, when not training: each of them through all experts, with a gate of 0 for those not chosen. More
