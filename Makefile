@@ -1,4 +1,4 @@
-# make demo              the whole loop on an invented town, on a laptop: less than 3 minutes after installation
+# make demo              the whole loop on an invented town, on a laptop: two to four minutes after installation
 # make demo MODEL=moe    the same with a mixture of experts
 # make test              the tests
 # make test-faults       the long batteries: kills, resumes, bad input
