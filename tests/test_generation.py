@@ -12,6 +12,7 @@ import model as model_module
 from configurator import UserError
 from conversation import Conversation, TextStream
 from model import GPT, GPTConfig, KVCache, generate
+from moe import Router
 from sampling import sample, topk_by_counting, topk_by_parts
 from tiny_models import talkative, tiny_model, tokenizer, write_folder
 from tokenizer import END_OF_TEXT, IM_END, IM_START
@@ -62,6 +63,21 @@ def rows(model, prompts, n, **options):
 
 def random_ids(n, generator=random.Random(1)):
     return [generator.randrange(3, 300) for _ in range(n)]
+
+
+def router_is_decided(model, ids, margin=0.08):
+    """Whether every router prefers the last expert that it takes to the next one by `margin`, so that rounding does not choose. True without routers."""
+    gaps = []
+
+    def note(router, inputs, output):
+        ranked = (inputs[0].float() @ router.weight_DE).sort(descending=True)[0]
+        gaps.append((ranked[:, router.k - 1] - ranked[:, router.k]).min().item())
+    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, Router)]
+    with torch.inference_mode():
+        model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return min(gaps, default=margin) >= margin
 
 
 # The cache
@@ -166,10 +182,11 @@ def test_one_row(options, dtype, way):
         if parameter.dim() == 1:                 # norms of 1 and biases of 0 would hide that they are left out
             parameter.data += torch.randn_like(parameter) / 4
     model.for_generation(torch.device("cpu"), dtype)
-    ids = random_ids(20)
+    draw = random.Random(1)                      # of its own: the same ids in whatever order the tests run
+    ids = next(ids for ids in iter(lambda: random_ids(20, draw), None) if router_is_decided(model, ids))
     for_a_compiler = model_module.decode_one_row_compiled
     if way == "compiled":
-        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={"realize_acc_reads_threshold": 1000})
+        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={key: model_module.DECODE_OPTIONS[key] for key in ("realize_acc_reads_threshold",)})
 
     def decode(t):
         if way != "vectors":
@@ -180,10 +197,8 @@ def test_one_row(options, dtype, way):
         model_module.prefill(model, cache, [ids[:5]])
         rows = [decode(t) for t in range(5, 20)]
         whole = model(torch.tensor([ids]))[0, 5:]
-        errors = (torch.cat(rows) - whole).abs().amax(-1)
-    # in 16 bits a router may see another of two nearly equal experts ahead
-    error = errors.median() if dtype != torch.float32 and "n_expert" in options else errors.max()
-    assert error < (1e-5 if dtype == torch.float32 else 0.02 * whole.abs().max())
+        error = (torch.cat(rows) - whole).abs().max().item()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02 * whole.abs().max().item())
 
 
 # Sampling
