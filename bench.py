@@ -120,8 +120,8 @@ def training_step(s, model, device, dtype):
         if moe:
             objective = objective + 0.05 * moe[0]
         objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.found_inf = (~norm.isfinite()).float()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.grad_scale, optimizer.found_inf = norm.clamp(min=1), (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -144,10 +144,15 @@ def bench_train(s):
     matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else dtype)
     model = make_model(s, device, s.block_size)
     step, batches = training_step(s, model, device, dtype), random_batches(s, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step(next(files or batches))
     _wait(device)
     first = time.perf_counter() - start
+    if device.type == "cuda":
+        peak_of_first = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     seconds = median_time(lambda: step(next(batches)), s.repeats, device)
     tokens = s.batch_size * s.block_size
     flops = model.flops_per_token(s.block_size) * tokens
@@ -165,7 +170,7 @@ def bench_train(s):
         read, drawn = statistics.median(rounds[::2]), statistics.median(rounds[1::2])
         print(f"from files    {read * 1e3:8.2f} ms a step, random data in turns with it {drawn * 1e3:.2f} ms: {read / drawn - 1:+.1%}")
     if device.type == "cuda":
-        print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB")
+        print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB   in the first step, in which the compiler tries its kernels, {peak_of_first / 2**30:.1f}")
         if s.profile:
             print_profile(lambda: [step(next(batches)) for _ in range(3)], 3, "ms a step")
 

@@ -50,8 +50,9 @@ def autocast(device, dtype):
 
 def compile_for_training(model, device):
     """torch.compile as train.py uses it and bench.py times it: one graph for each shape of a batch."""
-    # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0
-    options = {"use_fast_math": True} if device.type == "cuda" else None
+    # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0.
+    # combo kernels: what is small and independent, such as 16-bit copies of weights, several in one launch
+    options = {"use_fast_math": True, "combo_kernels": True} if device.type == "cuda" else None
     return torch.compile(model, dynamic=False, options=options)
 
 

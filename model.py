@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from fused import in_memory
+from linear import Linear
 from moe import ALL_EXPERTS_TOKENS, MoE
 from one_row import decode_one_row, decode_one_row_compiled
 from rope import apply_rope, rope_table
@@ -85,8 +86,8 @@ class Attention(nn.Module):
         self.head_width = config.n_embd // config.n_head
         self.dropout = config.dropout
         # q, k and v in one matrix: one larger product instead of three
-        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_width, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_width, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope, mask=None, cache=None):
         """x: (B, T, C) → (B, T, C). mask: None for plain causal; cache: (k, v, position) to write to and read from."""
@@ -152,8 +153,8 @@ def attend(q, k, v, mask):
 class FFN(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
-        self.down = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.down = Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):

@@ -89,6 +89,19 @@ class _Permute(torch.autograd.Function):
         return grad[ctx.saved_tensors[0]], None, None
 
 
+class _Cast(torch.autograd.Function):
+    """weight.to(dtype), once in memory: what autograd keeps for the way back is what is multiplied now, not a second copy."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.dtype = weight.dtype
+        return in_memory(weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
 @torch.library.custom_op("mini_llm::grouped_mm", mutates_args=())
 def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
@@ -150,6 +163,7 @@ class MoE(nn.Module):
     def many_tokens(self, x_TD, gate_TK, expert_TK):
         """Sort the (token, expert) pairs by expert, run all experts at once, put the rows back."""
         dtype = _compute_dtype(x_TD)
+        w1_EDF, w2_EFD = (weight if weight.dtype == dtype else _Cast.apply(weight, dtype) for weight in (self.w1_EDF, self.w2_EFD))
         T, D = x_TD.shape
         # uint8 keys: the radix sort makes one pass instead of eight
         sorted_N, order_N = expert_TK.reshape(-1).to(torch.uint8).sort(stable=True)
@@ -159,11 +173,11 @@ class MoE(nn.Module):
 
         x_TKD = x_TD.to(dtype)[:, None].expand(T, self.k, D)
         x_ND = _Permute.apply(x_TKD.reshape(T * self.k, D), order_N, inverse_N)
-        h_NF = F.silu(expert_mm(x_ND, self.w1_EDF.to(dtype), offset_E))
+        h_NF = F.silu(expert_mm(x_ND, w1_EDF, offset_E))
         # The gate scales the hidden row, not the output: the map is linear from here on, and the
         # output need not be kept for the gate's gradient
         h_NF = h_NF * _Permute.apply(gate_TK.reshape(-1, 1), order_N, inverse_N).to(dtype)
-        y_ND = expert_mm(h_NF, self.w2_EFD.to(dtype), offset_E)
+        y_ND = expert_mm(h_NF, w2_EFD, offset_E)
         # .to: under autocast sum gives float32, and the residual stream would go on in it
         return _Permute.apply(y_ND, inverse_N, order_N).view(T, self.k, D).sum(1).to(x_TD.dtype)
 

@@ -339,13 +339,15 @@ def main():
             batches, targets = micro_batches(step + 1)       # read while the device is busy
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if scaler.is_enabled():
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip or math.inf, norm)
             scaler.step(optimizer)
             scaler.update()
         else:
-            # AdamW's fused kernel leaves everything as it is where found_inf is 1: the host needn't ask
-            optimizer.found_inf = (~norm.isfinite()).float()
+            # AdamW's fused kernel divides by grad_scale, which saves a pass over all gradients, and leaves everything as it is
+            # where found_inf is 1: the host needn't ask
+            optimizer.grad_scale, optimizer.found_inf = (norm / (s.grad_clip or math.inf)).clamp(min=1), (~norm.isfinite()).float()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

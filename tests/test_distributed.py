@@ -2,6 +2,7 @@
 
 And a job whose process dies ends, or under torchrun --max-restarts goes on exactly.
 """
+import functools
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from data import TokenData, batch_windows
 from model import GPT, GPTConfig
-from training_runs import BLOCK, PYTHON, ROOT, TINY, assert_same_run, die_at, finish, make_data, newest, numbers, ranks
+from training_runs import BLOCK, PYTHON, ROOT, TINY, assert_same_run, die_at, finish, keep_weights, make_data, newest, numbers, ranks
 
 ROWS = 16
 # (processes, windows in a micro-step, micro-steps over all processes): always 16 windows a step
@@ -46,14 +47,13 @@ def base(tmp_path_factory):
 def keep_gradients(path):
     """In the child: write down the gradients that the first step clips."""
     def before():
-        inner = torch.nn.utils.clip_grad_norm_
+        inner = torch.nn.utils.get_total_norm
 
-        def clip(parameters, *args):
-            parameters = list(parameters)
+        def total_norm(gradients):
             if not os.path.exists(path):
-                torch.save([p.grad.clone() for p in parameters], path)
-            return inner(parameters, *args)
-        torch.nn.utils.clip_grad_norm_ = clip
+                torch.save([gradient.clone() for gradient in gradients], path)
+            return inner(gradients)
+        torch.nn.utils.get_total_norm = total_norm
     return before
 
 
@@ -134,25 +134,12 @@ def test_bf16_and_experts_run_on_two_processes(tmp_path):
     """Experts with noise and balance loss, bf16: two processes agree on every weight at the end, and learn."""
     data = make_data(tmp_path / "data")
     argv = [*TINY, "--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48", "--dtype=bfloat16", "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
-    children = ranks(2, argv, before=[keep_last_weights(f"{tmp_path}/weights_{rank}") for rank in range(2)])
+    children = ranks(2, argv, before=[functools.partial(keep_weights, f"{tmp_path}/weights_{rank}") for rank in range(2)])
     assert [child.wait() for child in children] == [0, 0], children[0].output
     a, b = (torch.load(f"{tmp_path}/weights_{rank}") for rank in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     losses = [r["loss"] for r in numbers(tmp_path / "out") if "loss" in r]
     assert losses[-1] < losses[0] - 0.3 and all(0 <= r["balance_loss"] < 3 for r in numbers(tmp_path / "out") if "loss" in r)
-
-
-def keep_last_weights(path):
-    """In the child: write down the weights before every update; the last stay."""
-    def before():
-        inner = torch.nn.utils.clip_grad_norm_
-
-        def clip(parameters, *args):
-            parameters = list(parameters)
-            torch.save([p.detach().clone() for p in parameters], path)
-            return inner(parameters, *args)
-        torch.nn.utils.clip_grad_norm_ = clip
-    return before
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -9,7 +9,7 @@ import checkpoint
 from data import TokenData, batch_windows
 from model import GPT
 from tokenizer import Tokenizer
-from training_runs import BLOCK, TINY, Run, finish, make_data, newest, numbers, on_step, ranks, refused
+from training_runs import BLOCK, TINY, Run, finish, keep_weights, make_data, newest, numbers, on_step, ranks, refused
 
 EVERY_STEP = ["--checkpoint_interval=1", "--keep_checkpoints=99", "--eval_interval=0"]
 
@@ -74,13 +74,7 @@ def test_all_processes_skip_together(data, tmp_path, how, dtype):
     def keep(rank):
         def before():
             spoil(how, {3} if rank == 1 else set())()
-            inner = torch.nn.utils.clip_grad_norm_
-
-            def clip(parameters, *args):
-                parameters = list(parameters)
-                torch.save([p.detach().clone() for p in parameters], f"{tmp_path}/weights_{rank}")
-                return inner(parameters, *args)
-            torch.nn.utils.clip_grad_norm_ = clip
+            keep_weights(f"{tmp_path}/weights_{rank}")
         return before
     argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     children = ranks(2, argv, before=[keep(0), keep(1)])

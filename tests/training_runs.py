@@ -131,7 +131,7 @@ class Run:
         around(checkpoint, "save", "checkpoint write", "step")
         around(train, "learning_rate", "step", "step")
         around(torch.Tensor, "backward", "step", "between micro-steps")
-        around(torch.nn.utils, "clip_grad_norm_", "optimizer", "optimizer")
+        around(torch.nn.utils, "get_total_norm", "optimizer", "optimizer")
         inner = train.permute
         train.permute = lambda *args: (mark.__setitem__(0, PHASES.index("evaluation")), inner(*args))[1]
 
@@ -220,6 +220,16 @@ def numbers(out_dir, drop=("tokens_per_s", "mfu")):
     with open(os.path.join(out_dir, "metrics.jsonl")) as file:
         records = [json.loads(line) for line in file]
     return [{key: value for key, value in record.items() if key not in drop} for record in records if "seconds" not in record]
+
+
+def keep_weights(path):
+    """In the child: write down the weights before every update, in the optimizer's order; the last stay."""
+    inner = torch.optim.AdamW.step
+
+    def step(optimizer, *args, **kwargs):
+        torch.save([p.detach().clone() for group in optimizer.param_groups for p in group["params"]], path)
+        return inner(optimizer, *args, **kwargs)
+    torch.optim.AdamW.step = step
 
 
 def newest(out_dir):
