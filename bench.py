@@ -20,6 +20,7 @@ import torch
 from configurator import UserError, configure, positional, run
 from data import TokenData, batch_windows
 from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from float8 import use_float8
 from model import GPT, GPTConfig, KVCache, document_mask
 
 
@@ -44,6 +45,7 @@ class Settings:
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # auto, float32, bfloat16
     compile: bool = True              # torch.compile
+    fp8: bool = False                 # products of the dense model's blocks in 8 bits (train)
 
 
 def median_time(function, repeats, device, warmup=5):
@@ -143,6 +145,8 @@ def bench_train(s):
     files = s.data_dir and file_batches(s, device)
     matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else dtype)
     model = make_model(s, device, s.block_size)
+    if s.fp8:
+        use_float8(model, device, dtype, s.batch_size * s.block_size)
     step, batches = training_step(s, model, device, dtype), random_batches(s, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -158,7 +162,7 @@ def bench_train(s):
     flops = model.flops_per_token(s.block_size) * tokens
     total, active = model.n_params()
     print(f"{describe(device)} · {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active · {s.batch_size} × {s.block_size} · {dtype}"
-          f" · compile={s.compile} · doc_mask={s.doc_mask}")
+          f" · compile={s.compile} · doc_mask={s.doc_mask}" + " · fp8" * s.fp8)
     print(f"ceiling       {matmul / 1e12:8.1f} TFLOP/s matrix product   {copy / 1e12:6.2f} TB/s copy")
     print(f"first step    {first:8.1f} s")
     print(f"step          {seconds * 1e3:8.2f} ms")

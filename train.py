@@ -27,6 +27,7 @@ import checkpoint
 from configurator import UserError, configure, run
 from data import TokenData, batch_windows, derive_seed, permute, show_windows
 from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from float8 import use_float8
 from model import document_mask
 from processes import agree, join_job, rank_and_world
 from run_log import RunLog, check_wandb, say
@@ -88,6 +89,7 @@ class Settings:
     device: str = "auto"                    # auto, cpu, cuda, cuda:N
     dtype: str = "auto"                     # of the matrix products: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
+    fp8: bool = False                       # matrix products of a dense model's blocks in 8 bits (GPU: Ada, Hopper and later), with compile
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
@@ -174,6 +176,8 @@ def main():
     resumed = open_resumed(s, train_data)
     start = checkpoint.load_for_inference(s.init_from, check=True) if not resumed and s.init_from != "scratch" else resumed
     model = build_model(s, train_data, start).to(device)
+    if s.fp8:
+        use_float8(model, device, dtype, s.batch_size * s.block_size)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_step, best_val_loss, bad_steps, wandb_id = 0, math.inf, [0, 0], None
@@ -185,7 +189,7 @@ def main():
     if agree(control, first_step)[0] != first_step * world:
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk that all of them share")
     total, active = model.n_params()
-    say(f"{describe(device)}, {str(dtype).removeprefix('torch.')}, {world} process{'es' * (world > 1)} · {total:,} parameters"
+    say(f"{describe(device)}, {str(dtype).removeprefix('torch.')}{' and float8' * s.fp8}, {world} process{'es' * (world > 1)} · {total:,} parameters"
         + (f", {active:,} active per token" if active != total else ""))
     say(f"{s.data_dir}: {len(train_data.tokens):,} tokens, {train_data.n_windows:,} windows · {s.max_iters:,} steps of {global_batch} windows, "
         f"{s.max_iters * global_batch / train_data.n_windows:.2f} epochs" + (f" · resuming at step {first_step}" if resumed else ""))
