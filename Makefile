@@ -19,7 +19,7 @@ else
 endif
 SFT := config/$(NAME)_sft.py
 OUT := out/$(NAME)
-CODE := train.py model.py rope.py moe.py fused.py one_row.py sampling.py data.py checkpoint.py processes.py starting_point.py
+CODE := train.py model.py linear.py device.py rope.py moe.py fused.py one_row.py sampling.py data.py checkpoint.py processes.py starting_point.py
 
 .PHONY: demo test test-faults clean-demo
 .DELETE_ON_ERROR:

@@ -174,7 +174,7 @@ def bench_train(s):
         read, drawn = statistics.median(rounds[::2]), statistics.median(rounds[1::2])
         print(f"from files    {read * 1e3:8.2f} ms a step, random data in turns with it {drawn * 1e3:.2f} ms: {read / drawn - 1:+.1%}")
     if device.type == "cuda":
-        print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB   in the first step, in which the compiler tries its kernels, {peak_of_first / 2**30:.1f}")
+        print(f"peak memory   {torch.cuda.max_memory_allocated() / 2**30:8.1f} GiB" + f"   in the first step, in which the compiler tries its kernels, {peak_of_first / 2**30:.1f}" * s.compile)
         if s.profile:
             print_profile(lambda: [step(next(batches)) for _ in range(3)], 3, "ms a step")
 

@@ -20,23 +20,23 @@ from configurator import UserError
 from linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-GRADIENT_SCALE = 256     # times the number of tokens; in between lies what gradient accumulation and masks in SFT make of 1/N
+GRADIENT_SCALE = 16      # times the number of tokens: in training the largest gradients then are near 30, the mean ones near 0.01
 
 
 def to_float8(x, scale, dtype):
-    """x · scale, rounded to `dtype`; beyond its range: its largest number."""
+    """x · scale, rounded to `dtype`; what is beyond its range, infinity too, becomes its largest number. NaN stays."""
     most = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-most, most).to(dtype)
 
 
 def product(a, b, scale, dtype, fast=False):
-    """a (N, K) @ b (M, K).t() / scale → (N, M) in `dtype`; a and b in 8 bits, their rows contiguous as Hopper's instruction wants them.
+    """a (N, K) @ b (M, K).t() / scale → (N, M) in `dtype`; a and b in 8 bits, copied if need be: Hopper's instruction wants rows in one piece.
 
     fast: sums of some 14 bits, made in the tensor cores alone.
     """
     one = torch.ones((), device=a.device)
     # F.scaled_mm is the public name, which torch 2.11 can call but not compile
-    return torch._scaled_mm(a, b.t(), one, one / scale, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), one, one / scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 class Float8Linear(Linear):
@@ -62,21 +62,20 @@ class Float8Product(torch.autograd.Function):
         x8, weight8, scale = ctx.saved_tensors
         grad_scale = GRADIENT_SCALE * len(grad)
         grad8 = to_float8(grad, grad_scale, E5M2)
-        grad_x = product(grad8, weight8.t().contiguous(), scale * grad_scale, grad.dtype)
-        return grad_x, product(grad8.t().contiguous(), x8.t().contiguous(), grad_scale, scale.dtype)
+        return product(grad8, weight8.t(), scale * grad_scale, grad.dtype), product(grad8.t(), x8.t(), grad_scale, torch.float32)
 
 
 def use_float8(model, device, dtype, tokens):
-    """Let `model` train in 8 bits, `tokens` at a time. UserError where it can't."""
+    """Let `model` train in 8 bits, `tokens` at a time, on a loss that is their mean or near it. UserError where it can't."""
     if model.config.n_expert:
         raise UserError("--fp8=True is for dense models: of a mixture the experts' products are what counts, and they have no 8-bit form here")
     if dtype != torch.bfloat16:
-        raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {dtype}")
+        raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {str(dtype).removeprefix('torch.')}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"{torch.cuda.get_device_name(device)} has no 8-bit products: leave --fp8 out")
     layers = [layer for layer in model.blocks.modules() if isinstance(layer, Linear)]
-    for size in {tokens} | {size for layer in layers for size in layer.weight.shape}:
+    for size in {size for layer in layers for size in layer.weight.shape} | {tokens}:
         if size % 16:
-            raise UserError(f"--fp8=True needs widths, and batch_size * block_size, that are multiples of 16; here is one of {size}")
+            raise UserError(f"--fp8=True needs multiples of 16: {'batch_size * block_size' if size == tokens else 'a layer'} is {size}{' wide' * (size != tokens)}")
     for layer in layers:
         layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints

@@ -89,7 +89,7 @@ class Settings:
     device: str = "auto"                    # auto, cpu, cuda, cuda:N
     dtype: str = "auto"                     # of the matrix products: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
-    fp8: bool = False                       # matrix products of a dense model's blocks in 8 bits (GPU: Ada, Hopper and later), with compile
+    fp8: bool = False                       # matrix products of a dense model's blocks in 8 bits (Ada, Hopper and later); pays if compiled
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
@@ -344,15 +344,11 @@ def main():
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if scaler.is_enabled():
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip or math.inf, norm)
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            # AdamW's fused kernel divides by grad_scale, which saves a pass over all gradients, and leaves everything as it is
-            # where found_inf is 1: the host needn't ask
-            optimizer.grad_scale, optimizer.found_inf = (norm / (s.grad_clip or math.inf)).clamp(min=1), (~norm.isfinite()).float()
-            optimizer.step()
+        # AdamW's fused kernel divides by grad_scale, which saves a pass over all gradients, and leaves everything as it is where
+        # found_inf is 1: the host needn't ask. (A scaler that is on puts its own found_inf there.)
+        optimizer.grad_scale, optimizer.found_inf = (norm / (s.grad_clip or math.inf)).clamp(min=1), (~norm.isfinite()).float()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         numbers = torch.stack((loss_sum / max(learned, 1), norm))

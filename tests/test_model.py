@@ -193,14 +193,15 @@ def test_linear_cross_entropy_of_a_confident_model(confidence):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("experts", [0, 4])
-def test_gradients_of_the_compiled_step_on_a_gpu(experts):
-    """As train.py compiles it, in bfloat16, with LinearCrossEntropy: loss and gradients against float64. All experts are chosen, without noise."""
+@pytest.mark.parametrize("compiled", [True, False])
+def test_gradients_of_a_step_on_a_gpu(experts, compiled):
+    """In bfloat16, as train.py compiles it with LinearCrossEntropy, and without: loss and gradients against float64. All experts are chosen, without noise."""
     from device import compile_for_training
     options = dict(n_expert=experts, n_expert_per_tok=4, n_embd=64, n_head=4, n_inner=64, n_kv_head=2)
     model, exact = small(**options).cuda(), small(**options).double().cuda()
     idx, targets = torch.randint(1, 200, (8, 48)).cuda(), torch.randint(-1, 200, (8, 48)).cuda()
     with torch.autocast("cuda", torch.bfloat16):
-        loss, _ = compile_for_training(model, torch.device("cuda"))(idx, targets)
+        loss, _ = (compile_for_training(model, torch.device("cuda")) if compiled else model)(idx, targets)
     expected, _ = exact(idx, targets)
     loss.backward(), expected.backward()
     assert abs(loss.item() / expected.item() - 1) < 0.01
