@@ -102,7 +102,7 @@ class _Cast(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-@torch.library.custom_op("mini_llm::grouped_mm", mutates_args=())
+@torch.library.custom_op("moe::grouped_mm", mutates_args=())
 def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
     return _grouped_mm(a, b, offs=offset_E)
