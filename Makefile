@@ -19,7 +19,7 @@ else
 endif
 SFT := config/$(NAME)_sft.py
 OUT := out/$(NAME)
-CODE := train.py model.py linear.py device.py rope.py moe.py fused.py one_row.py sampling.py data.py checkpoint.py processes.py starting_point.py
+CODE := train.py model.py moe.py $(wildcard minillm/*.py minillm/speed/*.py)
 
 .PHONY: demo test test-faults clean-demo
 .DELETE_ON_ERROR:
@@ -38,14 +38,14 @@ demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 	$(call stage,Chat: three questions; the last two about somebody whom SFT never mentioned,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=你好)
 	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=沈琴明住在哪里？)
 	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=请问沈琴明爱吃什么？)
-	@$(PY) demo_report.py $(NAME)
+	@$(PY) -m demo.report $(NAME)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-data/demo/tokenizer/tokenizer.json: demo_corpus.py train_tokenizer.py tokenizer.py | .venv/installed
+data/demo/tokenizer/tokenizer.json: demo/town.py train_tokenizer.py minillm/tokenizer.py | .venv/installed
 	$(call stage,Tokenizer: byte-level BPE from the text of the town,$(PY) train_tokenizer.py)
 	@touch $@
 

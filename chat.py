@@ -15,8 +15,9 @@ import os
 import sys
 from dataclasses import dataclass
 
-from configurator import UserError, configure, run
-from conversation import Conversation, GenerationSettings, read_prompt
+from minillm.configurator import configure
+from minillm.errors import UserError, run
+from minillm.conversation import Conversation, GenerationSettings, read_prompt
 
 
 @dataclass
@@ -60,7 +61,7 @@ def main():
             sys.stdout.flush()
             os._exit(130)
     else:
-        from terminal import Terminal
+        from minillm.terminal import Terminal
         Terminal(s).run()
 
 

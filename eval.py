@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from checkpoint import read_settings
-from configurator import UserError, configure, run
-from data import TokenData
-from device import autocast, describe, pick_device, pick_dtype
+from minillm.checkpoint import read_settings
+from minillm.configurator import configure
+from minillm.errors import UserError, run
+from minillm.dataloader import TokenData
+from minillm.device import autocast, describe, pick_device, pick_dtype
 from model import GPT, document_mask, generate
-from tokenizer import IM_END
+from minillm.tokenizer import IM_END
 
 
 @dataclass
@@ -72,9 +73,9 @@ def bits_per_byte(loss, split, kind):
 
 def read_questions(name):
     """[(messages without the last, the right answer)] of a file, or of the demo town's held-out half."""
-    from text_reader import Report, Source, conversations
+    from minillm.text_reader import Report, Source, conversations
     if name == "demo":
-        from demo_corpus import held_out_questions
+        from demo.town import held_out_questions
         chats = [[{"role": {"human": "user"}.get(m["from"], m["from"]), "content": m["value"]} for m in chat["conversations"]]
                  for chat in held_out_questions()]
     else:

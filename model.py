@@ -19,13 +19,13 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import UserError
-from fused import in_memory
-from linear import Linear
+from minillm.errors import UserError
+from minillm.speed.fused import in_memory
+from minillm.speed.linear import Linear
 from moe import ALL_EXPERTS_TOKENS, MoE
-from one_row import decode_one_row, decode_one_row_compiled
-from rope import apply_rope, rope_table
-from sampling import sample
+from minillm.speed.one_row import decode_one_row, decode_one_row_compiled
+from minillm.attention import apply_rope, rope_table
+from minillm.sampling import sample
 
 LOG2_E = math.log2(math.e)
 END_OF_TEXT = 0          # ends every document; attention may be told not to look across it
@@ -298,9 +298,9 @@ class GPT(nn.Module):
             model = GPT.from_checkpoint("out/demo_sft", device="cpu")
             model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
         """
-        from checkpoint import load_for_inference
-        from device import pick_device
-        from tokenizer import Tokenizer
+        from minillm.checkpoint import load_for_inference
+        from minillm.device import pick_device
+        from minillm.tokenizer import Tokenizer
         device = pick_device(device)
         dtype = generation_dtype(dtype, device)
         saved = load_for_inference(folder, which)
@@ -360,7 +360,7 @@ class GPT(nn.Module):
             pieces = list(model.chat(messages, max_new_tokens=32, top_k=5, seed=1, stream=True))
             assert "".join(pieces) == answer
         """
-        from conversation import Conversation, check_messages, check_sampling
+        from minillm.conversation import Conversation, check_messages, check_sampling
         check_sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty)
         check_messages(messages)
         if not messages or messages[-1]["role"] != "user":
@@ -396,7 +396,7 @@ def generation_dtype(name, device):
     Making one token reads every weight once, so half the bytes are half the time, but for a CPU that
     has no instructions for bfloat16.
     """
-    from device import pick_dtype
+    from minillm.device import pick_dtype
     return name if isinstance(name, torch.dtype) else pick_dtype(name, device)
 
 
@@ -566,7 +566,7 @@ def generate(model, prompts, max_new_tokens=256, temperature=1.0, top_k=0, top_p
     repetition penalty, which takes ids of the prompt and of the answer alike.
     Raises UserError if a prompt leaves no room in the context, or for an option out of range.
     """
-    from conversation import check_sampling
+    from minillm.conversation import check_sampling
     check_sampling(max(max_new_tokens, 1), temperature, top_k, top_p, repetition_penalty)
     # few different sizes, since each is captured and compiled by itself
     cache = cache or KVCache(model, len(prompts), -(-(max(map(len, prompts)) + max_new_tokens) // 256) * 256)

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from fused import in_memory, product, products
+from minillm.speed.fused import in_memory, product, products
 
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from configurator import UserError, configure, positional, run
-from output_folder import replaced_folder
-from text_reader import Report, Source, documents
-from token_files import Spool, digest, encode_ahead, in_batches
-from tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
+from minillm.atomic_folder import replaced_folder
+from minillm.text_reader import Report, Source, documents
+from minillm.token_files import Spool, digest, encode_ahead, in_batches
+from minillm.tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
 
 
 @dataclass
@@ -87,7 +88,7 @@ def check(s):
 
 
 def demo_documents():
-    from demo_corpus import biographies
+    from demo.town import biographies
     for number, text in enumerate(biographies(), 1):
         yield f"demo:{number}", text
 

@@ -23,12 +23,13 @@ from itertools import chain
 
 import numpy as np
 
-from configurator import UserError, configure, positional, run
-from output_folder import replaced_folder
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
+from minillm.atomic_folder import replaced_folder
 from prepare_pretrain import check, check_splits, progress, summary, write_meta
-from text_reader import Report, Source, conversations
-from token_files import Spool, digest, encode_ahead, in_batches
-from tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from minillm.text_reader import Report, Source, conversations
+from minillm.token_files import Spool, digest, encode_ahead, in_batches
+from minillm.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 
 @dataclass
@@ -103,8 +104,8 @@ def main():
 
 
 def demo_conversations(report):
-    from demo_corpus import conversations as demo
-    from text_reader import clean_conversation
+    from demo.town import conversations as demo
+    from minillm.text_reader import clean_conversation
     for number, record in enumerate(demo(), 1):
         messages = clean_conversation(record, report, f"demo:{number}")
         if messages:

@@ -15,9 +15,10 @@ import sys
 import time
 from dataclasses import dataclass
 
-from configurator import UserError, configure, run
-from conversation import GenerationSettings, TextStream, read_prompt
-from tokenizer import END_OF_TEXT, IM_END, IM_START
+from minillm.configurator import configure
+from minillm.errors import UserError, run
+from minillm.conversation import GenerationSettings, TextStream, read_prompt
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 
 @dataclass

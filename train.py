@@ -23,15 +23,16 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-import checkpoint
-from configurator import UserError, configure, run
-from data import TokenData, batch_windows, derive_seed, permute, show_windows
-from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
-from float8 import use_float8
+from minillm import checkpoint
+from minillm.configurator import configure
+from minillm.errors import UserError, run
+from minillm.dataloader import TokenData, batch_windows, derive_seed, permute, show_windows
+from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from minillm.speed.float8 import use_float8
 from model import document_mask
-from processes import agree, join_job, rank_and_world
-from run_log import RunLog, check_wandb, say
-from starting_point import build_model, identity, job, open_resumed
+from minillm.distributed import agree, join_job, rank_and_world
+from minillm.run_log import RunLog, check_wandb, say
+from minillm.run_folder import build_model, identity, job, open_resumed
 
 
 @dataclass

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers, trainers
 
-import tokenizer as tokenizer_module
-from configurator import UserError, configure, positional, run
-from output_folder import replaced_folder
+from minillm import tokenizer as tokenizer_module
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
+from minillm.atomic_folder import replaced_folder
 from prepare_pretrain import demo_documents, progress
 from prepare_sft import demo_conversations
-from text_reader import Report, Source, documents
+from minillm.text_reader import Report, Source, documents
 
 
 @dataclass

@@ -95,8 +95,8 @@ fetch() {
 check() {
     PYTHONPATH=$root "$python" - "$@" <<'END'
 import itertools, sys
-from configurator import UserError
-from text_reader import Report, Source, conversations, documents
+from minillm.errors import UserError
+from minillm.text_reader import Report, Source, conversations, documents
 kind, path = sys.argv[1:]
 report = Report()
 try:

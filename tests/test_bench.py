@@ -3,15 +3,15 @@ import re
 
 import torch
 
-import bench
-from data import TokenData, batch_windows
-from preparation_runs import command
-from training_runs import VOCAB, make_data
+from bench import train as bench
+from minillm.dataloader import TokenData, batch_windows
+from support.preparation_runs import command
+from support.training_runs import VOCAB, make_data
 
 
 def test_train_from_files(tmp_path):
     data = make_data(tmp_path / "data")
-    output = command("bench", "train", "--device=cpu", "--compile=False", "--repeats=3", "--batch_size=4", f"--data_dir={data}")
+    output = command("bench.train", "train", "--device=cpu", "--compile=False", "--repeats=3", "--batch_size=4", f"--data_dir={data}")
     step, rate = float(re.search(r"step +([\d.]+) ms", output)[1]), float(re.search(r"tokens/s +([\d,]+)", output)[1].replace(",", ""))
     assert abs(rate * step / 1e3 / (4 * 128) - 1) < 0.02
     read, drawn, more = (float(number) for number in re.search(r"from files +([\d.]+) ms.*with it ([\d.]+) ms: ([-+\d.]+)%", output).groups())

@@ -20,10 +20,10 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT
-from conversation import Conversation
+from support import ROOT
+from minillm.conversation import Conversation
 from test_faults import Fork
-from tiny_models import talkative, tiny_model, write_folder
+from support.tiny_models import talkative, tiny_model, write_folder
 
 LETTERS = r"[A-Za-z\u4e00-\u9fff]"
 STATS = r"\[(\d+) tokens · [\d.]+ tokens/s · context (\d+)/(\d+)(.*?)\]"

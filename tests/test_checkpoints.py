@@ -15,10 +15,10 @@ import zipfile
 import pytest
 import torch
 
-import checkpoint
-from configurator import UserError
+from minillm import checkpoint
+from minillm.errors import UserError
 from model import GPT
-from training_runs import TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, on_step, refused
+from support.training_runs import TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, on_step, refused
 
 SHORT = [*TINY, "--max_iters=20", "--eval_interval=10"]            # checkpoints at 5, 10, 15, 20
 

@@ -6,10 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import data
+from minillm import dataloader as data
 import train
-from data import TokenData, batch_windows, permute
-from training_runs import TINY, finish, make_data, ranks
+from minillm.dataloader import TokenData, batch_windows, permute
+from support.training_runs import TINY, finish, make_data, ranks
 
 
 @pytest.mark.parametrize("n", [*range(1, 130), 255, 256, 257, 1000, 4097, 65535, 65537, 100_003])

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-import demo_corpus as corpus
+from demo import town as corpus
+from support import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_conversations_alternate_and_answer_truly(town):
 
 def test_command_line(tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, "demo_corpus.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-m", "demo.town", *arguments], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     shown = run()
     assert shown.returncode == 0 and next(corpus.biographies()) in shown.stdout

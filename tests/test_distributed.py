@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from data import TokenData, batch_windows
+from minillm.dataloader import TokenData, batch_windows
 from model import GPT, GPTConfig
-from training_runs import BLOCK, PYTHON, ROOT, TINY, assert_same_run, die_at, finish, keep_weights, make_data, newest, numbers, ranks
+from support.training_runs import BLOCK, PYTHON, ROOT, TINY, assert_same_run, die_at, finish, keep_weights, make_data, newest, numbers, ranks
 
 ROWS = 16
 # (processes, windows in a micro-step, micro-steps over all processes): always 16 windows a step

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from conftest import ROOT
-from preparation_runs import belle, chats, texts
+from support import ROOT
+from support.preparation_runs import belle, chats, texts
 
 SCRIPT = f"{ROOT}/scripts/download_data.sh"
 TEXT, CHATS = "mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2", "train_3.5M_CN.json"

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import run
+from minillm.errors import run
 from test_checkpoints import flip, truncate
 
-PROGRAMS = ["train_tokenizer", "prepare_pretrain", "prepare_sft", "train", "eval", "sample", "chat", "bench"]
+PROGRAMS = ["train_tokenizer", "prepare_pretrain", "prepare_sft", "train", "eval", "sample", "chat", "bench.train"]
 
 
 class Fork:
@@ -415,8 +415,8 @@ CASES = {
         ("a checkpoint of zeros", "--out_dir=out --prompt=你好", "ckpt_00000002.pt, it is damaged", lambda: put_bytes(CHECKPOINT, bytes(5000))()),
         ("tokenizer cut short", "--out_dir=out --prompt=你好", "out/tokenizer/tokenizer.json is damaged", lambda: truncate("out/tokenizer/tokenizer.json", 0.9)),
     ],
-    "bench": [
-        ("unknown bench", "speed", "bench.py measures train, decode or data, not 'speed'"),
+    "bench.train": [
+        ("unknown bench", "speed", "bench.train measures train, decode or data, not 'speed'"),
         ("no GPU", "train --device=cuda", "torch sees 0 GPUs", no_gpu),
         ("unknown dtype", "train --device=cpu --dtype=int8", "unknown dtype 'int8'"),
         ("negative batch", "train --device=cpu --batch_size=-4", "batch_size=-4"),
@@ -431,7 +431,7 @@ CASES = {
 # of each program a key that takes a whole number, and the same misspelt
 KEYS = {"train_tokenizer": ("vocab_size", "vocabsize"), "prepare_pretrain": ("seed", "sed"), "prepare_sft": ("block_size", "blocksize"),
         "train": ("batch_size", "batch_sise"), "eval": ("batch_size", "batchsize"), "sample": ("num_samples", "num_sample"),
-        "chat": ("max_new_tokens", "max_new_token"), "bench": ("repeats", "repeat")}
+        "chat": ("max_new_tokens", "max_new_token"), "bench.train": ("repeats", "repeat")}
 
 
 def common_cases(program):

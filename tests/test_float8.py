@@ -2,11 +2,11 @@
 import pytest
 import torch
 
-from configurator import UserError
-from device import compile_for_training
-from float8 import GRADIENT_SCALE, Float8Linear, Float8Product, use_float8
+from minillm.errors import UserError
+from minillm.device import compile_for_training
+from minillm.speed.float8 import GRADIENT_SCALE, Float8Linear, Float8Product, use_float8
 from model import GPT, GPTConfig
-from training_runs import TINY, assert_same_run, finish, make_data, numbers
+from support.training_runs import TINY, assert_same_run, finish, make_data, numbers
 
 CPU = torch.device("cpu")
 SHAPE = dict(block_size=48, vocab_size=211, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)

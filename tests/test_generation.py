@@ -7,15 +7,15 @@ import textwrap
 import pytest
 import torch
 
-import conversation as conversation_module
+from minillm import conversation as conversation_module
 import model as model_module
-from configurator import UserError
-from conversation import Conversation, TextStream
+from minillm.errors import UserError
+from minillm.conversation import Conversation, TextStream
 from model import GPT, GPTConfig, KVCache, generate
 from moe import Router
-from sampling import sample, topk_by_counting, topk_by_parts
-from tiny_models import talkative, tiny_model, tokenizer, write_folder
-from tokenizer import END_OF_TEXT, IM_END, IM_START
+from minillm.sampling import sample, topk_by_counting, topk_by_parts
+from support.tiny_models import talkative, tiny_model, tokenizer, write_folder
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 DENSE, MOE = dict(n_expert=0), dict(n_expert=4)
 GREEDY = dict(temperature=0)

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
-from conftest import ROOT
+from support import ROOT
 from model import GPT
-from tiny_models import talkative, tiny_model, write_folder
+from support.tiny_models import talkative, tiny_model, write_folder
 
 # Each costs between 0.2 and 2 s. What is measured: an answer of one token, through the whole of chat.py.
 NOT_NEEDED = ("transformers", "torch._dynamo", "torch._inductor", "sympy", "matplotlib", "pandas", "train", "data", "bench")
@@ -27,7 +27,7 @@ def test_chat_imports_nothing_that_it_does_not_need(tmp_path):
 
 def test_wrong_settings_are_said_before_torch_is_imported():
     program = (f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv = ['chat.py', '--out_dir=nowhere', '--prompt=x']; import chat\n"
-               "from configurator import UserError\n"
+               "from minillm.errors import UserError\n"
                "try: chat.main()\nexcept UserError as error: print(error)\nprint('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert "no model in nowhere" in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from configurator import UserError
+from minillm.errors import UserError
 from model import GPT, GPTConfig, LinearCrossEntropy, document_mask
 
 SMALL = dict(block_size=48, vocab_size=211, n_layer=3, n_head=6, n_kv_head=2, n_embd=96)
@@ -196,7 +196,7 @@ def test_linear_cross_entropy_of_a_confident_model(confidence):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_gradients_of_a_step_on_a_gpu(experts, compiled):
     """In bfloat16, as train.py compiles it with LinearCrossEntropy, and without: loss and gradients against float64. All experts are chosen, without noise."""
-    from device import compile_for_training
+    from minillm.device import compile_for_training
     options = dict(n_expert=experts, n_expert_per_tok=4, n_embd=64, n_head=4, n_inner=64, n_kv_head=2)
     model, exact = small(**options).cuda(), small(**options).double().cuda()
     idx, targets = torch.randint(1, 200, (8, 48)).cuda(), torch.randint(-1, 200, (8, 48)).cuda()

@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 
-import checkpoint
-from data import TokenData, batch_windows
+from minillm import checkpoint
+from minillm.dataloader import TokenData, batch_windows
 from model import GPT
-from tokenizer import Tokenizer
-from training_runs import BLOCK, TINY, Run, finish, keep_weights, make_data, newest, numbers, on_step, ranks, refused
+from minillm.tokenizer import Tokenizer
+from support.training_runs import BLOCK, TINY, Run, finish, keep_weights, make_data, newest, numbers, on_step, ranks, refused
 
 EVERY_STEP = ["--checkpoint_interval=1", "--keep_checkpoints=99", "--eval_interval=0"]
 

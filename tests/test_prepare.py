@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import prepare_sft
-import token_files
+from minillm import token_files
 from prepare_sft import pack
-from preparation_runs import (chats, command, fingerprint, finish, make_tokenizer, meta, read_documents, read_rows, refused, texts,
+from support.preparation_runs import (chats, command, fingerprint, finish, make_tokenizer, meta, read_documents, read_rows, refused, texts,
                               write_chats, write_lines, write_texts)
-from token_files import Spool, digest
-from tokenizer import Tokenizer
+from minillm.token_files import Spool, digest
+from minillm.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,7 @@ def test_nothing_is_written_for_what_cannot_be(folder, tmp_path):
 
 
 def test_benchmark_prints_both_ratios():
-    output = command("bench_data", "--megabytes=1", "--repeats=1")
+    output = command("bench.data", "--megabytes=1", "--repeats=1")
     for stage in ("prepare_pretrain.py", "prepare_sft.py"):
         block = output.split(stage)[1]
         bare, whole = (float(re.search(rf"{name} +([\d.]+) s +[\d.]+ MB/s +[\d,]+ tokens/s", block)[1]) for name in ("bare loop", "preparation"))

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-import output_folder
-from preparation_runs import Run, chats, fingerprint, finish, make_tokenizer, refused, texts, write_chats, write_texts
+from minillm import atomic_folder as output_folder
+from support.preparation_runs import Run, chats, fingerprint, finish, make_tokenizer, refused, texts, write_chats, write_texts
 
 STAGES = ["prepare_pretrain", "prepare_sft", "train_tokenizer"]
 

@@ -12,12 +12,12 @@ import threading
 
 import pytest
 
-import text_reader
-from configurator import UserError
-from conftest import ROOT
-from preparation_runs import finish, make_tokenizer, meta, read_documents, refused, texts, write_lines
-from text_reader import Report, Source, conversations, documents
-from tokenizer import Tokenizer
+from minillm import text_reader
+from minillm.errors import UserError
+from support import ROOT
+from support.preparation_runs import finish, make_tokenizer, meta, read_documents, refused, texts, write_lines
+from minillm.text_reader import Report, Source, conversations, documents
+from minillm.tokenizer import Tokenizer
 
 
 def line(text):
@@ -305,7 +305,7 @@ def test_line_of_50_megabytes(tmp_path):
     assert (tmp_path / "c.jsonl").stat().st_size > 48_000_000
     chat = turns(*QA, ("human", long[: len(long) // 2]), ("assistant", long[len(long) // 2:]))
     write_lines(tmp_path / "c.json", [chat] + [turns(("human", text), ("assistant", text)) for text in texts(20)])
-    measure = ("import sys; sys.path.insert(0, sys.argv.pop(1)); stage = __import__(sys.argv[1]); del sys.argv[0]; from configurator import run; run(stage.main); "
+    measure = ("import sys; sys.path.insert(0, sys.argv.pop(1)); stage = __import__(sys.argv[1]); del sys.argv[0]; from minillm.errors import run; run(stage.main); "
                "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
     for stage, name in (("prepare_pretrain", "c.jsonl"), ("prepare_sft", "c.json")):
         result = subprocess.run([sys.executable, "-c", measure, ROOT, stage, str(tmp_path / name), f"--tokenizer={tmp_path}/tokenizer",

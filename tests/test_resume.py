@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-import checkpoint
-from training_runs import MOE, PHASES, PYTHON, ROOT, TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, refused
+from minillm import checkpoint
+from support.training_runs import MOE, PHASES, PYTHON, ROOT, TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, refused
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-import checkpoint
+from minillm import checkpoint
 import train
-from training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_step, ranks
+from support.training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_step, ranks
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-import tokenizer as tokenizer_module
+from minillm import tokenizer as tokenizer_module
 import train_tokenizer
-from configurator import UserError
-from conftest import ROOT
-from tokenizer import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from minillm.errors import UserError
+from support import ROOT
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 AWKWARD = {
     "empty": "",
@@ -33,7 +33,7 @@ AWKWARD = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from demo_corpus import biographies
+    from demo.town import biographies
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = list(biographies())[:3000] + ["hello world, this is some English text.\n" * 3, "# 标题\n\n  - 一\n  - 二\n" * 3]
     tokenizer_module.save(train_tokenizer.train(texts, 1000), folder)
@@ -182,7 +182,7 @@ def test_loading_what_is_broken(folder, tmp_path):
 
 
 def test_start_up_imports_neither_torch_nor_transformers():
-    code = "import sys, tokenizer; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    code = "import sys, minillm.tokenizer; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -227,7 +227,7 @@ def test_same_input_same_tokenizer(corpus, tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".bz2"])
 def test_sample_is_spread_over_the_input(corpus, tmp_path, suffix):
     import bz2
-    from text_reader import Report, Source
+    from minillm.text_reader import Report, Source
     path = tmp_path / f"c.jsonl{suffix}"
     path.write_bytes(bz2.compress(corpus.read_bytes()) if suffix else corpus.read_bytes())
     total = len(corpus.read_bytes())
@@ -281,7 +281,7 @@ def test_rare_pieces_are_counted_in_halves():
 @pytest.mark.parametrize("kind", ["prose", "noise"])
 def test_memory_of_training(tmp_path, kind):
     """200 MB of Chinese without a space, in prose and in characters at random: under 4 GiB."""
-    import bench_data
+    from bench import data as bench_data
     if kind == "prose":
         bench_data.write_documents(tmp_path / "c.jsonl", 200)
     else:
@@ -290,7 +290,7 @@ def test_memory_of_training(tmp_path, kind):
         with open(tmp_path / "c.jsonl", "w", encoding="utf-8") as file:
             for _ in range(66_000):
                 file.write(json.dumps({"text": "".join(rng.choices(characters, k=1000))}, ensure_ascii=False) + "\n")
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train_tokenizer; from configurator import run; run(train_tokenizer.main); "
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import train_tokenizer; from minillm.errors import run; run(train_tokenizer.main); "
             "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
     result = subprocess.run([sys.executable, "-c", code, ROOT, str(tmp_path / "c.jsonl"), "--max_bytes=200_000_000", f"--out_dir={tmp_path}/t"],
                             text=True, capture_output=True)

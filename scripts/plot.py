@@ -1,8 +1,8 @@
 """Draw metrics.jsonl, the record that every run leaves in its folder (needs matplotlib).
 
-    python plot.py out/pretrain                                  # loss over tokens
-    python plot.py dense=out/pretrain moe=out/moe_pretrain --x=flops --bytes_per_token=4.23
-    python plot.py out/moe_pretrain --what=load                  # how the experts share the work
+    python scripts/plot.py out/pretrain                                  # loss over tokens
+    python scripts/plot.py dense=out/pretrain moe=out/moe_pretrain --x=flops --bytes_per_token=4.23
+    python scripts/plot.py out/moe_pretrain --what=load                  # how the experts share the work
 
 A run is a folder or a .jsonl file, with a label and = before it if the label is not to be its name. Training losses are
 drawn thin, validation losses thick. With bytes_per_token (bytes / tokens of the split in meta.json) losses become bits a byte.
@@ -10,9 +10,13 @@ drawn thin, validation losses thick. With bytes_per_token (bytes / tokens of the
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 
-from configurator import UserError, configure, positional, run
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
 
 
 @dataclass

@@ -16,8 +16,8 @@ Papers: 8-bit formats for deep learning, arXiv 2209.05433; fixed scales in place
 """
 import torch
 
-from configurator import UserError
-from linear import Linear
+from minillm.errors import UserError
+from minillm.speed.linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GRADIENT_SCALE = 16      # times the number of tokens: in training the largest gradients then are near 30, the mean ones near 0.01

@@ -24,7 +24,7 @@ import tarfile
 import threading
 import zlib
 
-from configurator import UserError
+from minillm.errors import UserError
 
 MAX_LINE = 64 << 20          # bytes; a longer line is skipped, it would not fit into the memory promised
 TXT_DOCUMENT = 32 << 10      # bytes; a .txt file is cut into documents at the first line end after so many

@@ -7,9 +7,9 @@ import tempfile
 import torch
 from tokenizers import pre_tokenizers, trainers
 
-import checkpoint
+from minillm import checkpoint
 from model import GPT, GPTConfig
-from tokenizer import SPECIAL_TOKENS, Tokenizer, save, untrained
+from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer, save, untrained
 
 CORPUS = ["你好，世界！你好吗？我很好。", "从前有座山，山上有座庙，庙里有个老和尚。", "user\nassistant\nsystem\n", "The cat sat on the mat.",
           "问：今天天气怎么样？答：晴。", "一二三四五六七八九十 0123456789"] * 4

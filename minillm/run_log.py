@@ -14,8 +14,8 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from configurator import UserError
-from processes import rank_and_world
+from minillm.errors import UserError
+from minillm.distributed import rank_and_world
 
 
 def say(text):

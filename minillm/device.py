@@ -3,7 +3,7 @@ import contextlib
 
 import torch
 
-from configurator import UserError
+from minillm.errors import UserError
 
 # Dense bf16 matrix peak in TFLOP/s by the vendors' data sheets; the first name that matches counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "B200": 2250,

@@ -23,7 +23,8 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import UserError, field_comments
+from minillm.configurator import field_comments
+from minillm.errors import UserError
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
 RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict, "best_val_loss": float, "bad_steps": list}

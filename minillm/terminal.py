@@ -12,8 +12,9 @@ import signal
 import sys
 from dataclasses import fields
 
-from configurator import UserError, configure
-from conversation import Conversation
+from minillm.configurator import configure
+from minillm.errors import UserError
+from minillm.conversation import Conversation
 
 try:
     import readline
@@ -64,7 +65,7 @@ class Terminal:
                 self.dim(str(error))
 
     def banner(self, model):
-        from device import describe
+        from minillm.device import describe
         c, (total, active) = model.config, model.n_params()
         kind = f"{total / 1e6:.1f} M parameters"
         if c.n_expert:

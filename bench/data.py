@@ -1,8 +1,8 @@
 """Measured speed of preparation, beside a bare loop over the tokenizer, and the memory it takes.
 
-    python bench.py data                                 # generated text
-    python bench.py data corpus.jsonl chats.jsonl        # text and conversations of your own
-    python bench_data.py --megabytes=4000 --repeats=1 --bare=False   # memory, on more of it
+    python -m bench.train data                                 # generated text
+    python -m bench.train data corpus.jsonl chats.jsonl        # text and conversations of your own
+    python -m bench.data --megabytes=4000 --repeats=1 --bare=False   # memory, on more of it
 
 The bare loop has all texts in memory and does nothing but `tokenizer.encode_batch`, a million characters
 a call. Preparation is the main() of prepare_pretrain.py or prepare_sft.py from the file to the files:
@@ -19,7 +19,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-from configurator import UserError, configure, positional, run
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
 
 BATCH = 1_000_000                     # characters in one call
 
@@ -35,7 +36,7 @@ class Settings:
 
 
 def bench_data(files=()):
-    """What `python bench.py data [TEXT CHATS]` does."""
+    """What `python -m bench.train data [TEXT CHATS]` does."""
     measure(Settings(files=list(files)))
 
 
@@ -83,7 +84,7 @@ def _counts(folder, bare):
 
 def _child(arguments):
     """Run this file again to measure one thing; returns what it found."""
-    command = [sys.executable, os.path.abspath(__file__), "--measure", *arguments]
+    command = [sys.executable, "-m", "bench.data", "--measure", *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit(result.returncode)                      # it has said why
@@ -104,9 +105,9 @@ def _measure(arguments):
 
 
 def _bare(stage, path, folder):
-    from text_reader import Report, Source, conversations, documents
-    from token_files import in_batches
-    from tokenizer import Tokenizer
+    from minillm.text_reader import Report, Source, conversations, documents
+    from minillm.token_files import in_batches
+    from minillm.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(folder)
     source = Source([path], Report())
     if stage == "prepare_pretrain":

@@ -8,9 +8,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from fused import in_memory, product, products
+from minillm.speed.fused import in_memory, product, products
 from moe import MoE
-from rope import apply_rope
+from minillm.attention import apply_rope
 
 
 def decode_one_row(model, cache, token, position):

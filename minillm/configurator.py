@@ -23,36 +23,7 @@ import sys
 import types
 import typing
 
-
-class UserError(Exception):
-    """Something the user can put right: a bad flag, a missing file, a mismatch. One line of text."""
-
-
-def run(main):
-    """Call `main()`; on UserError, and when memory runs out, print one line and exit with status 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
-    try:
-        main()
-    except UserError as error:
-        sys.exit(_report(error))
-    except (MemoryError, RuntimeError) as error:
-        # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
-            raise
-        reason = str(error).split("\n")[0].split(". If ")[0][-200:]
-        sys.exit(_report(f"out of memory ({reason}): a smaller batch_size, block_size or model takes less"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:                      # `python sample.py | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
-
-
-def _report(error):
-    line = " ".join(str(error).split("\n")).strip()
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
-    return 2
+from minillm.errors import UserError
 
 
 def positional():

@@ -14,13 +14,15 @@ import time
 
 import numpy as np
 import torch
+
 import torch._inductor                           # train.py's first call into torch imports it, for most of a second in each child
 
-import checkpoint
+from minillm import checkpoint
 import train
-from configurator import run
+from minillm.errors import run
+from support import ROOT
 
-PYTHON, ROOT = sys.executable, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHON = sys.executable
 VOCAB, BLOCK = 300, 32
 TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--batch_size=2", "--gradient_accumulation_steps=2",
         "--max_iters=60", "--warmup_iters=5", "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5", "--dropout=0.1",
@@ -30,7 +32,7 @@ MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
 
 def make_tokenizer(folder):
     """A real tokenizer of VOCAB tokens in `folder`; returns its hash."""
-    import tokenizer
+    from minillm import tokenizer
     from tokenizers import pre_tokenizers, trainers
     os.makedirs(folder)
     backend = tokenizer.untrained()

@@ -17,10 +17,10 @@ from tokenizers import models, pre_tokenizers
 
 import prepare_pretrain
 import prepare_sft
-import tokenizer as tokenizer_module
+from minillm import tokenizer as tokenizer_module
 import train_tokenizer
-from configurator import run
-from conftest import ROOT
+from minillm.errors import run
+from support import ROOT
 
 MERGES = ["的", "是", "在", "一", "人", "，", "。", "th", "the"]
 
@@ -155,7 +155,7 @@ def refused(stage, *argv, before=None):
 
 def command(stage, *argv, env=None):
     """The script as a user starts it; returns what it printed."""
-    result = subprocess.run([sys.executable, f"{ROOT}/{stage}.py", *map(str, argv)], text=True, capture_output=True, env=os.environ | (env or {}))
+    result = subprocess.run([sys.executable, "-m", stage, *map(str, argv)], cwd=ROOT, text=True, capture_output=True, env=os.environ | (env or {}))
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -1,12 +1,12 @@
 """The table at the end of `make demo`: what was trained, how long it took, what came out.
 
-    python demo_report.py demo          # or demo_moe
+    python -m demo.report demo          # or demo_moe
 """
 import json
 import os
 import sys
 
-from configurator import UserError, run
+from minillm.errors import UserError, run
 
 
 def last_record(folder):

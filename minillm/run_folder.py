@@ -9,11 +9,11 @@ from dataclasses import asdict, fields
 
 import torch
 
-import checkpoint
-from configurator import UserError
-from data import derive_seed, fingerprint
+from minillm import checkpoint
+from minillm.errors import UserError
+from minillm.dataloader import derive_seed, fingerprint
 from model import GPT, GPTConfig
-from run_log import say
+from minillm.run_log import say
 
 
 def build_model(s, data, start):

@@ -17,7 +17,7 @@ import re
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from configurator import UserError
+from minillm.errors import UserError
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END_OF_TEXT, IM_START, IM_END = range(3)

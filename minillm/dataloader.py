@@ -14,7 +14,7 @@ import os
 import numpy as np
 import torch
 
-from configurator import UserError
+from minillm.errors import UserError
 
 SCAN_LIMIT = 64 << 20        # files up to this size are checked token by token at start, larger ones in samples
 
@@ -166,7 +166,7 @@ def batch_windows(seed, step, batch, n_windows):
 
 def show_windows(data, windows):
     """Print windows as text, the learned tokens of SFT between ⟦ and ⟧. Raises UserError if the tokenizer isn't the data's."""
-    from tokenizer import Tokenizer
+    from minillm.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(data.meta["tokenizer"])
     if tokenizer.hash != data.meta["tokenizer_hash"]:
         raise UserError(f"{data.meta['tokenizer']} is not the tokenizer that {data.folder} was prepared with")

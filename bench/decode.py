@@ -1,4 +1,4 @@
-"""Decoding on a CPU, beside the limit that reading the weights sets: `python bench.py decode --device=cpu`.
+"""Decoding on a CPU, beside the limit that reading the weights sets: `python -m bench.train decode --device=cpu`.
 
 Making one token reads every weight once, and little else. So the limit is a bare loop of matrix-vector
 products over the same weights, each times a vector once a token. Loop and answers alternate in one run,
@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch
 
-from device import describe, pick_dtype
+from minillm.device import describe, pick_dtype
 from model import GPT, GPTConfig, KVCache
 from moe import MoE
 

@@ -1,7 +1,7 @@
 """A small town, invented from a seed: the text of the demo.
 
-    python demo_corpus.py                    # print some of everything
-    python demo_corpus.py --out_dir=DIR      # write pretrain.jsonl, sft.jsonl and held_out.jsonl
+    python -m demo.town                    # print some of everything
+    python -m demo.town --out_dir=DIR      # write pretrain.jsonl, sft.jsonl and held_out.jsonl
 
 Each of its people has a name and five attributes: street, work, favourite food, pet, year of birth.
 Pretraining text: short biographies, every person's many times, each time with the sentences in
@@ -18,7 +18,8 @@ import os
 import random
 from dataclasses import dataclass
 
-from configurator import configure, run
+from minillm.configurator import configure
+from minillm.errors import run
 
 SURNAMES = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕张孔曹严华金魏陶姜"
 GIVEN = "伟芳娜敏静磊强洋艳勇军杰娟涛明超霞平刚桂英华玉兰红梅建国春生海燕志远思雨嘉文浩然子涵书瑶晓峰雅琴立新"

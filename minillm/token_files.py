@@ -19,7 +19,7 @@ import shutil
 import struct
 import typing
 
-from text_reader import in_background
+from minillm.text_reader import in_background
 
 BUCKETS = 256
 BUCKET_BYTES = 128 << 20

@@ -16,8 +16,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-from configurator import UserError
-from tokenizer import END_OF_TEXT, IM_END, IM_START, StreamDecoder
+from minillm.errors import UserError
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamDecoder
 
 
 @dataclass

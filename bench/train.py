@@ -1,11 +1,11 @@
 """Measured speed, each number beside the limit that this machine sets, both from the same run.
 
-    python bench.py train                       # a full training step of the 171 M model (needs a GPU)
-    python bench.py train --n_expert=8          # the 876 M mixture of experts
-    python bench.py train --data_dir=data/pretrain   # from token files as well: does the GPU wait for them?
-    python bench.py train --device=cpu          # the demo's model on this CPU
-    python bench.py decode --batch_size=1       # tokens a second with the KV cache
-    python bench.py data                        # preparation against a bare tokenizer loop
+    python -m bench.train train                       # a full training step of the 171 M model (needs a GPU)
+    python -m bench.train train --n_expert=8          # the 876 M mixture of experts
+    python -m bench.train train --data_dir=data/pretrain   # from token files as well: does the GPU wait for them?
+    python -m bench.train train --device=cpu          # the demo's model on this CPU
+    python -m bench.train decode --batch_size=1       # tokens a second with the KV cache
+    python -m bench.train data                        # preparation against a bare tokenizer loop
 
 A training step is forward, backward, clipping and AdamW on random tokens; times are medians after
 warm-up. FLOPs per token: 6 × active matmul parameters (the tied head once) + 6 · n_layer · T · n_embd.
@@ -17,10 +17,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from configurator import UserError, configure, positional, run
-from data import TokenData, batch_windows
-from device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
-from float8 import use_float8
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
+from minillm.dataloader import TokenData, batch_windows
+from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from minillm.speed.float8 import use_float8
 from model import GPT, GPTConfig, KVCache, document_mask
 
 
@@ -209,7 +210,7 @@ def print_profile(function, parts, unit):
 def bench_decode(s):
     device = pick_device(s.device)
     if device.type == "cpu":
-        from bench_decode import bench_decode_cpu
+        from bench.decode import bench_decode_cpu
         return bench_decode_cpu(s)
     s.batch_size = s.batch_size or 1
     _, copy = ceilings(device, torch.bfloat16)
@@ -246,10 +247,10 @@ def main():
     elif what == "decode":
         bench_decode(s)
     elif what == "data":
-        from bench_data import bench_data
+        from bench.data import bench_data
         bench_data(s.what[1:])
     else:
-        raise UserError(f"bench.py measures train, decode or data, not {what!r}")
+        raise UserError(f"bench.train measures train, decode or data, not {what!r}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Nothing here asks the device for a number, so all of it can be part of a CUDA gr
 import torch
 from torch.nn import functional as F
 
-from fused import in_memory
+from minillm.speed.fused import in_memory
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 
-from configurator import UserError
+from minillm.errors import UserError
 
 
 @contextlib.contextmanager
