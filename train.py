@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from minillm import checkpoint
-from minillm.configurator import configure
+from minillm.configurator import BelowOne, NonNegative, NonNegativeFloat, Positive, configure, number, whole
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData, batch_windows, derive_seed, permute, show_windows
 from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
@@ -43,45 +43,45 @@ class Settings:
     init_from: str = "scratch"              # scratch, resume (go on in out_dir), or a folder whose weights to start from
     overwrite: bool = False                 # start over in an out_dir that already holds a run
     # the model; with init_from=DIR its shape comes from there
-    n_layer: int = 2                        # blocks
-    n_head: int = 4                         # query heads
-    n_kv_head: int = 2                      # key/value heads, each shared by n_head / n_kv_head query heads
-    n_embd: int = 192                       # width of the residual stream
-    n_inner: int = 0                        # width of the FFN or of one expert; 0: 4 * n_embd
-    n_expert: int = 0                       # experts per layer; 0: a dense model
-    n_expert_per_tok: int = 4               # experts that each token visits
-    block_size: int = 128                   # tokens in a window: the context length
-    vocab_size: int = 0                     # rows of the embedding; 0: the tokenizer's vocabulary
-    rope_theta: float = 10000.0             # base of the RoPE frequencies
+    n_layer: whole(1, 10**4) = 2            # blocks
+    n_head: Positive = 4                    # query heads
+    n_kv_head: Positive = 2                 # key/value heads, each shared by n_head / n_kv_head query heads
+    n_embd: whole(1, 10**7) = 192           # width of the residual stream
+    n_inner: whole(0, 10**8) = 0            # width of the FFN or of one expert; 0: 4 * n_embd
+    n_expert: NonNegative = 0               # experts per layer; 0: a dense model
+    n_expert_per_tok: Positive = 4          # experts that each token visits
+    block_size: whole(1, 10**8) = 128       # tokens in a window: the context length
+    vocab_size: whole(0, 10**7) = 0         # rows of the embedding; 0: the tokenizer's vocabulary
+    rope_theta: number(1) = 10000.0         # base of the RoPE frequencies
     dropout: float = 0.0                    # on the embedding and after each sub-layer
     bias: bool = False                      # biases in the linear layers
     # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes together
-    batch_size: int = 16                    # windows in one micro-step of one process
-    gradient_accumulation_steps: int = 1    # micro-steps in a step, counted over all processes
+    batch_size: whole(1, 10**7) = 16        # windows in one micro-step of one process
+    gradient_accumulation_steps: whole(1, 10**7) = 1# micro-steps in a step, counted over all processes
     doc_mask: bool = False                  # attention never crosses from one document to the next
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer: AdamW, linear warm-up, then cosine down to min_lr
-    max_iters: int = 1500                   # steps; 0: as many as epochs says
-    epochs: float = 0.0                     # passes over the data; 0: as many as max_iters says; with both, whichever is sooner
-    learning_rate: float = 4e-3             # at the end of the warm-up
-    min_lr: float = 4e-4                    # at the end of the decay
-    warmup_iters: int = 100                 # steps of linear warm-up
-    lr_decay_iters: int = 0                 # step at which min_lr is reached; 0: the last one
+    max_iters: NonNegative = 1500           # steps; 0: as many as epochs says
+    epochs: NonNegativeFloat = 0.0          # passes over the data; 0: as many as max_iters says; with both, whichever is sooner
+    learning_rate: NonNegativeFloat = 4e-3  # at the end of the warm-up
+    min_lr: NonNegativeFloat = 4e-4         # at the end of the decay
+    warmup_iters: NonNegative = 100         # steps of linear warm-up
+    lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: constant after the warm-up
-    weight_decay: float = 0.1               # on matrices; never on norms and biases
-    beta1: float = 0.9                      # AdamW's decay of the mean gradient
-    beta2: float = 0.95                     # AdamW's decay of the mean squared gradient
-    grad_clip: float = 1.0                  # largest gradient norm; 0: no clipping
-    aux_loss_weight: float = 0.05           # weight of the balance loss of a mixture of experts
+    weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
+    beta1: BelowOne = 0.9                   # AdamW's decay of the mean gradient
+    beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
+    grad_clip: NonNegativeFloat = 1.0       # largest gradient norm; 0: no clipping
+    aux_loss_weight: NonNegativeFloat = 0.05# weight of the balance loss of a mixture of experts
     # watching and saving
-    log_interval: int = 50                  # steps between log lines and records in metrics.jsonl
-    eval_interval: int = 500                # steps between validations; 0: none
-    eval_iters: int = 50                    # validation batches of batch_size windows, always the same ones
-    checkpoint_interval: int = 500          # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2               # how many of the newest to keep
+    log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
+    eval_interval: NonNegative = 500        # steps between validations; 0: none
+    eval_iters: Positive = 50               # validation batches of batch_size windows, always the same ones
+    checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: Positive = 2          # how many of the newest to keep
     save_best: bool = True                  # also keep the weights of the best validation loss
-    max_bad_steps: int = 20                 # stop after so many steps in a row without a finite loss and gradient
-    inspect_step: int = -1                  # print the batch of this step as text and stop
+    max_bad_steps: Positive = 20            # stop after so many steps in a row without a finite loss and gradient
+    inspect_step: whole(-1) = -1            # print the batch of this step as text and stop
     allow_other_data: bool = False          # resume although data, seed or batch are not those of the checkpoint
     wandb_log: bool = False                 # log to Weights & Biases too (pip install wandb)
     wandb_project: str = "mini-llm"         # its project
@@ -94,24 +94,8 @@ class Settings:
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
-# what means something at all, and what no machine could do; how the sizes of the model must fit together, GPTConfig checks
-LEAST = {"n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 1, "n_inner": 0, "n_expert": 0, "n_expert_per_tok": 1, "block_size": 1, "vocab_size": 0,
-         "rope_theta": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 0, "epochs": 0, "learning_rate": 0, "min_lr": 0,
-         "warmup_iters": 0, "lr_decay_iters": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "grad_clip": 0, "aux_loss_weight": 0, "log_interval": 1,
-         "eval_interval": 0, "eval_iters": 1, "checkpoint_interval": 0, "keep_checkpoints": 1, "max_bad_steps": 1, "inspect_step": -1}
-MOST = {"n_layer": 10**4, "n_embd": 10**7, "n_inner": 10**8, "block_size": 10**8, "vocab_size": 10**7, "batch_size": 10**7,
-        "gradient_accumulation_steps": 10**7}
-
-
 def check(s, world):
-    """Raise UserError for a setting that is out of bounds (a NaN too) or contradicts another."""
-    for key, least in LEAST.items():
-        most = MOST.get(key, 10**10)
-        if not least <= getattr(s, key) <= most:
-            raise UserError(f"{key}={getattr(s, key)} must be at least {least} and at most {most:,}")
-    for key in ("beta1", "beta2"):
-        if getattr(s, key) >= 1:
-            raise UserError(f"{key}={getattr(s, key)} must be below 1")
+    """Raise UserError for a setting that contradicts another."""
     if s.batch_size * s.gradient_accumulation_steps > 10**8:
         raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps={s.gradient_accumulation_steps} "
                         "is more windows than one step can hold")

@@ -2,14 +2,18 @@
 
     @dataclass
     class Settings:
-        files: list[str] = positional()      # FILE...: text to read
-        batch_size: int = 16                 # sequences in one micro-step
+        files: list[str] = positional()         # FILE...: text to read
+        # the data of a step
+        batch_size: Positive = 16               # sequences in one micro-step
+        n_layer: whole(1, 10_000) = 2           # blocks
+        dtype: Literal["auto", "float32"] = "auto"      # of the matmuls
 
-    settings = configure(Settings)           # reads sys.argv
+    settings = configure(Settings)              # reads sys.argv
 
-The comment behind a field is its line in `--help`, so a key, its type, its default and its meaning
-stand in one place. A config file is Python: assignments to the same keys. On the command line
-`--key=value`, `--key value` and, for a bool, a lone `--key` are all understood.
+A key, its type, its bounds, its default and its meaning stand in one place: the comment behind a
+field is its line in `--help`, a comment on a line of its own is the heading of a group. A config
+file is Python: assignments to the same keys. On the command line `--key=value`, `--key value` and,
+for a bool, a lone `--key` are all understood.
 
 Whatever the user gets wrong raises UserError; `run(main)` turns that into one line on stderr and
 exit status 2. Anything else is a bug and keeps its traceback.
@@ -17,13 +21,58 @@ exit status 2. Anything else is a bug and keeps its traceback.
 import dataclasses
 import difflib
 import inspect
-import os
+import math
 import re
 import sys
 import types
 import typing
+from typing import Annotated, Literal
 
 from minillm.errors import UserError
+
+LARGEST = 10**10             # the upper bound of a number that has no bound of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a number may be: least <= value <= most, above < value < below. A NaN never fits."""
+    least: float = -math.inf
+    most: float = LARGEST
+    above: float = -math.inf
+    below: float = math.inf
+
+    def check(self, key, value):
+        """Raise UserError if `value` is out of bounds."""
+        if self.least <= value <= self.most and self.above < value < self.below:
+            return
+        rules = []
+        if self.above > -math.inf:
+            rules.append(f"above {self.above}")
+        elif self.least > -math.inf:
+            rules.append(f"at least {self.least}")
+        if self.below < math.inf:
+            rules.append(f"below {self.below}")
+        elif self.most != LARGEST or value > self.most:
+            rules.append(f"at most {self.most:,}")
+        raise UserError(f"{key}={value} must be {' and '.join(rules)}")
+
+
+def whole(least=-LARGEST, most=LARGEST):
+    """The type of a whole number between two bounds, both allowed."""
+    return Annotated[int, Bounds(least, most)]
+
+
+def number(least=-math.inf, most=LARGEST, above=-math.inf, below=math.inf):
+    """The type of a number between bounds; `above` and `below` are not allowed themselves."""
+    return Annotated[float, Bounds(least, most, above, below)]
+
+
+Positive = whole(1)
+NonNegative = whole(0)
+PositiveFloat = number(above=0)
+NonNegativeFloat = number(0)
+Fraction = number(0, 1)
+BelowOne = number(0, below=1)
 
 
 def positional():
@@ -36,11 +85,12 @@ def configure(cls, argv=None):
 
     `argv` defaults to sys.argv[1:]. Positional arguments that end in .py are config files; the
     others go to the field made with `positional()`. Raises UserError on an unknown key (naming the
-    nearest), a value of the wrong type, or an unreadable config file. `--help` prints and exits 0.
+    nearest), a value of the wrong type or out of bounds, or an unreadable config file. `--help`
+    prints and exits 0.
     `.given` of the result is the set of keys that config files and flags set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     inputs = [f.name for f in dataclasses.fields(cls) if f.default_factory is list]
     settings = cls()
     settings.given = set()                       # the keys that were set, be it to their default
@@ -59,7 +109,8 @@ def configure(cls, argv=None):
                 elif argv and not argv[0].startswith("--"):
                     text = argv.pop(0)
                 else:
-                    raise UserError(f"--{key} needs a value, as in --{key}={getattr(settings, key)!r}")
+                    example = f"--{key}={getattr(settings, key)!r}"
+                    raise UserError(f"--{key} needs a value, as in {example}")
             setattr(settings, key, _parse(text, hints[key], f"--{key}"))
             settings.given.add(key)
         elif argument.startswith("-") and len(argument) > 1:
@@ -71,32 +122,52 @@ def configure(cls, argv=None):
         elif inputs:
             getattr(settings, inputs[0]).append(argument)
         else:
-            raise UserError(f"unexpected argument {argument!r}: flags look like --key=value, config files end in .py")
+            raise UserError(f"unexpected argument {argument!r}: flags look like --key=value, "
+                            "config files end in .py")
+    for key, hint in hints.items():
+        _check_bounds(key, getattr(settings, key), hint)
     return settings
 
 
 def help_text(cls):
-    """The text of `--help`: the first lines of the script's docstring, then one line a key."""
+    """The text of `--help`: the script's docstring, then one line a key, under their headings."""
     script = sys.modules[cls.__module__]
-    lines = [(script.__doc__ or "").strip(), "", "keys (as --key=value, or key = value in a config file):"]
-    comments = field_comments(cls)
+    lines = [(script.__doc__ or "").strip(), ""]
+    lines += ["keys (as --key=value, or key = value in a config file):"]
+    comments, headings = field_comments(cls), field_headings(cls)
     for field in dataclasses.fields(cls):
+        if field.name in headings:
+            lines += ["", headings[field.name]]
         if field.default_factory is list:
-            lines.append(f"  {'FILE...':<34} {comments.get(field.name, '')}")
+            flag = "FILE..."
         else:
-            lines.append(f"  --{field.name + '=' + _show(field.default):<32} {comments.get(field.name, '')}")
+            flag = f"--{field.name}={_show(field.default)}"
+        lines.append(f"  {flag:<34} {comments.get(field.name, '')}")
     return "\n".join(lines)
 
 
 def field_comments(cls):
     """{field name: the comment behind it}, base classes included, read from the source."""
-    comments = {}
+    return {name: comment for name, comment, _ in _source_of_fields(cls)}
+
+
+def field_headings(cls):
+    """{field name: the comment on the lines before it}, for the first field of each group."""
+    return {name: heading for name, _, heading in _source_of_fields(cls) if heading}
+
+
+def _source_of_fields(cls):
+    """Yield (name, comment behind it, comment before it) for every field that has a comment."""
     for base in reversed(cls.__mro__[:-1]):
+        heading = []
         for line in inspect.getsource(base).splitlines():
-            match = re.match(r"    (\w+): [^#]*#\s*(.*)", line)
-            if match:
-                comments[match[1]] = match[2]
-    return comments
+            if match := re.match(r"    # (.*)", line):
+                heading.append(match[1])
+            elif match := re.match(r"    (\w+): [^#]*#\s*(.*)", line):
+                yield match[1], match[2], " ".join(heading)
+                heading = []
+            elif re.match(r"    (def|@)", line):
+                break                            # methods follow; their comments are no headings
 
 
 _BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
@@ -114,16 +185,35 @@ def _check_key(key, hints, inputs, kind):
     raise UserError(f"unknown {kind} {'--' if kind == 'flag' else ''}{key}: {hint}")
 
 
-def _optional(hint):
-    """(type, may be None) of `int` or `int | None`."""
-    if isinstance(hint, types.UnionType):
-        return next(t for t in hint.__args__ if t is not type(None)), True
-    return hint, False
+def _parts(hint):
+    """(type, may be None, Bounds or the allowed values or None) of a field's annotation."""
+    kinds, optional = [hint], False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):       # int | None
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        optional = True
+    kind = kinds[0]
+    if typing.get_origin(kind) is Annotated:
+        kind, bounds = typing.get_args(kind)
+        return kind, optional, bounds
+    if typing.get_origin(kind) is Literal:
+        return str, optional, typing.get_args(kind)
+    return kind, optional, None
+
+
+def _check_bounds(key, value, hint):
+    """Raise UserError if a value of the right type is not one that the annotation allows."""
+    _, _, bounds = _parts(hint)
+    if value is None or bounds is None:
+        return
+    if isinstance(bounds, Bounds):
+        bounds.check(key, value)
+    elif value not in bounds:
+        raise UserError(f"{key}={value} must be one of {', '.join(bounds)}")
 
 
 def _parse(text, hint, where):
     """Turn the text of a flag into a value of the field's type."""
-    kind, optional = _optional(hint)
+    kind, optional, _ = _parts(hint)
     if optional and text in ("None", "none", ""):
         return None
     if kind is bool:
@@ -133,11 +223,12 @@ def _parse(text, hint, where):
     if kind is str:
         return text
     try:
-        if kind is int:
-            value = text.replace("_", "")
-            # 1e6 is a natural way to write a count; it must still be whole
-            return int(value) if re.fullmatch(r"[+-]?\d+", value) else _whole(float(value))
-        return float(text)
+        if kind is float:
+            return float(text)
+        plain = text.replace("_", "")
+        if re.fullmatch(r"[+-]?\d+", plain):
+            return int(plain)
+        return _whole(float(plain))              # 1e6 is a natural way to write a count
     except (ValueError, OverflowError):
         raise UserError(f"{where} takes {_kind_name(kind)}, not {text!r}") from None
 
@@ -149,7 +240,8 @@ def _whole(number):
 
 
 def _kind_name(kind):
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text"}.get(kind, str(kind))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    return names.get(kind, str(kind))
 
 
 def _read_config(path, hints, inputs):
@@ -158,18 +250,19 @@ def _read_config(path, hints, inputs):
         with open(path, encoding="utf-8") as file:
             source = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {getattr(error, 'strerror', error)}") from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot read config file {path}: {reason}") from None
     namespace = {}
     try:
         exec(compile(source, path, "exec"), namespace)
-    except (Exception, SystemExit) as error:      # the file is the user's program; its faults are theirs
+    except (Exception, SystemExit) as error:     # the file is the user's program, its faults too
         raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
     values = {}
     for key, value in namespace.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):
             continue
         _check_key(key, hints, inputs, f"key in {path}:")
-        kind, optional = _optional(hints[key])
+        kind, optional, _ = _parts(hints[key])
         if kind is float and type(value) is int:
             value = float(value)
         if kind is int and type(value) is float and value.is_integer():

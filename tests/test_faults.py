@@ -331,7 +331,7 @@ CASES = {
         ("learning rate is no number", TRAIN + "--learning_rate=nan", "learning_rate=nan"),
         ("negative learning rate", TRAIN + "--learning_rate=-1", "learning_rate=-1"),
         ("infinite learning rate", TRAIN + "--learning_rate=inf", "learning_rate=inf"),
-        ("beta 1", TRAIN + "--beta2=1", "beta2=1.0 must be below 1"),
+        ("beta 1", TRAIN + "--beta2=1", "beta2=1.0 must be at least 0 and below 1"),
         ("no length", TRAIN + "--max_iters=0", "max_iters or epochs"),
         ("log_interval 0", TRAIN + "--log_interval=0", "log_interval=0 must be at least 1"),
         ("huge inspect_step", TRAIN + "--inspect_step=1e30", "inspect_step"),
