@@ -6,7 +6,8 @@ import torch
 from bench import train as bench
 from minillm.dataloader import TokenData, batch_windows
 from support.preparation_runs import command
-from support.training_runs import VOCAB, make_data
+from support.tiny_tokenizer import VOCAB
+from support.training_runs import make_data
 
 
 def test_train_from_files(tmp_path):

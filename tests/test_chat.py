@@ -22,7 +22,7 @@ import torch
 
 from support import ROOT
 from minillm.conversation import Conversation
-from test_faults import Fork
+from support.processes import run
 from support.tiny_models import talkative, tiny_model, write_folder
 
 LETTERS = r"[A-Za-z\u4e00-\u9fff]"
@@ -402,12 +402,12 @@ def test_a_real_pipe(folder):
     command = f"echo 你好 | {sys.executable} {ROOT}/chat.py --out_dir=tiny --max_new_tokens=9 --seed=1 --device=cpu"
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr == "" and re.fullmatch(LETTERS + "+\n", done.stdout)
-    flag = Fork("chat", ["--out_dir=tiny", "--prompt=你好", "--max_new_tokens=9", "--seed=1", "--device=cpu"], folder)
+    flag = run("chat", ["--out_dir=tiny", "--prompt=你好", "--max_new_tokens=9", "--seed=1", "--device=cpu"], folder=folder)
     assert (flag.status, flag.out, flag.err) == (0, done.stdout, "")
 
 
 def chat(folder, *argv, stdin=b""):
-    return Fork("chat", ["--out_dir=tiny", "--device=cpu", "--max_new_tokens=9", "--seed=1", *argv], folder, stdin)
+    return run("chat", ["--out_dir=tiny", "--device=cpu", "--max_new_tokens=9", "--seed=1", *argv], folder=folder, stdin=stdin)
 
 
 def test_json_is_one_record(folder):
@@ -439,7 +439,7 @@ def test_what_cannot_be_answered_is_status_2(folder, argv, stdin, words):
 def test_samples_of_one_batch(folder):
     """sample.py: eight in one batch are the eight alone; the first streams to stdout."""
     def sample(*argv, stdin=b""):
-        return Fork("sample", ["--out_dir=tiny", "--device=cpu", "--dtype=float32", "--max_new_tokens=20", "--prompt=从前", *argv], folder, stdin)
+        return run("sample", ["--out_dir=tiny", "--device=cpu", "--dtype=float32", "--max_new_tokens=20", "--prompt=从前", *argv], folder=folder, stdin=stdin)
     batch = [json.loads(line) for line in sample("--num_samples=8", "--seed=5", "--json=True").out.splitlines()]
     assert [record["seed"] for record in batch] == list(range(5, 13)) and len({record["text"] for record in batch}) == 8
     for record in batch[::3]:

@@ -18,6 +18,7 @@ import torch
 from minillm import checkpoint
 from minillm.errors import UserError
 from model import GPT
+from support.damage import flip, truncate
 from support.training_runs import TINY, Run, assert_same_run, die_at, finish, make_data, newest, numbers, on_step, refused
 
 SHORT = [*TINY, "--max_iters=20", "--eval_interval=10"]            # checkpoints at 5, 10, 15, 20
@@ -106,18 +107,6 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path, monkeypatch, call):
 
 
 # ---- damaged
-
-def truncate(path, share):
-    os.truncate(path, int(os.path.getsize(path) * share))
-
-
-def flip(path, share, bit=3):
-    with open(path, "r+b") as file:
-        file.seek(int(os.path.getsize(path) * share))
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ (1 << bit)]))
-
 
 DAMAGE = {
     "empty": lambda path: truncate(path, 0),

@@ -17,62 +17,16 @@ import os
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from minillm.errors import run
-from test_checkpoints import flip, truncate
+from support.damage import flip, truncate
+from support.processes import run as run_program
 
 PROGRAMS = ["train_tokenizer", "prepare_pretrain", "prepare_sft", "train", "eval", "sample", "chat", "bench.train"]
-
-
-class Fork:
-    """`main()` of a program in a forked child: `status`, `out`, `err` when it has ended."""
-
-    limit = 60                                   # seconds; more is a hang
-
-    def __init__(self, program, argv, folder, stdin=b""):
-        module = importlib.import_module(program)
-        streams = [os.memfd_create("stdin"), os.memfd_create("stdout"), os.memfd_create("stderr")]
-        os.write(streams[0], stdin), os.lseek(streams[0], 0, os.SEEK_SET)
-        sys.stdout.flush(), sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", errors="backslashreplace")
-                os.chdir(folder)
-                os.environ["CUDA_VISIBLE_DEVICES"] = ""
-                os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its pool of threads doesn't survive a fork
-                torch.set_num_threads(1)
-                sys.argv = [f"{program}.py", *argv]
-                run(module.main)
-                status = 0
-            except SystemExit as leave:
-                status = leave.code or 0
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                status = 1
-            finally:
-                try:
-                    sys.stdout.flush(), sys.stderr.flush()
-                finally:
-                    os._exit(status)
-        limit = time.monotonic() + self.limit
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > limit:
-                os.kill(pid, 9)
-            time.sleep(0.002)
-        self.status = os.waitstatus_to_exitcode(ended[1])
-        self.out, self.err = (os.pread(stream, 1 << 20, 0).decode(errors="replace") for stream in streams[1:])
-        for stream in streams:
-            os.close(stream)
 
 
 CHATS = [{"conversations": [{"from": "human", "value": f"{i} 加 {i} 是多少？"}, {"from": "assistant", "value": f"是{2 * i}。"}]} for i in range(40)]
@@ -89,7 +43,7 @@ def project(tmp_path_factory):
                           ("prepare_sft", "chats.jsonl --tokenizer=tok --out_dir=sft --val_fraction=0.2 --block_size=64"),
                           ("train", "--data_dir=pre --out_dir=out --block_size=64 --n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=16 --batch_size=2"
                                     " --max_iters=2 --eval_iters=1 --device=cpu")):
-        done = Fork(program, argv.split(), folder)
+        done = run_program(program, argv.split(), folder=folder)
         assert done.status == 0, done.out + done.err
     return folder
 
@@ -480,7 +434,7 @@ def test_bad_input(project, tmp_path, program, arguments, pattern, spoil, stdin)
     finally:
         os.chdir(here)
     before = tree(folder)
-    done = Fork(program, arguments.split(), folder, stdin)
+    done = run_program(program, arguments.split(), folder=folder, stdin=stdin)
     text = done.out + done.err
     assert done.status == 2, f"exit {done.status}\n{text}"
     assert "Traceback" not in text
@@ -509,7 +463,7 @@ def test_every_flag_with_odd_values(project, tmp_path, program, capsys):
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(project, folder)
-            done = Fork(program, [*PLAIN[program].split(), f"--{field.name}={value}"], folder)
+            done = run_program(program, [*PLAIN[program].split(), f"--{field.name}={value}"], folder=folder)
             what = f"{program}.py --{field.name}={value}\n{done.out}{done.err}"
             assert done.status in (0, 2) and "Traceback" not in what, what
             tried, refused = tried + 1, refused + (done.status == 2)
@@ -544,7 +498,7 @@ def test_a_file_name_that_is_not_utf8(project, tmp_path):
     for program, arguments in (("train_tokenizer", f"{name} --vocab_size=300 --out_dir=tok_{out}"),
                                ("prepare_pretrain", f"{name} --tokenizer=tok_{out} --val_fraction=0.1 --out_dir={out}"),
                                ("train", TRAIN + f"--data_dir={out} --out_dir=model_{out} --eval_iters=1"), ("eval", f"--out_dir=model_{out}")):
-        done = Fork(program, arguments.split(), tmp_path / "project")
+        done = run_program(program, arguments.split(), folder=tmp_path / "project")
         assert done.status == 0, done.out + done.err
     with open(tmp_path / "project" / out / "meta.json", encoding="utf-8") as file:
         assert json.load(file)["sources"] == [name]

@@ -14,7 +14,8 @@ from minillm.conversation import Conversation, TextStream
 from model import GPT, GPTConfig, KVCache, generate
 from moe import Router
 from minillm.sampling import sample, topk_by_counting, topk_by_parts
-from support.tiny_models import talkative, tiny_model, tokenizer, write_folder
+from support.tiny_models import talkative, tiny_model, write_folder
+from support.tiny_tokenizer import tokenizer
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 DENSE, MOE = dict(n_expert=0), dict(n_expert=4)
@@ -418,7 +419,7 @@ def test_every_answer_is_that_of_the_model_without_a_cache(monkeypatch):
             yield id
     monkeypatch.setattr(GPT, "generate", spy)
     for kind in (DENSE, MOE):
-        model = tiny_model(block_size=64, **kind)
+        model = tiny_model(block_size=90, **kind)
         calls.clear()
         conversation = Conversation(model, "助手")
         for turn in range(8):

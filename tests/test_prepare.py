@@ -11,10 +11,11 @@ import pytest
 import prepare_sft
 from minillm import token_files
 from prepare_sft import pack
-from support.preparation_runs import (chats, command, fingerprint, finish, make_tokenizer, meta, read_documents, read_rows, refused, texts,
-                              write_chats, write_lines, write_texts)
 from minillm.token_files import Spool, digest
 from minillm.tokenizer import Tokenizer
+from support.preparation_runs import (chats, command, fingerprint, finish, meta, read_documents,
+                                      read_rows, refused, texts, write_chats, write_lines, write_texts)
+from support.tiny_tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")

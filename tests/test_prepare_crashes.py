@@ -10,7 +10,9 @@ import time
 import pytest
 
 from minillm import atomic_folder as output_folder
-from support.preparation_runs import Run, chats, fingerprint, finish, make_tokenizer, refused, texts, write_chats, write_texts
+from support.preparation_runs import chats, fingerprint, finish, refused, texts, write_chats, write_texts
+from support.processes import Fork
+from support.tiny_tokenizer import make_tokenizer
 
 STAGES = ["prepare_pretrain", "prepare_sft", "train_tokenizer"]
 
@@ -63,7 +65,7 @@ def battery(case, tmp_path, kills, seed):
             shutil.copytree(tmp_path / "old", out) if (tmp_path / "old").exists() else finish(stage, *old_argv(out))
             if not (tmp_path / "old").exists():
                 shutil.copytree(out, tmp_path / "old")
-        child = Run(stage, new_argv(out))
+        child = Fork(stage, new_argv(out))
         time.sleep(rng.uniform(0, 1.05 * duration))
         child.kill()
         left["ended"] += child.wait() == 0
@@ -115,7 +117,7 @@ def test_killed_at_every_step(case, tmp_path, step):
     module, name, when, expected = STEPS[step]
     out = tmp_path / "out"
     finish(stage, *old_argv(out))
-    child = Run(stage, new_argv(out), before=lambda: die_in(module, name, when))
+    child = Fork(stage, new_argv(out), before=lambda: die_in(module, name, when))
     assert child.wait() == -signal.SIGKILL, child.output
     assert fingerprint(out) == {"old": old, "new": new}[expected]
     assert sorted(os.listdir(tmp_path)) == [".out.lock", ".out.partial", "out"]
@@ -142,7 +144,7 @@ def test_killed_where_folders_cannot_be_exchanged(case, tmp_path, when):
                 os.kill(os.getpid(), signal.SIGKILL)
             inner(a, b)
         output_folder.os.rename = rename
-    child = Run(stage, new_argv(out), before=fault)
+    child = Fork(stage, new_argv(out), before=fault)
     assert child.wait() == -signal.SIGKILL
     assert fingerprint(out) == (new if when == "after" else {})
     empty = tmp_path / "empty.jsonl"
@@ -176,7 +178,7 @@ def test_second_run_is_refused(case, tmp_path):
     stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
     finish(stage, *old_argv(out))
-    first = Run(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
+    first = Fork(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
     wait_stopped(first)
     assert "another run is writing" in refused(stage, *new_argv(out))
     assert "another run is writing" in refused(stage, *old_argv(os.path.join(out, "..", "out")))        # by whatever name
@@ -190,7 +192,7 @@ def test_second_run_is_refused(case, tmp_path):
 def test_lock_goes_with_the_process(case, tmp_path):
     stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
-    first = Run(stage, old_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
+    first = Fork(stage, old_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
     wait_stopped(first)
     refused(stage, *new_argv(out))
     first.kill()
@@ -203,7 +205,7 @@ def test_many_at_once(case, tmp_path):
     """Of runs started together some may be refused, but each that says it is done has written all, and nothing is mixed."""
     stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
-    children = [Run(stage, (old_argv if i % 2 else new_argv)(out)) for i in range(6)]
+    children = [Fork(stage, (old_argv if i % 2 else new_argv)(out)) for i in range(6)]
     ends = [child.wait() for child in children]
     assert 0 in ends and set(ends) <= {0, 2}, [child.output for child in children]
     assert all("another run is writing" in child.output for child, end in zip(children, ends) if end == 2)
@@ -215,7 +217,7 @@ def test_interrupted(case, tmp_path):
     stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
     finish(stage, *old_argv(out))
-    child = Run(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
+    child = Fork(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
     wait_stopped(child)
     child.kill(signal.SIGINT)
     child.kill(signal.SIGCONT)

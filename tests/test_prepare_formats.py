@@ -15,7 +15,8 @@ import pytest
 from minillm import text_reader
 from minillm.errors import UserError
 from support import ROOT
-from support.preparation_runs import finish, make_tokenizer, meta, read_documents, refused, texts, write_lines
+from support.preparation_runs import finish, meta, read_documents, refused, texts, write_lines
+from support.tiny_tokenizer import make_tokenizer
 from minillm.text_reader import Report, Source, conversations, documents
 from minillm.tokenizer import Tokenizer
 
@@ -274,23 +275,27 @@ def test_position_seen_by_another_thread(tmp_path):
     """The progress bar looks while the files are read and closed: it only ever goes forward, to the size of all."""
     for number in range(1000):
         (tmp_path / f"{number:03}.jsonl").write_bytes(A * 3)
-    source, seen, done, interval = Source([str(tmp_path)], Report()), [], threading.Event(), sys.getswitchinterval()
+    source = Source([str(tmp_path)], Report())
+    seen, looked, done = [], threading.Event(), threading.Event()
 
     def look():
         while not done.is_set():
             seen.append(source.position)
+            looked.set()
 
-    sys.setswitchinterval(1e-6)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            looked = pool.submit(look)
-            assert sum(1 for _ in source.lines()) == 3000
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        try:
+            for number, _ in enumerate(source.lines()):
+                if number % 100 == 0:
+                    for _ in range(2):           # a look under way, and one that began since
+                        looked.clear()
+                        assert looked.wait(600)
+            assert number == 2999
+        finally:
             done.set()
-            looked.result()
-    finally:
-        done.set()
-        sys.setswitchinterval(interval)
-    assert seen == sorted(seen) and len(set(seen)) > 10 and source.position == source.size
+        looking.result()
+    assert seen == sorted(seen) and len(set(seen)) >= 30 and source.position == source.size
 
 
 @pytest.mark.slow

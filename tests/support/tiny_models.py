@@ -1,35 +1,15 @@
 """Tiny models with random weights, their tokenizer, and the folder that train.py would leave them in."""
-import functools
 import os
-import shutil
-import tempfile
+from dataclasses import asdict
 
 import torch
-from tokenizers import pre_tokenizers, trainers
 
 from minillm import checkpoint
 from model import GPT, GPTConfig
-from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer, save, untrained
-
-CORPUS = ["你好，世界！你好吗？我很好。", "从前有座山，山上有座庙，庙里有个老和尚。", "user\nassistant\nsystem\n", "The cat sat on the mat.",
-          "问：今天天气怎么样？答：晴。", "一二三四五六七八九十 0123456789"] * 4
+from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
 
-@functools.cache
-def tokenizer():
-    """300 tokens, so most characters are several tokens and random ids are mostly broken UTF-8."""
-    backend = untrained()
-    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    folder = tempfile.mkdtemp()
-    try:
-        save(backend, folder)
-        return Tokenizer.load(folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=300, **config):
+def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=VOCAB, **config):
     """A float32 model whose attention and FFN matter: its weights are ten times those of a fresh one."""
     torch.manual_seed(seed)
     config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert_per_tok=2) | config
@@ -58,9 +38,7 @@ def talkative(model):
 
 def write_folder(folder, model):
     """What train.py leaves of `model`, as far as using it goes."""
-    os.makedirs(os.path.join(folder, "tokenizer"))
-    tokenizer()._backend.save(os.path.join(folder, "tokenizer", "tokenizer.json"), pretty=True)
-    from dataclasses import asdict
+    make_tokenizer(os.path.join(folder, "tokenizer"))
     checkpoint.save(checkpoint.step_path(folder, 7), {
         "model": model.state_dict(), "model_config": asdict(model.config), "step": 7, "tokenizer_hash": tokenizer().hash})
     return folder

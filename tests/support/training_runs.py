@@ -1,9 +1,7 @@
 """Tiny training runs for the tests: their data, running train.py in a forked process, killing it, comparing two runs.
 
-A forked child of this process has torch imported already, so a run of 60 tiny steps takes half a second;
-it is train.py's own main(), with its own command line, in a process of its own that can be killed.
+A run of 60 tiny steps takes half a second.
 """
-import hashlib
 import json
 import mmap
 import os
@@ -17,37 +15,23 @@ import torch
 
 import torch._inductor                           # train.py's first call into torch imports it, for most of a second in each child
 
-from minillm import checkpoint
 import train
-from minillm.errors import run
-from support import ROOT
+from minillm import checkpoint
+from support import ROOT, processes
+from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
 PYTHON = sys.executable
-VOCAB, BLOCK = 300, 32
+BLOCK = 32
 TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--batch_size=2", "--gradient_accumulation_steps=2",
         "--max_iters=60", "--warmup_iters=5", "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5", "--dropout=0.1",
         "--device=cpu", "--dtype=float32", "--learning_rate=1e-2"]
 MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
 
 
-def make_tokenizer(folder):
-    """A real tokenizer of VOCAB tokens in `folder`; returns its hash."""
-    from minillm import tokenizer
-    from tokenizers import pre_tokenizers, trainers
-    os.makedirs(folder)
-    backend = tokenizer.untrained()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=tokenizer.SPECIAL_TOKENS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog. 今天天气很好，我们去公园散步。" * 3] * 4, trainer)
-    tokenizer.save(backend, folder)
-    with open(os.path.join(folder, "tokenizer.json"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None, mask=None):
     """A folder of token files with a tokenizer beside it. tokens, mask: {"train": array, "val": array} in place of random ones."""
     folder = str(folder)
-    hash = make_tokenizer(os.path.join(folder, "tokenizer"))
+    make_tokenizer(os.path.join(folder, "tokenizer"))
     random = np.random.default_rng(5)
     splits = {}
     for split, count in (("train", train), ("val", val)):
@@ -62,7 +46,7 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
         if kind == "sft":
             learned = np.asarray(mask[split], "u1") if mask else (random.random(len(ids)) < 0.4).astype("u1")
             learned.tofile(os.path.join(folder, f"{split}_mask.bin"))
-    meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"), "tokenizer_hash": hash, "vocab_size": VOCAB, "seed": 1, "val_fraction": 0.1,
+    meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"), "tokenizer_hash": tokenizer().hash, "vocab_size": VOCAB, "seed": 1, "val_fraction": 0.1,
             "splits": splits, "sources": [], "skipped": {}}
     if kind == "sft":
         meta["block_size"] = block_size
@@ -75,49 +59,14 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
 PHASES = ["start", "step", "between micro-steps", "optimizer", "checkpoint write", "evaluation", "end"]
 
 
-class Run:
-    """train.py's main() in a forked child.
-
-    argv: flags. before: a function called in the child first (to plant a fault). env: its extra environment.
-    `wait()` gives the exit status (negative: the signal); `.output` is what it printed, both streams.
-    """
+class Run(processes.Fork):
+    """train.py in a forked child whose phase the parent can see."""
 
     def __init__(self, argv, before=None, env=None):
         self.mark = mmap.mmap(-1, 1)
-        self.mark[0] = 0
-        self.log = os.memfd_create("log")
-        self.status = None
-        sys.stdout.flush(), sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._child(argv, before, env or {})
+        super().__init__("train", argv, before, env)
 
-    def _child(self, argv, before, env):
-        status = 70
-        try:
-            os.dup2(self.log, 1), os.dup2(self.log, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = ["train.py", *argv]
-            os.environ.update(env)
-            torch.set_num_threads(1)             # the pool of threads that this process may have does not survive a fork
-            self._mark_phases()
-            if before:
-                before()
-            run(train.main)
-            status = 0
-        except SystemExit as leave:
-            status = leave.code
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            status = 1
-        finally:
-            try:
-                sys.stdout.flush(), sys.stderr.flush()
-            finally:
-                os._exit(status)
-
-    def _mark_phases(self):
+    def prepare(self):
         """Wrap what marks the border of two phases; none of it changes what is computed."""
         mark = self.mark
 
@@ -134,31 +83,12 @@ class Run:
         around(train, "learning_rate", "step", "step")
         around(torch.Tensor, "backward", "step", "between micro-steps")
         around(torch.nn.utils, "get_total_norm", "optimizer", "optimizer")
-        inner = train.permute
-        train.permute = lambda *args: (mark.__setitem__(0, PHASES.index("evaluation")), inner(*args))[1]
+        around(train, "permute", "evaluation", "evaluation")
 
     def phase(self):
         return PHASES[self.mark[0]]
 
-    def poll(self):
-        """The exit status if it has ended, else None."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-        return self.status
-
-    def wait(self, timeout=120):
-        limit = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > limit:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise AssertionError(f"the run did not end within {timeout} s:\n{self.output}")
-            time.sleep(0.002)
-        return self.status
-
-    def wait_for(self, phase, timeout=60):
+    def wait_for(self, phase, timeout=processes.LIMIT):
         """Return once the child is in `phase`, or has ended (False)."""
         limit = time.monotonic() + timeout
         while self.phase() != phase:
@@ -168,29 +98,15 @@ class Run:
             time.sleep(0.0002)
         return True
 
-    def kill(self, number=signal.SIGKILL):
-        os.kill(self.pid, number)
-
-    @property
-    def output(self):
-        size = os.fstat(self.log).st_size
-        return os.pread(self.log, size, 0).decode(errors="replace")
-
 
 def finish(argv, **options):
     """Run to the end; returns the output. Fails unless it exits 0."""
-    child = Run(argv, **options)
-    assert child.wait() == 0, child.output
-    return child.output
+    return processes.finish("train", argv, **options)
 
 
 def refused(argv, **options):
     """Run; returns the one line of the refusal. Fails unless it exits 2 with one line and no traceback."""
-    child = Run(argv, **options)
-    assert child.wait() == 2, child.output
-    lines = [line for line in child.output.splitlines() if line.startswith("train.py:")]
-    assert len(lines) == 1 and "Traceback" not in child.output, child.output
-    return lines[0]
+    return processes.refused("train", argv, **options)
 
 
 def ranks(world, argv, before=None, env=None):
