@@ -16,8 +16,9 @@ import sys
 from dataclasses import dataclass
 
 from minillm.configurator import configure
+from minillm.conversation import Conversation
 from minillm.errors import UserError, run
-from minillm.conversation import Conversation, GenerationSettings, read_prompt
+from minillm.sampling_params import GenerationSettings, read_prompt
 
 
 @dataclass
@@ -28,11 +29,17 @@ class Settings(GenerationSettings):
     truncate_ctx: int = 0                  # keep at most this many tokens of the conversation; 0: the model's context
 
 
+def load_model(s):
+    s.check_folder()
+    from model import GPT                # late: torch takes a second, and wrong flags are reported before
+    return GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
+
+
 def answer_once(s, options, message):
     """Print the answer to `message`, as text while it is made or as one JSON record."""
     if not message.strip():
         raise UserError("there is no message: stdin is empty")
-    conversation = Conversation(s.load(), s.system, s.truncate_ctx)
+    conversation = Conversation(load_model(s), s.system, s.truncate_ctx)
     text = ""
     for piece in conversation.ask(message, seed=s.seed, **options):
         text += piece
@@ -61,8 +68,8 @@ def main():
             sys.stdout.flush()
             os._exit(130)
     else:
-        from minillm.terminal import Terminal
-        Terminal(s).run()
+        from minillm.terminal import Terminal    # late: it imports torch
+        Terminal(s, load_model(s)).run()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from minillm.attention import document_mask
 from minillm.checkpoint import read_settings
 from minillm.configurator import configure
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData
 from minillm.device import autocast, describe, pick_device, pick_dtype
-from model import GPT, document_mask, generate
+from model import GPT
 from minillm.tokenizer import IM_END
 
 
@@ -92,7 +93,7 @@ def answer_all(model, pairs, batch_size, max_new_tokens):
     for start in tqdm(range(0, len(pairs), batch_size), unit="batch", disable=None):
         prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True)[0] for messages, _ in pairs[start: start + batch_size]]
         ids = [[] for _ in prompts]
-        for row in generate(model, prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,)):
+        for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,)):
             for answer, token in zip(ids, row):
                 if token is not None and token != IM_END:
                     answer.append(token)

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 from minillm.configurator import configure
 from minillm.errors import UserError, run
-from minillm.conversation import GenerationSettings, TextStream, read_prompt
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
+from minillm.conversation import STOP_IDS
+from minillm.sampling_params import GenerationSettings, read_prompt
+from minillm.text_stream import TextStream
+from minillm.tokenizer import END_OF_TEXT
 
 
 @dataclass
@@ -36,7 +38,9 @@ def main():
     if not 1 <= s.num_samples <= 10_000:
         raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: they are made in one batch")
     prompt = read_prompt(s.prompt)
-    model = s.load()
+    s.check_folder()
+    from model import GPT                # late: torch takes a second, and wrong flags are reported before
+    model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     ids = [END_OF_TEXT] + model.tokenizer.encode(prompt)
     if s.truncate_ctx:
         ids = ids[-s.truncate_ctx:]
@@ -57,12 +61,12 @@ def main():
     if not s.json:
         print(prompt, end="", flush=True)
     start = time.perf_counter()
-    for step in model.generate([ids] * s.num_samples, stop_ids=(END_OF_TEXT, IM_START, IM_END), seed=seed, **options):
+    for step in model.generate([ids] * s.num_samples, stop_ids=STOP_IDS, seed=seed, **options):
         for row, id in enumerate(step):
             if id is None or streams[row].stopped:
                 continue
             counts[row] += 1
-            if id in (END_OF_TEXT, IM_START, IM_END):
+            if id in STOP_IDS:
                 finish[row] = "stop"
             add(row, streams[row].push(id))
             finish[row] = "stop" if streams[row].stopped else finish[row]

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from minillm import checkpoint
+from minillm.attention import document_mask
 from minillm.configurator import BelowOne, NonNegative, NonNegativeFloat, Positive, configure, number, whole
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData, batch_windows, derive_seed, permute, show_windows
 from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
 from minillm.speed.float8 import use_float8
-from model import document_mask
 from minillm.distributed import agree, join_job, rank_and_world
 from minillm.run_log import RunLog, check_wandb, say
 from minillm.run_folder import build_model, identity, job, open_resumed
@@ -160,7 +160,7 @@ def main():
     tokenizer = checkpoint.find_tokenizer(train_data.meta, s.out_dir)
     resumed = open_resumed(s, train_data)
     start = checkpoint.load_for_inference(s.init_from, check=True) if not resumed and s.init_from != "scratch" else resumed
-    model = build_model(s, train_data, start).to(device)
+    model = build_model(s, train_data, start).to(device).use_fast(s.compile)
     if s.fp8:
         use_float8(model, device, dtype, s.batch_size * s.block_size)
     optimizer = make_optimizer(model, s)

@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 
 from minillm.device import describe, pick_dtype
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from moe import MoE
 
 
@@ -35,7 +35,7 @@ def matvec_loop(pairs, tokens):
 
 def answer(model, prompts, new_tokens):
     """(seconds to the first token, seconds a step after it) of one answer."""
-    cache = KVCache(model, len(prompts))
+    cache = model.new_cache(len(prompts))
     marks = [time.perf_counter()]
     for _ in model.generate(prompts, new_tokens, temperature=0.8, top_k=50, cache=cache):
         marks.append(time.perf_counter())

@@ -17,12 +17,13 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from minillm.attention import document_mask
 from minillm.configurator import configure, positional
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData, batch_windows
 from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
 from minillm.speed.float8 import use_float8
-from model import GPT, GPTConfig, KVCache, document_mask
+from model import GPT, GPTConfig
 
 
 @dataclass
@@ -145,7 +146,7 @@ def bench_train(s):
     s.batch_size = s.batch_size or (64 if device.type == "cuda" else 16)
     files = s.data_dir and file_batches(s, device)
     matmul, copy = ceilings(device, torch.bfloat16 if device.type == "cuda" else dtype)
-    model = make_model(s, device, s.block_size)
+    model = make_model(s, device, s.block_size).use_fast(s.compile)
     if s.fp8:
         use_float8(model, device, dtype, s.batch_size * s.block_size)
     step, batches = training_step(s, model, device, dtype), random_batches(s, device)
@@ -215,7 +216,7 @@ def bench_decode(s):
     s.batch_size = s.batch_size or 1
     _, copy = ceilings(device, torch.bfloat16)
     model = make_model(s, device, s.prompt + s.new_tokens + 1).for_generation(device, torch.bfloat16)
-    cache = KVCache(model, s.batch_size)
+    cache = model.new_cache(s.batch_size)
     prompts = torch.randint(1, s.vocab_size, (s.batch_size, s.prompt)).tolist()
 
     def answer():

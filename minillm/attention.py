@@ -1,9 +1,22 @@
-"""Rotary positions, RoPE (arXiv 2104.09864): each pair of channels is turned by an angle that grows with the position."""
+"""Attention as functions without weights: rotary positions, masks, and attention itself.
+
+    rope = rope_table(config)                            # cos and sin, (2, block_size, head_dim / 2)
+    q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
+    y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
+
+Training calls causal_attention, decoding calls cached_attention. Both are torch SDPA, which groups the
+query heads itself (GQA): k and v are never repeated.
+
+Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
+"""
 import torch
+from torch.nn import functional as F
+
+from minillm.tokenizer import END_OF_TEXT
 
 
 def rope_table(config):
-    """cos and sin of position × frequency, each (block_size, head width / 2), float32."""
+    """cos and sin of position × frequency: (2, block_size, head_dim / 2), float32."""
     half = config.n_embd // config.n_head // 2
     frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
@@ -11,7 +24,66 @@ def rope_table(config):
 
 
 def apply_rope(x, rope):
-    """Rotate each pair (x[i], x[i + half]) of the last axis. x: (B, T, H, hd); rope: cos, sin that broadcast to (B, T, H, hd / 2)."""
+    """Rotate each pair of channels (i, i + half) by the angle of its position.
+
+    x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2).
+    """
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def document_mask(idx, flex=False):
+    """What each token may see: the tokens of its own document, up to itself.
+
+    idx: (B, T); a document ends with its <|endoftext|>. Returns a bool tensor (B, 1, T, T), True where
+    attention is allowed. flex=True: a BlockMask for flex_attention, whose kernel skips what is masked
+    and is fast only if compiled. Call it outside the compiled model: torch 2.11 cannot compile the
+    validation with this inside.
+    """
+    B, T = idx.shape
+    ends = (idx == END_OF_TEXT).int()
+    document = ends.cumsum(1) - ends             # (B, T): the number of the token's document
+    if flex:
+        return _flex_document_mask(document)
+    causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+    return (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+
+
+def _flex_document_mask(document):
+    # late: importing it takes 0.5 s, and only training on packed documents needs it
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def same_document(b, h, q, k):
+        return (q >= k) & (document[b, q] == document[b, k])
+    B, T = document.shape
+    create = torch.compile(create_block_mask, dynamic=False)
+    return create(same_document, B, None, T, T, device=document.device)
+
+
+def causal_attention(q, k, v, mask=None):
+    """Attention over the whole row, for training and scoring.
+
+    q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, T, head_dim). mask: None for plain causal, or
+    what document_mask returns. Returns (B, n_head, T, head_dim).
+    """
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    from torch.nn.attention.flex_attention import flex_attention      # late: as above
+    # k is a slice; compiled without a backward pass, torch (2.11 and 2.13) loses a slice's offset
+    return flex_attention(q, k.contiguous(), v, block_mask=mask, enable_gqa=True)
+
+
+def cached_attention(q, k, v, visible, position):
+    """Attention of n new tokens over a KV cache that already holds their k and v.
+
+    q: (B, n_head, n, head_dim), k and v: (B, n_kv_head, slots, head_dim), visible: (B, 1, n, slots),
+    True where a token sees a slot, position: (B, n). Returns (B, n_head, n, head_dim).
+    """
+    if q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    # One query: the heads of a group become the rows of one query matrix, so k and v are read once
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible).view_as(q)

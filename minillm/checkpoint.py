@@ -174,6 +174,18 @@ def load_weights(model, weights):
         raise UserError(f"the weights in the checkpoint do not fit its own model_config, it is of another program: {reason}") from None
 
 
+class skip_init(torch.overrides.TorchFunctionMode):
+    """with skip_init(): a new model's weights are not drawn, so their memory is never touched.
+
+    (The meta device has no memory at all, but its first operation imports sympy and torch._dynamo: 0.8 s.)
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
 def load_optimizer(optimizer, state):
     """Give `optimizer` the moments in `state`, but keep its own rates and decays. UserError where they do not fit:
     torch would not look, and the fused kernel would read past their end."""

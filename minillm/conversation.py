@@ -1,4 +1,4 @@
-"""Text in, text out: streams that end at a stop string, and conversations over one KV cache.
+"""Text in, text out: conversations over one KV cache.
 
     conversation = Conversation(model, system="你是一个助手。")
     for piece in conversation.ask("你好", temperature=0.8, top_k=20):
@@ -7,70 +7,52 @@
 
 The conversation keeps the ids of each turn, of an answer those that were sampled, so the next turn
 finds all but its own message in the cache. When the context is full the oldest exchanges (a question
-and its answer) go, until a quarter of the context is free; the system prompt stays. To drop more than
-is needed costs some memory of the conversation and saves a full prefill on nearly every later turn.
+and its answer) go, until a quarter of the context is free; the system prompt stays. Dropping more than
+needed costs some memory of the conversation, and saves a full prefill on nearly every later turn.
 """
-import os
 import random
-import sys
 import time
 from dataclasses import dataclass
 
 from minillm.errors import UserError
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamDecoder
+from minillm.sampling_params import SamplingParams
+from minillm.text_stream import TextStream
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
+
+STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
 
 
-@dataclass
-class GenerationSettings:
-    """The keys that sample.py and chat.py share."""
-    out_dir: str = ""                      # folder with the model, as train.py leaves it
-    checkpoint: str = "newest"             # which of its checkpoints: newest, or best by validation loss
-    prompt: str = ""                       # the text to go on from
-    max_new_tokens: int = 256              # most tokens to make
-    temperature: float = 0.8               # 0: always the likeliest token; 1: the model's own distribution
-    top_k: int = 50                        # draw from the k likeliest tokens only; 0: from all
-    top_p: float = 1.0                     # draw from the likeliest tokens that hold this probability
-    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
-    seed: int | None = None                # same seed, same text; None: another each time
-    stop: str = ""                         # end before this string; several are parted by |, and \n is a line end
-    truncate_ctx: int = 0                  # keep at most this many tokens of context; 0: all the model has
-    json: bool = False                     # print a JSON record instead of text
-    device: str = "auto"                   # auto, cpu, cuda, cuda:N
-    dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile the decode step, slower to start and faster to run
+def chat(model, messages, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1.0,
+         repetition_penalty=1.0, seed=None, stop=(), compile=False):
+    """The iterator over the pieces of the answer to `messages`; GPT.chat says what the options are.
 
-    def sampling(self):
-        """The options of Conversation.ask. Raises UserError if one is out of range."""
-        check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.repetition_penalty)
-        stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
-        return dict(max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k,
-                    top_p=self.top_p, repetition_penalty=self.repetition_penalty, compile=self.compile,
-                    stop=tuple(text for text in stop if text))
+    Raises UserError at once for messages that cannot be answered. The cache of the call before is
+    taken out of the model while in use: a second stream beside this one makes its own.
+    """
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                    repetition_penalty=repetition_penalty)
+    SamplingParams(**sampling)
+    check_messages(messages)
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("the last message must be the user's")
+    cache = model._chat_cache or model.new_cache()
+    model._chat_cache = None
+    conversation = Conversation(model, cache=cache)
+    if messages[0]["role"] == "system":
+        conversation.set_system(messages[0]["content"])
+        messages = messages[1:]
+    for message in messages[:-1]:
+        conversation.add(message["role"], message["content"])
+    if isinstance(stop, str):
+        stop = (stop,)
+    pieces = conversation.ask(messages[-1]["content"], seed=seed, stop=stop, compile=compile, **sampling)
 
-    def load(self):
-        """The model in out_dir. torch is first imported here: what is wrong with the settings is said at once."""
-        if not os.path.isdir(self.out_dir):
-            name = os.path.basename(os.path.normpath(self.out_dir))
-            makes = f"`python train.py config/{name}.py`" if os.path.exists(f"config/{name}.py") else "train.py"
-            makes = "`make demo`, or `python train.py`," if name == "demo_pretrain" else makes
-            makes = "`make demo`, or `python train.py config/demo_sft.py`," if name == "demo_sft" else makes
-            raise UserError(f"no model in {self.out_dir}: {makes} makes it")
-        if self.truncate_ctx < 0:
-            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
-        from model import GPT
-        return GPT.from_checkpoint(self.out_dir, device=self.device, dtype=self.dtype, which=self.checkpoint)
-
-
-def check_sampling(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Raise UserError for a sampling option that means nothing (a NaN too)."""
-    for name, value, fine, range in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
-            ("top_k", top_k, top_k >= 0, "0 or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "above 0")):
-        if not fine:
-            raise UserError(f"{name}={value} must be {range}")
+    def texts():
+        try:
+            yield from (piece for piece in pieces if piece)
+        finally:
+            model._chat_cache = cache
+    return texts()
 
 
 def check_messages(messages):
@@ -78,54 +60,10 @@ def check_messages(messages):
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"a conversation is a list of messages, not {str(messages)[:80]}")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
-            raise UserError(f'a message is {{"role": "system", "user" or "assistant", "content": text}}, not {str(message)[:80]}')
-
-
-def read_prompt(text):
-    """The prompt given as `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
-    try:
-        if text == "-":
-            # one line end comes from the command that wrote the text, not from its author
-            return sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-        text.encode("utf-8")
-    except UnicodeError:
-        raise UserError("the prompt is not UTF-8 text") from None
-    return text
-
-
-class TextStream:
-    """Turns ids into text as they come: whole characters only, and nothing from a stop string on.
-
-    `stopped` becomes True when one of the strings in `stop` has been made. What may be the beginning
-    of one is held back until it is clear.
-    """
-
-    def __init__(self, tokenizer, stop=()):
-        self.decoder, self.stop = StreamDecoder(tokenizer), tuple(stop)
-        self.held, self.stopped = "", False
-
-    def push(self, id):
-        """The text that id completes, often ''."""
-        return self._pass(self.decoder.push(id))
-
-    def flush(self):
-        """What is left at the end."""
-        text = self._pass(self.decoder.flush())
-        text, self.held = text + self.held, ""
-        return text
-
-    def _pass(self, text):
-        if self.stopped:
-            return ""
-        self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            text, self.held, self.stopped = self.held[:min(found)], "", True
-            return text
-        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        text, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
-        return text
+        fine = isinstance(message, dict) and isinstance(message.get("content"), str)
+        if not fine or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError('a message is {"role": "system", "user" or "assistant", "content": text}, '
+                            f"not {str(message)[:80]}")
 
 
 @dataclass
@@ -147,7 +85,7 @@ class Conversation:
         self.model, self.tokenizer = model, model.tokenizer
         self.cache = cache or model.new_cache(size=context)
         self.context = min(context or self.cache.size, self.cache.size)
-        self.head, _ = self.tokenizer.encode_chat([], add_generation_prompt=True)
+        self.generation_prompt, _ = self.tokenizer.encode_chat([], add_generation_prompt=True)
         self.line_end = self.tokenizer.encode("\n")
         self.last = {}
         self.turns, self.first = [], 0
@@ -156,7 +94,7 @@ class Conversation:
     def set_system(self, text):
         """Set the system prompt; '' takes it away. Raises UserError if it leaves no room for a question."""
         ids = self._ids("system", text) if text else []
-        if len(ids) + len(self.head) >= self.context:
+        if len(ids) + len(self.generation_prompt) >= self.context:
             raise UserError(f"a system prompt of {len(ids)} tokens does not fit: the context holds {self.context}")
         self.system, self.system_ids = text, ids
 
@@ -193,7 +131,7 @@ class Conversation:
 
     def prompt(self):
         """The ids that the next answer goes on from."""
-        return self.system_ids + [id for turn in self.turns[self.first:] for id in turn.ids] + self.head
+        return self.system_ids + [id for turn in self.turns[self.first:] for id in turn.ids] + self.generation_prompt
 
     def ask(self, text, **options):
         """Say `text` and return the iterator of the answer's pieces; options: see `answer`.
@@ -242,13 +180,13 @@ class Conversation:
                 prompt = self.prompt() + ids
                 before = self.cache.prefilled
                 tokens = self.model.generate(prompt, min(max_new_tokens - len(ids), self.context - len(prompt)), cache=self.cache,
-                                             seed=seed + 1_000_003 * segment, stop_ids=(END_OF_TEXT, IM_START, IM_END), **sampling)
+                                             seed=seed + 1_000_003 * segment, stop_ids=STOP_IDS, **sampling)
                 for id in tokens:
                     if not last["tokens"]:
                         last["first_token_seconds"] = time.perf_counter() - start
                         last["prompt_tokens"] = self.cache.prefilled - before
                     last["tokens"] += 1
-                    if id in (END_OF_TEXT, IM_START, IM_END):
+                    if id in STOP_IDS:
                         ended = "stop"
                         break
                     ids.append(id)
@@ -271,9 +209,9 @@ class Conversation:
             # The sampled ids, unless they say more than was shown: a stop string, half a character
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
-            self.turns.append(Turn("assistant", text, self.head + ids + [IM_END] + self.line_end))
+            self.turns.append(Turn("assistant", text, self.generation_prompt + ids + [IM_END] + self.line_end))
             last["seconds"] = time.perf_counter() - start
-            last["context_tokens"] = len(self.prompt()) - len(self.head)
+            last["context_tokens"] = len(self.prompt()) - len(self.generation_prompt)
 
     def _ids(self, role, content):
         return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]

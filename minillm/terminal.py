@@ -13,8 +13,9 @@ import sys
 from dataclasses import fields
 
 from minillm.configurator import configure
-from minillm.errors import UserError
 from minillm.conversation import Conversation
+from minillm.device import describe
+from minillm.errors import UserError
 
 try:
     import readline
@@ -26,8 +27,9 @@ SETTABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penal
 
 
 class Terminal:
-    def __init__(self, settings):
-        self.settings = settings
+    def __init__(self, settings, model):
+        self.settings, self.model = settings, model
+        self.conversation = Conversation(model, settings.system, settings.truncate_ctx)
         self.colour = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith("command_")}
         self.interrupts = 0                      # Ctrl-C since the last line that was entered
@@ -36,10 +38,7 @@ class Terminal:
 
     def run(self):
         """Talk until the user leaves."""
-        self.settings.sampling()
-        model = self.settings.load()
-        self.conversation = Conversation(model, self.settings.system, self.settings.truncate_ctx)
-        self.dim(self.banner(model))
+        self.dim(self.banner())
         if readline:
             self.set_up_readline()
         while True:
@@ -64,8 +63,8 @@ class Terminal:
             except UserError as error:
                 self.dim(str(error))
 
-    def banner(self, model):
-        from minillm.device import describe
+    def banner(self):
+        model = self.model
         c, (total, active) = model.config, model.n_params()
         kind = f"{total / 1e6:.1f} M parameters"
         if c.n_expert:

@@ -4,7 +4,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.device import compile_for_training
-from minillm.speed.float8 import GRADIENT_SCALE, Float8Linear, Float8Product, use_float8
+from minillm.speed.float8 import GRADIENT_SCALE, Float8Linear, Float8Function, use_float8
 from model import GPT, GPTConfig
 from support.training_runs import TINY, assert_same_run, finish, make_data, numbers
 
@@ -21,7 +21,7 @@ def test_products_are_those_of_the_rounded_numbers(compiled):
     """All three, with sizes that all differ: as near to the products of what e4m3 and e5m2 make of the operands as bfloat16 lets them be."""
     torch.manual_seed(0)
     x, weight, grad = torch.randn(96, 64).bfloat16().requires_grad_(), (0.02 * torch.randn(80, 64)).requires_grad_(), torch.randn(96, 80).bfloat16() / 96
-    y = (torch.compile(Float8Product.apply, fullgraph=True) if compiled else Float8Product.apply)(x, weight)
+    y = (torch.compile(Float8Function.apply, fullgraph=True) if compiled else Float8Function.apply)(x, weight)
     y.backward(grad)
     scale, grad_scale = 448 / weight.abs().max().item(), GRADIENT_SCALE * 96
     x8 = x.detach().to(torch.float8_e4m3fn).double()
@@ -37,14 +37,14 @@ def test_what_8_bits_cannot_hold():
     """Large numbers are cut off, a matrix of zeros stays one, and what is not a number is not hidden: train.py skips such a step."""
     x, weight = torch.ones(16, 16).bfloat16(), torch.eye(16)
     x[0, 0], x[1, 1] = 1e6, float("nan")
-    y = Float8Product.apply(x, weight)
+    y = Float8Function.apply(x, weight)
     assert y[0, 0] == 448 and y[0, 1] == 1 and y[1].isnan().all() and y[2:].isfinite().all()
-    assert (Float8Product.apply(x[2:].repeat(8, 1), torch.zeros(32, 16)) == 0).all()
+    assert (Float8Function.apply(x[2:].repeat(8, 1), torch.zeros(32, 16)) == 0).all()
 
 
 def model_and_its_float8(device=CPU, **options):
     torch.manual_seed(3)
-    models = [GPT(GPTConfig(**SHAPE | options)).to(device) for _ in range(2)]
+    models = [GPT(GPTConfig(**SHAPE | options)).to(device).use_fast(compiled=True) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     use_float8(models[1], device, torch.bfloat16, 8 * 48)
     return models

@@ -7,13 +7,18 @@ import textwrap
 import pytest
 import torch
 
-from minillm import conversation as conversation_module
 import model as model_module
+from minillm import conversation as conversation_module
+from minillm import generation
+from minillm.conversation import Conversation
 from minillm.errors import UserError
-from minillm.conversation import Conversation, TextStream
-from model import GPT, GPTConfig, KVCache, generate
+from minillm.sampling import sample
+from minillm.speed import decode_cpu, decode_gpu
+from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
+from minillm.speed.topk import topk_by_counting, topk_by_parts
+from minillm.text_stream import TextStream
+from model import GPT, GPTConfig
 from moe import Router
-from minillm.sampling import sample, topk_by_counting, topk_by_parts
 from support.tiny_models import talkative, tiny_model, write_folder
 from support.tiny_tokenizer import tokenizer
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
@@ -174,8 +179,8 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"n_head": 2, "n_kv_head": 2}, {"n_inner": 2048}, {"n_expert": 4, "n_expert_per_tok": 2},
                                      {"n_expert": 4, "n_expert_per_tok": 2, "n_inner": 2048}])
 @pytest.mark.parametrize("way", ["vectors", "for a compiler", "compiled"])
-def test_one_row(options, dtype, way):
-    """What decode_one_row works out token by token, and what a compiler on a GPU gets in its place, is what the modules say of the whole text."""
+def test_batch_size_1_equals_the_modules(options, dtype, way):
+    """decode_cpu and decode_gpu, token by token, give the logits that the modules give for the whole text."""
     if way == "compiled" and (dtype != torch.float32 or "n_head" in options or "n_inner" in options):
         pytest.skip("compiled once for the dense model, once with biases, once for the mixture")
     model = tiny_model(**options)
@@ -185,17 +190,18 @@ def test_one_row(options, dtype, way):
     model.for_generation(torch.device("cpu"), dtype)
     draw = random.Random(1)                      # of its own: the same ids in whatever order the tests run
     ids = next(ids for ids in iter(lambda: random_ids(20, draw), None) if router_is_decided(model, ids))
-    for_a_compiler = model_module.decode_one_row_compiled
+    for_a_compiler = decode_gpu.decode_one_token
     if way == "compiled":
-        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={key: model_module.DECODE_OPTIONS[key] for key in ("realize_acc_reads_threshold",)})
+        name = "realize_acc_reads_threshold"
+        for_a_compiler = torch.compile(for_a_compiler, fullgraph=True, options={name: DECODE_OPTIONS[name]})
 
     def decode(t):
-        if way != "vectors":
-            return for_a_compiler(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]))
-        return model_module.decode_one_token(model, cache, torch.tensor([[ids[t]]]), torch.tensor([[t]]), t + 1)
+        token, position = torch.tensor([[ids[t]]]), torch.tensor([[t]])
+        step = decode_cpu.decode_one_token if way == "vectors" else for_a_compiler
+        return step(model, cache, token, position, t + 1)
     with torch.inference_mode():
-        cache = model.new_cache()
-        model_module.prefill(model, cache, [ids[:5]])
+        cache = GraphCache(model)
+        generation.prefill(model, cache, [ids[:5]])
         rows = [decode(t) for t in range(5, 20)]
         whole = model(torch.tensor([ids]))[0, 5:]
         error = (torch.cat(rows) - whole).abs().max().item()
@@ -396,7 +402,7 @@ def ask(conversation, text, **options):
 def test_a_turn_computes_only_what_is_new():
     conversation = Conversation(talkative(tiny_model(block_size=400)), "你是一个助手。")
     ask(conversation, "你好")
-    head = len(conversation.head)
+    head = len(conversation.generation_prompt)
     assert conversation.last["prompt_tokens"] == len(conversation.system_ids + conversation.turns[0].ids) + head
     for text in ("世界", "从前有座山"):
         ask(conversation, text)
@@ -583,7 +589,7 @@ def test_graphs_on_a_gpu_give_the_likeliest_token(kind, batch, compile, top_k):
     prompts, cache = [[draw.randrange(300) for _ in range(3 + 4 * b)] for b in range(batch)], model.new_cache(batch)
     for turn in range(4):
         answers = [[] for _ in prompts]
-        for row in generate(model, prompts, 6, temperature=1e-4 if top_k else 0, top_k=top_k, cache=cache, compile=compile):
+        for row in model.generate(prompts, 6, temperature=1e-4 if top_k else 0, top_k=top_k, cache=cache, compile=compile):
             for prompt, answer, id in zip(prompts, answers, row):
                 logits = model(torch.tensor([prompt + answer]).cuda())[0, -1].float()
                 assert logits.max() - logits[id] < 0.05 * (logits.max() - logits.min())

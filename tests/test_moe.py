@@ -6,14 +6,17 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from moe import MoE, balance_loss, largest
+from minillm.speed.grouped_mm import all_experts, grouped_experts, lay_out_for_decoding
+from minillm.speed.topk import top_experts
+from moe import MoE, balance_loss, loop_over_experts
 
 CONFIG = dict(block_size=32, vocab_size=101, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert=8, n_expert_per_tok=3)
 
 
-def layer(**changes):
+def layer(experts=grouped_experts, **changes):
     torch.manual_seed(5)
     moe = MoE(GPTConfig(**CONFIG | changes))
+    moe.experts = experts
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return moe
@@ -41,9 +44,10 @@ def uneven(moe, case):
 
 @pytest.mark.parametrize("case", ["even", "one takes most", "half are empty"])
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_equals_a_loop_over_tokens(case, tokens):
+@pytest.mark.parametrize("experts", [loop_over_experts, grouped_experts])
+def test_equals_a_loop_over_tokens(experts, case, tokens):
     """Output and every gradient in float64, to 1e-9; among the cases experts without a token, whose gradient is zero."""
-    moe = layer().double().eval()
+    moe = layer(experts).double().eval()
     uneven(moe, case)
     x = torch.rand(1, tokens, 32, dtype=torch.float64)
     weight = torch.randn(1, tokens, 32, dtype=torch.float64)
@@ -83,15 +87,18 @@ def test_grouped_product_is_near_float64(dtype, limit, case):
         assert ours.isfinite().all() and (ours - reference).norm() < limit * reference.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_experts_and_many_tokens_agree(dtype):
-    moe = layer().eval().to(dtype)
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_twins_of_the_loop_agree_with_it(dtype, limit):
+    """Sorted by expert, or all experts for all tokens; the weights as they lie and turned for decoding."""
+    moe = layer().eval().to(dtype).requires_grad_(False)
     x = torch.randn(6, 32).to(dtype)
-    gate_TK, expert_TK = moe.router(x)
-    few, many = moe.all_experts(x, gate_TK, expert_TK), moe.many_tokens(x, gate_TK, expert_TK)
-    torch.testing.assert_close(few, many, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.02)
-    moe.lay_out_for_decoding()
-    torch.testing.assert_close(moe.all_experts(x, gate_TK, expert_TK), few, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.02)
+    routed = moe.router(x)
+    plain = loop_over_experts(x, *routed, moe.w1_EDF, moe.w2_EFD)
+    for _ in range(2):
+        for twin in (grouped_experts, all_experts):
+            y = twin(x, *routed, moe.w1_EDF, moe.w2_EFD)
+            torch.testing.assert_close(y, plain, atol=limit, rtol=0.02)
+        lay_out_for_decoding(moe)
 
 
 def test_routes_as_mixtral_does():
@@ -110,10 +117,10 @@ def test_routes_as_mixtral_does():
 
 
 @pytest.mark.parametrize("experts", [1, 2, 8, 60])
-def test_largest_is_topk(experts):
+def test_top_experts_is_topk(experts):
     logits = torch.randn(200, experts)
     for k in {1, min(4, experts), experts}:
-        assert torch.equal(torch.cat(largest(logits, k), 1), logits.topk(k, dim=1)[1])
+        assert torch.equal(top_experts(logits, k), logits.topk(k, dim=1)[1])
 
 
 def test_parameter_counts():
@@ -182,11 +189,14 @@ def test_shares_add_up():
     assert share.shape == (2, 8) and torch.allclose(share.sum(1), torch.ones(2)) and balance >= 0
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_whole(dtype):
+def test_compiles_whole(dtype, fast):
     """fullgraph=True in training, and the same loss and gradients as without a compiler (noise off)."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**CONFIG | dict(n_layer=1))).train()
+    if fast:
+        model.use_fast(compiled=True)
     for block in model.blocks:
         block.ffn.router.eval()
     idx = torch.randint(101, (4, 32))

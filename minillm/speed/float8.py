@@ -15,6 +15,7 @@ Validation, and whoever opens the checkpoint, multiplies in 16 bits.
 Papers: 8-bit formats for deep learning, arXiv 2209.05433; fixed scales in place of measured ones are modded-nanogpt's idea.
 """
 import torch
+import torch.nn as nn
 
 from minillm.errors import UserError
 from minillm.speed.linear import Linear
@@ -29,7 +30,7 @@ def to_float8(x, scale, dtype):
     return (x.float() * scale).clamp(-most, most).to(dtype)
 
 
-def product(a, b, scale, dtype, fast=False):
+def scaled_mm(a, b, scale, dtype, fast=False):
     """a (N, K) @ b (M, K).t() / scale → (N, M) in `dtype`; a and b in 8 bits, copied if need be: Hopper's instruction wants rows in one piece.
 
     fast: sums of some 14 bits, made in the tensor cores alone.
@@ -40,11 +41,11 @@ def product(a, b, scale, dtype, fast=False):
 
 
 class Float8Linear(Linear):
-    def own_product(self, x):
-        return Float8Product if self.training else super().own_product(x)
+    def matmul(self, x):
+        return Float8Function if self.training else super().matmul(x)
 
 
-class Float8Product(torch.autograd.Function):
+class Float8Function(torch.autograd.Function):
     """x (N, K) in bfloat16, weight (M, K) in float32 → x @ weight.t() (N, M) in bfloat16."""
 
     @staticmethod
@@ -52,14 +53,14 @@ class Float8Product(torch.autograd.Function):
         scale = torch.finfo(E4M3).max / weight.detach().abs().amax().clamp(min=1e-20)
         x8, weight8 = to_float8(x, 1, E4M3), to_float8(weight, scale, E4M3)
         ctx.save_for_backward(x8, weight8, scale)
-        return product(x8, weight8, scale, x.dtype, fast=True)
+        return scaled_mm(x8, weight8, scale, x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
         x8, weight8, scale = ctx.saved_tensors
         grad_scale = GRADIENT_SCALE * len(grad)
         grad8 = to_float8(grad, grad_scale, E5M2)
-        return product(grad8, weight8.t(), scale * grad_scale, grad.dtype), product(grad8.t(), x8.t(), grad_scale, torch.float32)
+        return scaled_mm(grad8, weight8.t(), scale * grad_scale, grad.dtype), scaled_mm(grad8.t(), x8.t(), grad_scale, torch.float32)
 
 
 def use_float8(model, device, dtype, tokens):
@@ -70,7 +71,7 @@ def use_float8(model, device, dtype, tokens):
         raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {str(dtype).removeprefix('torch.')}")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"{torch.cuda.get_device_name(device)} has no 8-bit products: leave --fp8 out")
-    layers = [layer for layer in model.blocks.modules() if isinstance(layer, Linear)]
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
     for size in {size for layer in layers for size in layer.weight.shape} | {tokens}:
         if size % 16:
             raise UserError(f"--fp8=True needs multiples of 16: {'batch_size * block_size' if size == tokens else 'a layer'} is {size}{' wide' * (size != tokens)}")

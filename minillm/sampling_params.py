@@ -1,0 +1,92 @@
+"""How tokens are sampled, with limits, and the flags that sample.py and chat.py share.
+
+    params = SamplingParams(max_new_tokens=64, temperature=0.8, top_k=50)
+
+Nothing here imports torch: a wrong flag is reported at once, without a second of loading.
+"""
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+from minillm.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One request's settings. Raises UserError for a value out of range (a NaN too)."""
+    max_new_tokens: int = 256              # most tokens to make
+    temperature: float = 1.0               # 0: greedy; 1: the model's own distribution
+    top_k: int = 0                         # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0                     # sample from the most likely tokens that hold this much
+    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
+
+    def __post_init__(self):
+        if not self.max_new_tokens >= 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} must be 0 or more")
+        if not self.top_k >= 0:
+            raise UserError(f"top_k={self.top_k} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+
+
+@dataclass
+class GenerationSettings:
+    """The flags that sample.py and chat.py share."""
+    out_dir: str = ""                      # folder with the model, as train.py leaves it
+    checkpoint: str = "newest"             # which of its checkpoints: newest, or best by validation loss
+    prompt: str = ""                       # the text to continue
+    max_new_tokens: int = 256              # most tokens to make
+    temperature: float = 0.8               # 0: always the most likely token; 1: the model's own distribution
+    top_k: int = 50                        # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0                     # sample from the most likely tokens that hold this much probability
+    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
+    seed: int | None = None                # same seed, same text; None: another each time
+    stop: str = ""                         # end before this string; separate several by |; \n is a line end
+    truncate_ctx: int = 0                  # keep at most this many tokens of context; 0: all the model has
+    json: bool = False                     # print a JSON record instead of text
+    device: str = "auto"                   # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"                    # auto, float32, bfloat16, float16
+    compile: bool = False                  # GPU: compile the decode step; slower to start, faster to run
+
+    def sampling(self):
+        """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+        options = {name: getattr(self, name) for name in names}
+        SamplingParams(**options)
+        stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
+        options["stop"] = tuple(text for text in stop if text)
+        options["compile"] = self.compile
+        return options
+
+    def check_folder(self):
+        """Raise UserError if there is no model in out_dir, and say which command makes it."""
+        if self.truncate_ctx < 0:
+            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
+        if os.path.isdir(self.out_dir):
+            return
+        name = os.path.basename(os.path.normpath(self.out_dir))
+        command = "train.py"
+        if os.path.exists(f"config/{name}.py"):
+            command = f"`python train.py config/{name}.py`"
+        if name == "demo_pretrain":
+            command = "`make demo`, or `python train.py`,"
+        if name == "demo_sft":
+            command = "`make demo`, or `python train.py config/demo_sft.py`,"
+        raise UserError(f"no model in {self.out_dir}: {command} makes it")
+
+
+def read_prompt(text):
+    """The prompt given as `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
+    try:
+        if text == "-":
+            # one line end comes from the command that wrote the text, not from its author
+            return sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        text.encode("utf-8")
+    except UnicodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+    return text

@@ -1,0 +1,126 @@
+"""Prefill and decode step as CUDA graphs: recorded once, then launched as one.
+
+Launched one by one, the 750 operations of a token keep the GPU waiting for the host: 10 ms and more
+for 12 layers. A graph replays them over the same memory, so everything it reads lies in buffers that
+never move: the cache's keys and values, and its DecodeState.
+"""
+import torch
+
+from minillm.generation import KVCache, cached_forward, decode_one_token, decode_step, sample_next
+from minillm.speed import decode_gpu
+from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
+from minillm.speed.topk import topk_by_parts, topk_compiled
+
+# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, however many weights it reads
+DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "combo_kernels_pointwise_only": True,
+                  "realize_acc_reads_threshold": 1000, "use_fast_math": True}
+
+
+class GraphCache(KVCache):
+    """A KVCache laid out for a GPU, with the graphs that were recorded over its buffers."""
+
+    def allocate(self, like, n_layer, shape):
+        self.prefill_graphs = {}                 # (width, end) → (idx, position, replay, x)
+        self.decode_graphs = {}                  # (params, compile) → replay
+        if shape[0] > 1:
+            # one tensor per layer: a compiled step writes each in place instead of copying all of them
+            super().allocate(like, n_layer, shape)
+            return
+        # one tensor for all layers, which decode_gpu writes at once
+        self.keys = like.new_zeros(n_layer, *shape)
+        self.values = like.new_zeros(n_layer, *shape)
+        # Attention sums v over its slots, so they lie side by side: 1.09 times the tokens/s (H200,
+        # `python -m bench.train decode`); in a batch it would be fewer
+        self.values = self.values.transpose(3, 4).contiguous().transpose(3, 4)
+        self.k, self.v = list(self.keys), list(self.values)
+
+
+def capture(function):
+    """Record `function`, which takes no arguments, after two calls to warm up.
+
+    Returns (replay, output): replay() runs the function again; output is the tensor it overwrites.
+    """
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return graph.replay, output
+
+
+def forward(model, cache, idx, position, end):
+    """Twin of generation.cached_forward for prompts; idx and position are still on the host.
+
+    64 tokens took 10 to 20 ms one by one and 1 ms as a graph (H200, `python -m bench.train decode`).
+    """
+    B, n = idx.shape
+    width = next_power_of_two(n)                 # few different widths, since each is captured once
+    # more tokens go through grouped_mm, which may ask the host for its offsets: no graph can hold that
+    if model.config.n_expert and B * width > ALL_EXPERTS_TOKENS:
+        return cached_forward(model, cache, idx, position, end)
+    # For a single row, whose prompts grow from turn to turn, always the whole cache: fewer graphs, as fast
+    end = cache.size if B == 1 else min(next_power_of_two(end), cache.size)
+    if (width, end) not in cache.prefill_graphs:
+        cache.prefill_graphs[width, end] = capture_forward(model, cache, B, width, end)
+    idx_buffer, position_buffer, replay, x = cache.prefill_graphs[width, end]
+    padding = (0, width - n)
+    idx_buffer.copy_(torch.nn.functional.pad(idx, padding))
+    position_buffer.copy_(torch.nn.functional.pad(position, padding, value=cache.size))
+    replay()
+    return x
+
+
+def capture_forward(model, cache, batch, width, end):
+    """(idx, position, replay, x): the buffers to fill, the graph, and the tensor it overwrites."""
+    device = model.wte.weight.device
+    idx = torch.zeros(batch, width, dtype=torch.long, device=device)
+    position = torch.full_like(idx, cache.size)  # padding: warming up writes nothing that is read
+    replay, x = capture(lambda: cached_forward(model, cache, idx, position, end))
+    return idx, position, replay, x
+
+
+def decode_graph(model, cache, state, params, logits, steps, compile=False):
+    """Twin of generation.decode_loop. The GPU is always one token ahead of what the host has read.
+
+    88,131 tokens/s with 64 rows (H200, `python -m bench.train decode --batch_size=64`).
+    """
+    sample_next(state, logits, params, topk_by_parts)
+    # one row per step: into a column, torch would copy through memory that is not pinned, and wait
+    host = torch.empty(steps, len(state.token), dtype=torch.long, pin_memory=True)
+    done = [torch.cuda.Event() for _ in range(steps)]
+    host[0].copy_(state.token[:, 0], non_blocking=True)
+    done[0].record()
+    if steps > 1:
+        step = capture_decode(model, cache, state, params, compile)
+    for t in range(steps):
+        if t + 1 < steps:
+            step()
+            host[t + 1].copy_(state.token[:, 0], non_blocking=True)
+            done[t + 1].record()
+        done[t].synchronize()
+        yield host[t].tolist()
+
+
+def capture_decode(model, cache, state, params, compile):
+    """decode_step over these buffers as one graph, kept in the cache. Returns its replay.
+
+    Warming up leaves keys and values after the prompt; they are written again before they are read.
+    """
+    key = (params.temperature, params.top_k, params.top_p, params.repetition_penalty, compile)
+    if key not in cache.decode_graphs:
+        step, token, topk = decode_step, decode_one_token, topk_by_parts
+        if compile:
+            step = torch.compile(decode_step, fullgraph=True, options=DECODE_OPTIONS)
+            token, topk = decode_gpu.decode_one_token, topk_compiled
+        buffers = (state.token, state.step, state.seen)
+        before = [buffer.clone() for buffer in buffers]
+        replay, _ = capture(lambda: step(model, cache, state, params, cache.size, token, topk))
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        cache.decode_graphs[key] = replay
+    return cache.decode_graphs[key]
+
+
+def next_power_of_two(n):
+    return 1 << (n - 1).bit_length()

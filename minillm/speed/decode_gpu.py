@@ -1,0 +1,122 @@
+"""Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
+
+For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the MoE
+nine. 2,916 tokens/s at 171M where the modules in a CUDA graph make 815 (H100 and H200,
+`python -m bench.train decode`, with `--compile=False` for the latter).
+"""
+import math
+
+import torch
+from torch.nn import functional as F
+
+from minillm.attention import apply_rope
+from minillm.generation import cached_forward
+from minillm.speed.fused import matvec, realize, row_terms
+from minillm.speed.topk import top_expert_list
+
+
+def decode_one_token(model, cache, token, position, end):
+    """Twin of generation.decode_one_token, to be compiled. token, position: (B, 1) → logits (B, V)."""
+    if len(token) == 1:
+        return decode_vector(model, cache, token, position)
+    # flex_attention reads the position from memory; without realize its kernel computes it again, from
+    # buffers that the compiler does not know it reads
+    x = cached_forward(model, cache, token, realize(position), end, flex_cached_attention)
+    return model.logits(x[:, -1])
+
+
+def flex_cached_attention(q, k, v, visible, position):
+    """Twin of attention.cached_attention for one new token per row of a batch, to be compiled.
+
+    A batch of 64 makes 55,430 tokens/s where SDPA with a mask made 47,019 (H200,
+    `python -m bench.train decode --batch_size=64`).
+    """
+    # late: importing it takes 0.5 s, which chat on a CPU must not pay
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def hide_the_future(score, b, h, i, slot):
+        return torch.where(slot <= position[b, 0], score, float("-inf"))
+    return flex_attention(q, k, v, score_mod=hide_the_future, enable_gqa=True)
+
+
+def decode_vector(model, cache, token, position):
+    """decode_one_token at batch size 1. token, position: (1, 1). Returns logits (1, V), float32.
+
+    cache: a GraphCache, whose `keys` and `values` hold all layers in one tensor.
+    """
+    c, dtype = model.config, model.wte.weight.dtype
+    n_kv, group, hd = c.n_kv_head, c.n_head // c.n_kv_head, c.n_embd // c.n_head
+    position, x = position[0], realize(model.wte.weight[token[0]][0])
+    rope = realize(model.rope[:, position.clamp(max=cache.size - 1)])
+    cos, sin = rope
+    slot = torch.arange(cache.keys.shape[3], device=x.device)
+    here, visible = slot == position, slot <= position
+    new = []                                     # q, k and v of each layer, before RoPE
+    for block, keys, values in zip(model.blocks, cache.keys.unbind(), cache.values.unbind()):
+        attn, ffn = block.attn, block.ffn
+        # 1) q, k and v of the new token
+        new.append(realize(linear(attn.qkv, x, block.attn_norm).to(dtype).view(-1, hd)))
+        q, new_k, new_v = new[-1].float().split((c.n_head, n_kv, n_kv))
+        # The new token's k and v stand beside the cache, where `here` is True, and are written to it at
+        # the end, all layers at once. RoPE turns q and the new k alike, so their product needs none.
+        q_a, q_b = q.view(n_kv, group, 1, hd).chunk(2, -1)
+        k_a, k_b = keys[0].float().chunk(2, -1)
+        new_a, new_b = new_k[:, None].chunk(2, -1)
+        turned_a, turned_b = q_a * cos - q_b * sin, q_a * sin + q_b * cos
+        v = values[0].transpose(1, 2).float()    # (n_kv_head, head_dim, slots)
+
+        # 2) attention and its output product, for the queries of a group one by one
+        y = 0
+        for g in range(group):                   # scores and weights: (n_kv_head, slots)
+            fresh = q_a[:, g] * new_a + q_b[:, g] * new_b
+            terms = torch.where(here[:, None], fresh, turned_a[:, g] * k_a + turned_b[:, g] * k_b)
+            scaled = terms.sum(-1) * (math.log2(math.e) * hd ** -0.5)
+            score = realize(torch.where(visible, scaled, float("-inf")))
+            # Each channel of v computes the softmax itself, sooner than it would be told. `v - v`,
+            # which is 0, makes the softmax's sums run along v's rows, and the compiler hold them in
+            # registers as it does v.
+            score = score[:, None] + (v - v)
+            weight = (score - score.amax(-1, keepdim=True)).exp2()
+            attended = (torch.where(here, new_v[:, :, None], v) * weight).sum(-1) / weight.sum(-1)
+            proj = attn.proj.weight.unflatten(1, (n_kv, group, -1))[:, :, g].flatten(1)
+            y = y + row_terms(proj, realize(attended.to(dtype).flatten()))
+        y = y.sum(-1)
+        if attn.proj.bias is not None:
+            y = y + attn.proj.bias
+        x = realize((x + y).to(dtype))
+
+        # 3) the FFN or the experts
+        if c.n_expert:
+            y = moe(ffn, realize(block.ffn_norm(x)))
+        else:
+            y = linear(ffn.down, realize(F.silu(linear(ffn.up, x, block.ffn_norm)).to(dtype)))
+        x = realize((x + y).to(dtype))
+
+    new = torch.stack(new)[:, None, :, None]     # (n_layer, 1, heads, 1, head_dim)
+    cache.keys[:, :, :, position] = apply_rope(new[:, :, c.n_head: -n_kv], rope[:, :, None])
+    cache.values[:, :, :, position] = new[:, :, -n_kv:]
+    return realize(matvec(model.wte.weight, x, model.norm))[None]
+
+
+def linear(layer, x, norm=None):
+    y = matvec(layer.weight, x, norm)
+    if layer.bias is not None:
+        y = y + layer.bias
+    return y
+
+
+def moe(layer, x_D):
+    """The chosen experts' rows, each read once. Returns (D,), float32."""
+    logits_E = matvec(layer.router.weight_DE.t(), x_D)
+    experts_K = top_expert_list(logits_E[None], layer.router.k)
+    top = logits_E[experts_K[0][0]]
+    gates_K = [(logits_E[expert[0]] - top).exp() for expert in experts_K]
+    total = sum(gates_K)
+    rows_KF = []
+    for expert, gate in zip(experts_K, gates_K):
+        hidden_F = row_terms(layer.w1_EDF.transpose(1, 2), x_D, expert[0]).sum(-1)
+        rows_KF.append(realize((F.silu(hidden_F) * gate / total).to(x_D.dtype)))
+    terms = 0
+    for expert, row_F in zip(experts_K, rows_KF):
+        terms = terms + row_terms(layer.w2_EFD.transpose(1, 2), row_F, expert[0])
+    return terms.sum(-1)

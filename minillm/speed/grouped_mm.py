@@ -1,0 +1,166 @@
+"""The experts of an MoE layer in one kernel: rows sorted by expert, then torch's grouped_mm.
+
+Every (token, chosen expert) pair is a row. Sorted by expert, the rows of all experts go through one
+grouped matmul, whatever their numbers: no capacity limit, no token dropped, no shape that depends on
+the data, so the layer compiles with fullgraph=True.
+
+Shape suffixes are those of moe.py, and N = T·K: one row per (token, chosen expert) pair.
+
+Paper: sorting tokens by expert instead of padding them to a capacity, MegaBlocks (arXiv 2211.15841).
+"""
+import torch
+from torch.nn import functional as F
+
+from minillm.speed.fused import realize
+
+# torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
+_grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+
+ALL_EXPERTS_TOKENS = 1024        # up to so many tokens go through all experts when generating on a GPU
+
+
+def grouped_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
+    """Twin of moe.loop_over_experts: (T, D) → (T, D).
+
+    It multiplies K of E experts per token where the loop multiplies all E. 167,314 tokens/s in training
+    (H200, `python -m bench.train --n_expert=8`).
+    """
+    T, D = x_TD.shape
+    E, K = len(w1_EDF), expert_TK.shape[1]
+    dtype = _compute_dtype(x_TD)
+    w1_EDF, w2_EFD = _cast(w1_EDF, dtype), _cast(w2_EFD, dtype)
+    # uint8 keys: the radix sort makes one pass instead of eight
+    sorted_N, order_N = expert_TK.reshape(-1).to(torch.uint8).sort(stable=True)
+    row_N = torch.arange(T * K, device=x_TD.device)
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, row_N)
+    expert_E = torch.arange(E, device=x_TD.device)
+    offset_E = (sorted_N[:, None] <= expert_E).sum(0, dtype=torch.int32)     # where each expert's rows end
+
+    x_TKD = x_TD.to(dtype)[:, None].expand(T, K, D)
+    x_ND = _Permute.apply(x_TKD.reshape(T * K, D), order_N, inverse_N)
+    h_NF = F.silu(expert_mm(x_ND, w1_EDF, offset_E))
+    # The gate scales the hidden row, not the output: the map is linear from here on, and the
+    # output need not be kept for the gate's gradient
+    h_NF = h_NF * _Permute.apply(gate_TK.reshape(-1, 1), order_N, inverse_N).to(dtype)
+    y_ND = expert_mm(h_NF, w2_EFD, offset_E)
+    y_TKD = _Permute.apply(y_ND, inverse_N, order_N).view(T, K, D)
+    # .to: under autocast sum gives float32, and the residual stream would continue in it
+    return y_TKD.sum(1).to(x_TD.dtype)
+
+
+def all_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
+    """Twin of moe.loop_over_experts for few tokens on a GPU, without gradients.
+
+    Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic, but
+    the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it: decoding
+    made 1,002 tokens/s instead of 796 (H200, `python -m bench.train decode --n_expert=8`).
+    """
+    dtype = _compute_dtype(x_TD)
+    gate_TE = gate_TK.new_zeros(len(x_TD), len(w1_EDF)).scatter(1, expert_TK, gate_TK)
+    h_ETF = F.silu(x_TD.to(dtype) @ w1_EDF.to(dtype)) * gate_TE.t()[:, :, None].to(dtype)
+    return (h_ETF @ w2_EFD.to(dtype)).sum(0).to(x_TD.dtype)
+
+
+def generating_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
+    """The twin for generation and scoring, without gradients: all_experts or grouped_experts."""
+    few = x_TD.is_cuda and len(x_TD) <= ALL_EXPERTS_TOKENS
+    experts = all_experts if few else grouped_experts
+    return experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD)
+
+
+def lay_out_for_decoding(moe):
+    """Turn the experts' weights in memory, not in shape, so that a single row is summed along it.
+
+    Decoding makes 1.2 times the tokens/s (H200, `python -m bench.train decode --n_expert=8`), in
+    bfloat16 on a CPU 2.5 times (Xeon, the same with `--device=cpu`).
+    """
+    moe.router.weight_DE.data = moe.router.weight_DE.data.t().contiguous().t()
+    for weight in (moe.w1_EDF, moe.w2_EFD):
+        turned = torch.empty_like(weight.data.transpose(1, 2), memory_format=torch.contiguous_format)
+        for to, expert in zip(turned, weight.data):      # one by one is 2.6 times as fast on a CPU
+            to.copy_(expert.t())
+        weight.data = turned.transpose(1, 2)
+
+
+def expert_mm(x_NA, w_EAB, offset_E):
+    """Rows sorted by expert times each expert's matrix: (N, A) × (E, A, B) → (N, B).
+
+    offset_E (int32): where each expert's rows end. float64, which only the tests use, has no such
+    kernel and takes a loop.
+    """
+    if x_NA.dtype == torch.float64:
+        parts = x_NA.tensor_split(offset_E[:-1].long().cpu())
+        return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
+    if torch.compiler.is_compiling() and x_NA.dtype != torch.bfloat16:
+        return _opaque_grouped_mm(x_NA, w_EAB, offset_E)
+    return _grouped_mm(x_NA, w_EAB, offs=offset_E)
+
+
+@torch.library.custom_op("moe::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
+    """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
+    return _grouped_mm(a, b, offs=offset_E)
+
+
+@_opaque_grouped_mm.register_fake
+def _(a, b, offset_E):
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(len(offset_E), a.shape[0], b.shape[1])
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _opaque_backward(ctx, grad_NB):
+    x_NA, w_EAB, offset_E = ctx.saved_tensors
+    grad_x = _opaque_grouped_mm(grad_NB, w_EAB.transpose(1, 2), offset_E)
+    grad_w = _opaque_grouped_mm(x_NA.t(), grad_NB, offset_E)
+    return grad_x, grad_w, None
+
+
+_opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_inputs)
+
+
+class _Permute(torch.autograd.Function):
+    """rows[index], where `index` is a permutation and `inverse` undoes it.
+
+    Autograd would scatter-add the gradient, with atomics; for a permutation it is a gather.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index, inverse):
+        ctx.save_for_backward(inverse)
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+class _Cast(torch.autograd.Function):
+    """weight.to(dtype), once in memory: autograd keeps what is multiplied now, not a second copy."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype):
+        ctx.dtype = weight.dtype
+        return realize(weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+def _cast(weight, dtype):
+    if weight.dtype == dtype:
+        return weight
+    return _Cast.apply(weight, dtype)
+
+
+def _compute_dtype(x):
+    """The type in which the experts multiply: autocast's where it is on; it does not know grouped_mm."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

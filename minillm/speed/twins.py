@@ -1,0 +1,65 @@
+"""Which plain function each fast twin replaces, and where it pays. model.py calls this, nothing else does.
+
+Delete minillm/speed and everything still runs, slower, with the same numbers.
+"""
+from functools import partial
+
+import torch.nn as nn
+
+from minillm.generation import KVCache, decode_loop
+from minillm.speed import cuda_graph, decode_cpu
+from minillm.speed.cross_entropy import linear_cross_entropy
+from minillm.speed.grouped_mm import generating_experts, grouped_experts, lay_out_for_decoding
+from minillm.speed.linear import Linear
+from minillm.speed.topk import top_experts, topk_by_parts
+
+
+def use_for_training(model, compiled):
+    """Swap the twins into `model`, before it is compiled. Its parameters keep their names."""
+    on_gpu = model.wte.weight.is_cuda
+    for module in model.modules():
+        if on_gpu and type(module) is nn.Linear:
+            module.__class__ = Linear
+    if model.config.n_expert:
+        use_experts(model, grouped_experts)
+    if on_gpu and compiled:
+        model.cross_entropy = partial(linear_cross_entropy, plain=model.cross_entropy)
+
+
+def use_for_generation(model):
+    """Swap the twins into a model that is only used: its experts, and their weights' layout."""
+    if not model.config.n_expert:
+        return
+    use_experts(model, generating_experts)
+    weight = model.blocks[0].ffn.w1_EDF
+    if weight.is_cuda or weight.element_size() < 4:
+        for block in model.blocks:
+            lay_out_for_decoding(block.ffn)
+
+
+def use_experts(model, experts):
+    """Swap in the experts' product and the choice of experts; other devices (mps) lack the kernel."""
+    device = model.wte.weight.device.type
+    for block in model.blocks:
+        if device in ("cpu", "cuda"):
+            block.ffn.experts = experts
+        if device == "cuda":
+            block.ffn.router.top_experts = top_experts
+
+
+def for_generate(model, compile):
+    """The arguments of generation.generate that are faster on the model's device."""
+    device = model.wte.weight.device.type
+    if device == "cuda":
+        return {"forward": cuda_graph.forward, "decode": partial(cuda_graph.decode_graph, compile=compile)}
+    if device == "cpu":
+        vectors = partial(decode_loop, decode_one_token=decode_cpu.decode_one_token, topk=topk_by_parts)
+        return {"decode": vectors}
+    return {}
+
+
+def cache_type(model):
+    """The KVCache that for_generate's functions need."""
+    if model.wte.weight.is_cuda:
+        return cuda_graph.GraphCache
+    return KVCache

@@ -1,0 +1,47 @@
+"""Token ids → text as they come: whole characters only, and nothing from a stop string on."""
+from minillm.tokenizer import StreamDecoder
+
+
+class TextStream:
+    """Turns ids into text, a piece per id. Whole characters only.
+
+    `stopped` becomes True when one of the strings in `stop` has been made; it is not shown. What may be
+    the beginning of one is held back until that is clear.
+    """
+
+    def __init__(self, tokenizer, stop=()):
+        self.decoder = StreamDecoder(tokenizer)
+        self.stop = tuple(stop)
+        self.held, self.stopped = "", False
+
+    def push(self, id):
+        """The text that id completes, often ''."""
+        return self._pass(self.decoder.push(id))
+
+    def flush(self):
+        """What is left at the end."""
+        text = self._pass(self.decoder.flush())
+        text, self.held = text + self.held, ""
+        return text
+
+    def _pass(self, text):
+        """Add `text`; return what can be shown of what was held."""
+        if self.stopped:
+            return ""
+        text = self.held + text
+        found = [text.find(stop) for stop in self.stop if stop in text]
+        if found:
+            self.held, self.stopped = "", True
+            return text[:min(found)]
+        keep = len(text) - self._begun(text)
+        self.held = text[keep:]
+        return text[:keep]
+
+    def _begun(self, text):
+        """How many characters at the end of `text` may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for n in range(1, len(stop)):
+                if text.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
