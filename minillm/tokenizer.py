@@ -56,6 +56,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# tokenizer_config.json, for transformers
+TRANSFORMERS_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": SPECIAL_TOKENS[IM_END], "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+    "clean_up_tokenization_spaces": False,
+    # transformers 4 adds token_type_ids, which no decoder takes
+    "model_input_names": ["input_ids", "attention_mask"],
+    "chat_template": CHAT_TEMPLATE,
+}
+
 
 def untrained(nfkc=False, han_run=HAN_RUN):
     """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer. `nfkc` folds compatibility
@@ -75,14 +85,8 @@ def save(backend, folder):
     """Write tokenizer.json and tokenizer_config.json (for transformers) into `folder`."""
     with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
         file.write(backend.to_str(pretty=True))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": SPECIAL_TOKENS[IM_END], "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, ensure_ascii=False, indent=2)
+        json.dump(TRANSFORMERS_CONFIG, file, ensure_ascii=False, indent=2)
 
 
 class Tokenizer:
