@@ -208,13 +208,15 @@ def read_model(folder):
     classes are taken too, if they compute what GPT computes. UserError says what does not fit.
     """
     safetensors = import_safetensors()
-    load_file, SafetensorError = safetensors.torch.load_file, safetensors.SafetensorError
+    load_file = safetensors.torch.load_file
+    SafetensorError = safetensors.SafetensorError
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             theirs = json.load(file)
         kind = check_config(theirs)
         config = gpt_config(theirs, kind)
-        tensors, training = load_file(os.path.join(folder, "model.safetensors")), {}
+        tensors = load_file(os.path.join(folder, "model.safetensors"))
+        training = {}
         if os.path.exists(os.path.join(folder, "training.safetensors")):
             training = load_file(os.path.join(folder, "training.safetensors"))
         config["vocab_size"] += len(training.get("wte.weight", ()))

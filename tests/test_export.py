@@ -36,6 +36,8 @@ def lively_model(**shape):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:         # norms of 1 and biases of 0 would hide one forgotten
             parameter.uniform_(0.5, 1.5)
+        elif "noise" in name:
+            parameter.normal_()
         elif name.startswith("blocks") and "router" not in name:
             parameter.mul_(3)
     return model
