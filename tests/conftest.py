@@ -7,6 +7,7 @@ import threading
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+pytest_plugins = ["support.small_project"]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Tests fork. A pool of compiler processes, once this one has it, is broken in its children, and they wait for it forever
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -1,8 +1,6 @@
 """A program's main() in a forked process: started, killed, waited for; what it printed.
 
-A forked child has all modules loaded, so a tiny run takes hundredths of a second. It is the program's own
-main(), with its own command line, in a process of its own that can be killed. What the child then imports or
-compiles is not shared.
+A forked child has all modules loaded, so a tiny run takes hundredths of a second.
 """
 import importlib
 import os
@@ -22,9 +20,9 @@ LIMIT = 600                                      # seconds; only a process that 
 class Fork:
     """`program`'s main() in a forked child.
 
-    program: a module with a main(). argv: its arguments. before: a function that the child calls first, to plant a
-    fault. env: changes of the environment. folder: where it runs. stdin: the bytes that it can read.
-    `wait()` gives the exit status (negative: the signal). `.out`, `.err` and `.output` (both) are what it printed.
+    before: called first in the child, to plant a fault. env: changes of the environment.
+    `wait()` returns the exit status, negative for a signal. `.out`, `.err` and `.output` (both)
+    are what it has printed.
     """
 
     def __init__(self, program, argv, before=None, env=None, folder=None, stdin=b""):
@@ -83,7 +81,7 @@ class Fork:
         return self.status
 
     def wait(self, timeout=LIMIT):
-        """Returns the exit status once it has ended. Kills what doesn't end within `timeout` seconds, and fails."""
+        """Returns the exit status at its end. Fails and kills it after `timeout` seconds."""
         limit = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > limit:
@@ -128,9 +126,10 @@ def finish(program, argv, **options):
 
 
 def refused(program, argv, **options):
-    """Returns the one line of the refusal, the last. Fails unless it exits 2 and shows no traceback."""
+    """Returns the line of the refusal, its last. Fails unless it exits 2 without a traceback."""
     child = run(program, argv, **options)
-    assert child.status == 2 and "Traceback" not in child.output, f"exit {child.status}\n{child.output}"
+    assert child.status == 2, f"exit {child.status}\n{child.output}"
+    assert "Traceback" not in child.output, child.output
     lines = [line for line in child.err.splitlines() if line.startswith(f"{program}.py:")]
     assert len(lines) == 1 and child.err.endswith(lines[0] + "\n"), child.err
     return lines[0]

@@ -30,7 +30,8 @@ def make_tokenizer(folder):
     assert len(vocabulary) == VOCAB, len(vocabulary)
     backend = untrained()
     backend.model = models.BPE(vocabulary, merges)
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    special = [tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS]
+    backend.add_special_tokens(special)
     os.makedirs(folder)
     save(backend, folder)
     return str(folder)
