@@ -25,6 +25,7 @@ import torch
 
 from minillm.configurator import field_comments
 from minillm.errors import UserError
+from minillm.export_hf import read_model
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
 RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict, "best_val_loss": float, "bad_steps": list}
@@ -203,6 +204,8 @@ def load_for_inference(folder, which="newest", check=False):
 
     which: "newest" or "best". The tensors are memory-mapped, the optimizer's are never read. check: as in load.
     """
+    if str(folder).startswith("hf:"):            # a folder that export.py made
+        return read_model(folder.removeprefix("hf:"))
     if which not in ("newest", "best"):
         raise UserError(f"checkpoint {which!r}: newest or best")
     if not os.path.isdir(folder):

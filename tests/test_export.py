@@ -11,6 +11,7 @@ import export
 from minillm.errors import UserError
 from minillm.export_hf import read_model
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
+from support import training_runs
 from support.tiny_models import talkative, tiny_model, write_folder
 
 transformers = pytest.importorskip("transformers")
@@ -247,6 +248,23 @@ def test_what_export_refuses(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install safetensors"):
         export_folder(dense)
     assert not os.path.exists(os.path.join(dense, "exported"))
+
+
+@pytest.mark.parametrize("shape", [[], training_runs.MOE], ids=["dense", "MoE"])
+def test_train_starts_from_an_exported_folder(tmp_path, shape):
+    """init_from=hf:FOLDER gives the run that init_from=DIR gives, to the last bit."""
+    short = [*training_runs.TINY, "--max_iters=10", "--eval_interval=5"]
+    data = training_runs.make_data(tmp_path / "data")
+    argv = [*short, f"--data_dir={data}"]
+    training_runs.finish([*argv, *shape, "--vocab_size=304", f"--out_dir={tmp_path}/base"])
+    folder = export_folder(str(tmp_path / "base"))
+
+    for out, start in (("a", tmp_path / "base"), ("b", f"hf:{folder}")):
+        training_runs.finish([*argv, f"--out_dir={tmp_path}/{out}", f"--init_from={start}"])
+    line = training_runs.refused([*argv, f"--out_dir={tmp_path}/c", "--init_from=hf:nowhere"])
+
+    training_runs.assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert "no model of export.py in nowhere" in line
 
 
 def change_config(folder, **changes):
