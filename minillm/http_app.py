@@ -1,0 +1,269 @@
+"""The web application of serve.py: routes, limits and streams.
+
+    app = make_app(service, limits, start_decoder)       # for uvicorn
+
+GET / (the page), GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/completions.
+Errors have OpenAI's shape: {"error": {"message", "type", "param", "code"}}. A client that goes away frees
+its row before the next step.
+"""
+import asyncio
+import base64
+import contextlib
+import hashlib
+import hmac
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+
+from minillm.batch_decoder import Busy
+from minillm.openai_api import ApiError, read_chat, read_completion, to_json
+
+PAGE = os.path.join(os.path.dirname(__file__), "web", "chat.html")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class Limits:
+    """Who may ask, and how much."""
+    api_key: str = ""                      # empty: anybody
+    max_body: int = 1_000_000              # bytes
+    body_seconds: float = 30.0             # until a body has arrived
+    loopback_only: bool = True             # refuse other names of this host: a web site could have made one up
+
+
+def make_app(service, limits, start_decoder):
+    """start_decoder(notify) returns a running BatchDecoder; it is called when the server starts."""
+    app = Starlette(lifespan=lifespan, routes=[
+        Route("/", page),
+        Route("/healthz", health),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/v1/chat/completions", chat_completion, methods=["POST"]),
+        Route("/v1/completions", completion, methods=["POST"]),
+    ], exception_handlers={ApiError: show_error, HTTPException: show_http_error, Exception: show_bug})
+    app.state.service, app.state.limits, app.state.start_decoder = service, limits, start_decoder
+    app.state.page = read_page()
+    return app
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    loop = asyncio.get_running_loop()
+    decoder = app.state.start_decoder(lambda answers: loop.call_soon_threadsafe(wake, answers))
+    app.state.decoder = decoder
+    try:
+        yield
+    finally:
+        # the thread may be waiting to be heard by this loop
+        await asyncio.to_thread(decoder.close)
+
+
+def wake(answers):
+    for answer in answers:
+        answer.news.set()
+
+
+# ---- what goes out
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content):
+        return to_json(content)
+
+
+async def show_error(request, error):
+    return Json(error.body, error.status, error.headers)
+
+
+async def show_http_error(request, error):
+    said = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not for {request.url.path}"}
+    message = said.get(error.status_code, error.detail)
+    return await show_error(request, ApiError(error.status_code, message, headers=error.headers))
+
+
+async def show_bug(request, error):
+    return await show_error(request, ApiError(500, "the server made a mistake; its log says more", type="server_error"))
+
+
+def read_page():
+    """The page, and a policy by which a browser runs nothing but its own script."""
+    with open(PAGE, encoding="utf-8") as file:
+        text = file.read()
+    allowed = {}
+    for tag in ("script", "style"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+        allowed[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    policy = (f"default-src 'none'; script-src 'sha256-{allowed['script']}'; style-src 'sha256-{allowed['style']}'; "
+              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff",
+               "referrer-policy": "no-referrer", "cache-control": "no-cache"}
+    return text, headers
+
+
+async def page(request):
+    text, headers = request.app.state.page
+    return Response(text, headers=headers, media_type="text/html")
+
+
+async def health(request):
+    decoder = request.app.state.decoder
+    alive = decoder.thread.is_alive()
+    return Json({"status": "ok" if alive else "the decoder has died", "active": decoder.active,
+                 "waiting": len(decoder.waiting)}, 200 if alive else 503)
+
+
+async def models(request):
+    check_caller(request)
+    return Json({"object": "list", "data": [request.app.state.service.card()]})
+
+
+async def one_model(request):
+    check_caller(request)
+    service, name = request.app.state.service, request.path_params["name"]
+    if name != service.name:
+        raise ApiError(404, f"the model {name[:80]!r} does not exist", "model", "model_not_found")
+    return Json(service.card())
+
+
+# ---- what comes in
+
+def check_caller(request):
+    """Raise ApiError unless this caller may ask."""
+    limits = request.app.state.limits
+    if limits.api_key:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        # a header's bytes arrive as latin-1
+        if not hmac.compare_digest(given.encode("latin-1"), limits.api_key.encode()):
+            raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+                           type="authentication_error", code="invalid_api_key")
+    elif limits.loopback_only:
+        host = urlsplit("//" + request.headers.get("host", "")).hostname
+        if host not in LOOPBACK:
+            raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
+                                "start it with --api_key or --host to let others in", code="host_not_allowed")
+
+
+async def read_body(request, limits):
+    """The bytes of the body. Raises ApiError where they are too many, too slow, or not said to be JSON."""
+    # a form, which any web site may send from a browser, is not JSON
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= limits.max_body:
+                    body += piece
+                elif size > 16 * limits.max_body:
+                    break                        # up to here it is read, so that the client gets to read our answer
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+    if size > limits.max_body:
+        raise ApiError(413, f"the body is larger than {limits.max_body:,} bytes", code="request_too_large")
+    return bytes(body)
+
+
+async def chat_completion(request):
+    return await respond(request, read_chat)
+
+
+async def completion(request):
+    return await respond(request, read_completion)
+
+
+async def respond(request, read):
+    """Read a request, queue its answers, and return the response that waits for them."""
+    state = request.app.state
+    check_caller(request)
+    try:
+        state.decoder.check_room()               # before a body is read for nothing
+        body = await read_body(request, state.limits)
+        job = await asyncio.to_thread(read, body, state.service)
+        news = asyncio.Event()
+        for answer in job.answers:
+            answer.news = news
+        state.decoder.submit(job.answers)
+    except Busy as busy:
+        raise ApiError(429, str(busy), code="model_busy", type="rate_limit_error",
+                       headers={"retry-after": str(busy.retry_after)}) from None
+    return AnswerResponse(job, news, state.decoder)
+
+
+class AnswerResponse:
+    """Sends the answers of a job as they come, or all at the end; stops decoding when the client goes."""
+
+    def __init__(self, job, news, decoder):
+        self.job, self.news, self.decoder = job, news, decoder
+
+    async def __call__(self, scope, receive, send):
+        send_all = self.send_stream if self.job.stream else self.send_whole
+        sending = asyncio.create_task(send_all(scope, receive, send))
+        watching = asyncio.create_task(client_leaves(receive))
+        try:
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()                 # raises what went wrong
+        finally:
+            for answer in self.job.answers:
+                self.decoder.cancel(answer)
+            for task in (sending, watching):
+                task.cancel()
+            await asyncio.gather(sending, watching, return_exceptions=True)
+
+    async def send_whole(self, scope, receive, send):
+        answers = self.job.answers
+        while not all(answer.finish for answer in answers):
+            await self.news.wait()
+            self.news.clear()
+        if any(answer.finish == "error" for answer in answers):
+            response = await show_bug(None, None)
+        else:
+            response = Json(self.job.whole())
+        await response(scope, receive, send)
+
+    async def send_stream(self, scope, receive, send):
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                   (b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for data in self.events():
+            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def events(self):
+        """The data of each event."""
+        job = self.job
+        if job.kind == "chat":
+            for index in range(len(job.answers)):
+                yield to_json(job.first_chunk(index))
+        open_answers = dict(enumerate(job.answers))
+        while open_answers:
+            await self.news.wait()
+            self.news.clear()
+            for index, answer in list(open_answers.items()):
+                finish = answer.finish           # read before the text: what comes with the end is not left behind
+                text = answer.take()
+                if text:
+                    yield to_json(job.chunk(index, text))
+                if finish == "error":
+                    yield (await show_bug(None, None)).body
+                    return
+                if finish:
+                    yield to_json(job.last_chunk(index))
+                    del open_answers[index]
+        if job.include_usage:
+            yield to_json(job.usage_chunk())
+        yield b"[DONE]"
+
+
+async def client_leaves(receive):
+    """Return when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
