@@ -1,17 +1,17 @@
 """Many answers at once: one thread decodes all active rows of one KV cache.
 
-    decoder = BatchDecoder(model, rows=8, max_waiting=64, notify=lambda answers: ...)
-    decoder.submit([Answer(model.tokenizer, next_prompt, seed=1)])     # Busy where no place is left
-    decoder.cancel(answer)                                              # frees the row before the next step
+    decoder = BatchDecoder(model, cache, max_waiting=64, notify=lambda answers: ...)
+    decoder.submit([Answer(model.tokenizer, conversation.next_prompt, SamplingParams(), seed=1)])
+    decoder.cancel(answer)                   # frees the row before the next step
     decoder.close()
 
-Answers join and leave between two steps. A prompt is read in pieces of READ_TOKENS, one piece between two
-steps, so a long prompt does not hold up the others. A row keeps the keys and values of its last answer:
-the next prompt that begins alike goes there and reads only what is new.
+Answers join and leave between two steps. A prompt is read in pieces of READ_TOKENS, one piece
+between two steps, so a long prompt does not stop the others. A row keeps the keys and values of its
+last answer: the next prompt with the same beginning goes there, and only what is new is read.
 
-Each row draws from its own seed, so an answer has the text that it has alone, whoever decodes beside it.
-Sums over a batch round differently than those of one row, in the last digits; a random draw that falls
-between the two is the one exception, about once in a million tokens in float32.
+Each row draws from its own seed, so an answer has the text that it has alone, whatever is decoded
+beside it. Sums over a batch round differently in the last digits; only a random draw that falls
+between the two values gives another token, which is rare in float32 and less so in bfloat16.
 """
 import collections
 import math
@@ -22,38 +22,35 @@ import traceback
 
 import torch
 
-from minillm.conversation import TextStream
-from minillm.sampling import sample
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
+from minillm.conversation import SEGMENT_SEED, STOP_IDS
+from minillm.generation import common_length, decode_one_token, prefill
+from minillm.sampling import penalize, sample
+from minillm.text_stream import TextStream
 
-STOP_IDS = (END_OF_TEXT, IM_START, IM_END)
 READ_TOKENS = 256                # of a prompt, between two steps
-SEGMENT_SEED = 1_000_003         # as in Conversation.answer: the seed of what follows a full context
 
 
 class Busy(Exception):
     """No row is free and no place in the queue. retry_after: seconds until one probably is."""
 
     def __init__(self, active, waiting, retry_after):
-        super().__init__(f"the model is busy: {active} requests are running and {waiting} are waiting; "
-                         f"try again in {retry_after} s")
+        super().__init__(f"the model is busy: {active} requests are running and {waiting} are "
+                         f"waiting; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
 class Answer:
     """One answer: what to decode, and what has been decoded so far.
 
-    next_prompt(ids) returns the prompt that follows after the answer `ids` so far: first with [], then
-    whenever the context is full. It returns None where nothing can be dropped to make room.
+    next_prompt(ids) returns the prompt to continue with after `ids` of the answer: at first with
+    [], then whenever the context is full. It returns None where nothing can be dropped.
     `pieces` collects text for the reader. `finish` stays None until the answer ends: then "stop",
     "length" (max_new_tokens), "context" (no room left), "cancelled" or "error".
     """
 
-    def __init__(self, tokenizer, next_prompt, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0,
-                 repetition_penalty=1.0, seed=0, stop=()):
-        self.next_prompt, self.prompt = next_prompt, next_prompt([])
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self.sampling = (temperature, top_k, top_p, repetition_penalty)
+    def __init__(self, tokenizer, next_prompt, params, seed=0, stop=()):
+        self.next_prompt, self.params, self.seed = next_prompt, params, seed
+        self.prompt = next_prompt([])
         self.stream = TextStream(tokenizer, stop)
         self.ids, self.segment = [], 0
         self.pieces = collections.deque()
@@ -64,12 +61,13 @@ class Answer:
         """Add the next token."""
         self.tokens += 1
         if token in STOP_IDS:
-            return self.end("stop")
+            self.end("stop")
+            return
         self.ids.append(token)
         self.pieces.append(self.stream.push(token))
         if self.stream.stopped:
             self.end("stop")
-        elif len(self.ids) == self.max_new_tokens:
+        elif len(self.ids) == self.params.max_new_tokens:
             self.end("length")
 
     def end(self, reason):
@@ -93,7 +91,7 @@ class CacheRows:
         self.v = [v[first:last] for v in cache.v]
         self.tokens = [[] for _ in range(first, last)]
         self.prefilled = 0
-        self.loops = {}
+        self.graph = None                        # of minillm/speed: a step recorded over these rows
 
 
 class Row:
@@ -105,27 +103,22 @@ class Row:
 
     def start(self, answer, vocab_size):
         """Get ready to read answer.prompt."""
-        self.answer = answer
-        room = self.cache.size - len(answer.prompt)
-        self.limit = min(answer.max_new_tokens - len(answer.ids), room)
-        self.read = min(self.shared(answer.prompt), len(answer.prompt) - 1)
+        self.answer, prompt, params = answer, answer.prompt, answer.params
+        self.read = self.shared(prompt)          # tokens of the prompt that are in the cache
+        self.limit = min(params.max_new_tokens - len(answer.ids), self.cache.size - len(prompt))
         self.step = 0
-        generator = torch.Generator().manual_seed((answer.seed + SEGMENT_SEED * answer.segment) % 2**63)
+        seed = answer.seed + SEGMENT_SEED * answer.segment
+        generator = torch.Generator().manual_seed(seed % 2**63)
         self.u = torch.rand(self.limit, generator=generator)
         self.seen = None
-        if answer.sampling[3] != 1:
+        if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self.seen[answer.prompt] = True
+            self.seen[prompt] = True
             self.seen[list(STOP_IDS)] = False
 
     def shared(self, prompt):
-        """How many of the first tokens of `prompt` are in the cache already."""
-        count = 0
-        for new, old in zip(prompt, self.cache.tokens[0]):
-            if new != old:
-                break
-            count += 1
-        return count
+        """How many tokens of `prompt` need not be read; its last one always must."""
+        return common_length(prompt[:-1], self.cache.tokens[0])
 
     @property
     def reading(self):
@@ -135,19 +128,23 @@ class Row:
 class BatchDecoder:
     """Decodes answers in a thread of its own.
 
-    rows: answers decoded at the same time. max_waiting: answers that may wait for a row.
-    notify(answers) is called in that thread after each step, with the answers that have news.
+    Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
+    called in the thread after each step, with the answers that may have news. decode, span, topk:
+    the twins of minillm/speed.
     """
 
-    def __init__(self, model, cache, prefill, decode, max_waiting, notify):
-        self.model, self.cache, self.prefill, self.decode = model, cache, prefill, decode
+    def __init__(self, model, cache, max_waiting, notify, decode=decode_one_token,
+                 span=lambda *rows: rows, topk=torch.topk):
+        self.model, self.cache = model, cache
+        self.max_waiting, self.notify = max_waiting, notify
+        self.decode, self.span, self.topk = decode, span, topk
         self.vocab_size = model.tokenizer.vocab_size
         self.rows = [Row(cache, number) for number in range(len(cache.tokens))]
-        self.max_waiting, self.notify = max_waiting, notify
+        self.spans = {}                          # (first, last) → CacheRows
         self.waiting, self.active = collections.deque(), 0
         self.changed = threading.Condition()
         self.closing = False
-        self.mean_seconds = 1.0                  # of the last answers, from row to end
+        self.mean_seconds = 1.0                  # of the last answers, from joining to the end
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self.thread.start()
 
@@ -190,6 +187,8 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def _run(self):
+        if self.model.wte.weight.is_cuda:        # each thread has a current device of its own
+            torch.cuda.set_device(self.model.wte.weight.device)
         while self._take_work():
             news = [row.answer for row in self.rows if row.answer]
             try:
@@ -200,7 +199,10 @@ class BatchDecoder:
             self.notify(news)
 
     def _take_work(self):
-        """Wait for something to do. Free the rows that are done, give free rows to those who wait. False: the end."""
+        """Free the rows that are done, give them to those who wait, wait for something to do.
+
+        Returns False when the decoder closes.
+        """
         with self.changed:
             while True:
                 for row in self.rows:
@@ -245,13 +247,15 @@ class BatchDecoder:
     def _read(self, row):
         prompt = row.answer.prompt
         row.read = min(row.read + READ_TOKENS, len(prompt))
-        logits = self.prefill(self.model, row.cache, [prompt[: row.read]])
+        logits = prefill(self.model, row.cache, [prompt[: row.read]])
         if not row.reading:
             self._choose([row], logits)
 
     def _step(self, decoding):
-        """One token for each of `decoding`. Rows between them that are idle write to the padding slot."""
-        first, last = decoding[0].number, decoding[-1].number + 1
+        """One token for each of `decoding`. Idle rows between them write to the padding slot."""
+        first, last = self.span(decoding[0].number, decoding[-1].number + 1)
+        if (first, last) not in self.spans:
+            self.spans[first, last] = CacheRows(self.cache, first, last)
         token = torch.zeros(last - first, 1, dtype=torch.long)
         position = torch.full_like(token, self.cache.size)
         for row in decoding:
@@ -260,26 +264,25 @@ class BatchDecoder:
             position[row.number - first] = len(tokens)
             tokens.append(row.token)
         end = max(len(row.cache.tokens[0]) for row in decoding)
-        cache = CacheRows(self.cache, first, last)
-        device = self.model.wte.weight.device
-        logits = self.decode(self.model, cache, token.to(device), position.to(device), end)
+        logits = self.decode(self.model, self.spans[first, last], token, position, end)
         self._choose(decoding, logits[[row.number - first for row in decoding]])
 
     def _choose(self, rows, logits):
-        """Draw the next token of each row from its logits (len(rows), V): those of equal sampling together."""
+        """Draw the next token of each row from its logits (len(rows), V)."""
         logits = logits[:, : self.vocab_size]
-        groups = collections.defaultdict(list)
-        for place, row in enumerate(rows):
-            groups[row.answer.sampling].append(place)
+        groups = collections.defaultdict(list)   # rows of equal sampling are drawn together
+        for i, row in enumerate(rows):
+            p = row.answer.params
+            groups[p.temperature, p.top_k, p.top_p, p.repetition_penalty].append(i)
         for (temperature, top_k, top_p, penalty), places in groups.items():
-            group = [rows[place] for place in places]
+            group = [rows[i] for i in places]
             scores = logits[places]
-            if penalty != 1:                     # CTRL, arXiv 1909.05858
+            if penalty != 1:
                 seen = torch.stack([row.seen for row in group]).to(scores.device)
-                damped = torch.where(scores > 0, scores / penalty, scores * penalty)
-                scores = torch.where(seen, damped, scores)
+                scores = penalize(scores, seen, penalty)
             u = torch.stack([row.u[row.step] for row in group]).to(scores.device)
-            for row, token in zip(group, sample(scores, u, temperature, top_k, top_p).tolist()):
+            tokens = sample(scores, u, temperature, top_k, top_p, self.topk).tolist()
+            for row, token in zip(group, tokens):
                 self._push(row, token)
 
     def _push(self, row, token):
@@ -297,7 +300,8 @@ class BatchDecoder:
         answer = row.answer
         prompt = answer.next_prompt(answer.ids)
         if prompt is None:
-            return answer.end("context")
+            answer.end("context")
+            return
         answer.prompt = prompt
         answer.segment += 1
         row.start(answer, self.vocab_size)

@@ -20,6 +20,7 @@ from minillm.text_stream import TextStream
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
+SEGMENT_SEED = 1_000_003                         # from one prompt of an answer to the next
 
 
 def chat(model, messages, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1.0,
@@ -133,6 +134,16 @@ class Conversation:
         """The ids that the next answer goes on from."""
         return self.system_ids + [id for turn in self.turns[self.first:] for id in turn.ids] + self.generation_prompt
 
+    def next_prompt(self, ids):
+        """The prompt to continue with after `ids` of the answer, for whoever decodes it elsewhere.
+
+        Makes room where the context is full. None where nothing is left to drop.
+        """
+        if ids and not self._droppable():
+            return None
+        self._make_room(len(ids))
+        return self.prompt() + ids
+
     def ask(self, text, **options):
         """Say `text` and return the iterator of the answer's pieces; options: see `answer`.
 
@@ -180,7 +191,7 @@ class Conversation:
                 prompt = self.prompt() + ids
                 before = self.cache.prefilled
                 tokens = self.model.generate(prompt, min(max_new_tokens - len(ids), self.context - len(prompt)), cache=self.cache,
-                                             seed=seed + 1_000_003 * segment, stop_ids=STOP_IDS, **sampling)
+                                             seed=seed + SEGMENT_SEED * segment, stop_ids=STOP_IDS, **sampling)
                 for id in tokens:
                     if not last["tokens"]:
                         last["first_token_seconds"] = time.perf_counter() - start

@@ -3,8 +3,8 @@
     app = make_app(service, limits, start_decoder)       # for uvicorn
 
 GET / (the page), GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/completions.
-Errors have OpenAI's shape: {"error": {"message", "type", "param", "code"}}. A client that goes away frees
-its row before the next step.
+Errors have OpenAI's shape: {"error": {"message", "type", "param", "code"}}. A client that goes away
+frees its row before the next step.
 """
 import asyncio
 import base64
@@ -22,7 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from minillm.batch_decoder import Busy
-from minillm.openai_api import ApiError, read_chat, read_completion, to_json
+from minillm.openai_api import no_such_model, read_chat, read_completion
+from minillm.request_fields import ApiError, to_json
 
 PAGE = os.path.join(os.path.dirname(__file__), "web", "chat.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -34,7 +35,7 @@ class Limits:
     api_key: str = ""                      # empty: anybody
     max_body: int = 1_000_000              # bytes
     body_seconds: float = 30.0             # until a body has arrived
-    loopback_only: bool = True             # refuse other names of this host: a web site could have made one up
+    loopback_only: bool = True             # refuse other names of this host: anybody can make one
 
 
 def make_app(service, limits, start_decoder):
@@ -46,7 +47,8 @@ def make_app(service, limits, start_decoder):
         Route("/v1/models/{name:path}", one_model),
         Route("/v1/chat/completions", chat_completion, methods=["POST"]),
         Route("/v1/completions", completion, methods=["POST"]),
-    ], exception_handlers={ApiError: show_error, HTTPException: show_http_error, Exception: show_bug})
+    ], exception_handlers={ApiError: show_error, HTTPException: show_http_error,
+                           Exception: show_bug})
     app.state.service, app.state.limits, app.state.start_decoder = service, limits, start_decoder
     app.state.page = read_page()
     return app
@@ -83,25 +85,29 @@ async def show_error(request, error):
 
 
 async def show_http_error(request, error):
-    said = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not for {request.url.path}"}
-    message = said.get(error.status_code, error.detail)
+    path, message = request.url.path, error.detail
+    if error.status_code == 404:
+        message = f"there is no {path} here"
+    if error.status_code == 405:
+        message = f"{path} does not take {request.method}"
     return await show_error(request, ApiError(error.status_code, message, headers=error.headers))
 
 
 async def show_bug(request, error):
-    return await show_error(request, ApiError(500, "the server made a mistake; its log says more", type="server_error"))
+    message = "the server made a mistake; its log says more"
+    return await show_error(request, ApiError(500, message, type="server_error"))
 
 
 def read_page():
     """The page, and a policy by which a browser runs nothing but its own script."""
     with open(PAGE, encoding="utf-8") as file:
         text = file.read()
-    allowed = {}
+    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
     for tag in ("script", "style"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
-        allowed[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-    policy = (f"default-src 'none'; script-src 'sha256-{allowed['script']}'; style-src 'sha256-{allowed['style']}'; "
-              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff",
                "referrer-policy": "no-referrer", "cache-control": "no-cache"}
     return text, headers
@@ -128,7 +134,7 @@ async def one_model(request):
     check_caller(request)
     service, name = request.app.state.service, request.path_params["name"]
     if name != service.name:
-        raise ApiError(404, f"the model {name[:80]!r} does not exist", "model", "model_not_found")
+        raise no_such_model(name, service)
     return Json(service.card())
 
 
@@ -141,20 +147,22 @@ def check_caller(request):
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         # a header's bytes arrive as latin-1
         if not hmac.compare_digest(given.encode("latin-1"), limits.api_key.encode()):
-            raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+            raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`",
                            type="authentication_error", code="invalid_api_key")
     elif limits.loopback_only:
         host = urlsplit("//" + request.headers.get("host", "")).hostname
         if host not in LOOPBACK:
             raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
-                                "start it with --api_key or --host to let others in", code="host_not_allowed")
+                                "start it with --api_key or --host to let others in",
+                           code="host_not_allowed")
 
 
 async def read_body(request, limits):
-    """The bytes of the body. Raises ApiError where they are too many, too slow, or not said to be JSON."""
-    # a form, which any web site may send from a browser, is not JSON
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
+    """The bytes of the body. Raises ApiError: too many, too slow, or not said to be JSON."""
+    # any web site may have a visitor's browser send a form, but not JSON
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must be JSON, with `Content-Type: application/json`")
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(limits.body_seconds):
@@ -163,11 +171,12 @@ async def read_body(request, limits):
                 if size <= limits.max_body:
                     body += piece
                 elif size > 16 * limits.max_body:
-                    break                        # up to here it is read, so that the client gets to read our answer
+                    break                        # read so far: then most clients hear the answer
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+        raise ApiError(408, f"no whole body within {limits.body_seconds:g} s") from None
     if size > limits.max_body:
-        raise ApiError(413, f"the body is larger than {limits.max_body:,} bytes", code="request_too_large")
+        raise ApiError(413, f"the body is larger than {limits.max_body:,} bytes",
+                       code="request_too_large")
     return bytes(body)
 
 
@@ -198,7 +207,7 @@ async def respond(request, read):
 
 
 class AnswerResponse:
-    """Sends the answers of a job as they come, or all at the end; stops decoding when the client goes."""
+    """Sends the answers of a job, as they come or at the end; stops them when the client goes."""
 
     def __init__(self, job, news, decoder):
         self.job, self.news, self.decoder = job, news, decoder
@@ -230,11 +239,12 @@ class AnswerResponse:
         await response(scope, receive, send)
 
     async def send_stream(self, scope, receive, send):
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-                   (b"x-accel-buffering", b"no")]
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"),
+                   (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for data in self.events():
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            event = b"data: " + data + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     async def events(self):
@@ -248,7 +258,7 @@ class AnswerResponse:
             await self.news.wait()
             self.news.clear()
             for index, answer in list(open_answers.items()):
-                finish = answer.finish           # read before the text: what comes with the end is not left behind
+                finish = answer.finish           # before the text: the end brings a last piece
                 text = answer.take()
                 if text:
                     yield to_json(job.chunk(index, text))

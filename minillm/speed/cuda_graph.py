@@ -124,3 +124,26 @@ def capture_decode(model, cache, state, params, compile):
 
 def next_power_of_two(n):
     return 1 << (n - 1).bit_length()
+
+
+def decode_rows(model, cache, token, position, end):
+    """Twin of generation.decode_one_token for batch_decoder.CacheRows, which keep the graph.
+
+    token, position: (B, 1), on the host. It always looks at all slots: one graph for every `end`.
+    """
+    if cache.graph is None:
+        device = model.wte.weight.device
+        buffers = torch.zeros_like(token, device=device), torch.zeros_like(position, device=device)
+        buffers[1].fill_(cache.size)             # padding: warming up writes nothing that is read
+        replay, logits = capture(lambda: decode_one_token(model, cache, *buffers, cache.size))
+        cache.graph = *buffers, replay, logits
+    token_buffer, position_buffer, replay, logits = cache.graph
+    token_buffer.copy_(token)
+    position_buffer.copy_(position)
+    replay()
+    return logits
+
+
+def power_of_two_rows(first, last, rows):
+    """The rows to decode where those from first to last - 1 are active: few different graphs."""
+    return 0, min(next_power_of_two(last), rows)

@@ -1,4 +1,4 @@
-"""Which plain function each fast twin replaces, and where it pays. model.py calls this, nothing else does.
+"""Which plain function each fast twin replaces, and where it pays. model.py and serve.py call this.
 
 Delete minillm/speed and everything still runs, slower, with the same numbers.
 """
@@ -55,6 +55,17 @@ def for_generate(model, compile):
     if device == "cpu":
         vectors = partial(decode_loop, decode_one_token=decode_cpu.decode_one_token, topk=topk_by_parts)
         return {"decode": vectors}
+    return {}
+
+
+def for_batch_decoder(model, rows):
+    """The arguments of BatchDecoder over `rows` rows that are faster on the model's device."""
+    device = model.wte.weight.device.type
+    if device == "cuda":
+        span = partial(cuda_graph.power_of_two_rows, rows=rows)
+        return {"decode": cuda_graph.decode_rows, "span": span, "topk": topk_by_parts}
+    if device == "cpu":
+        return {"decode": decode_cpu.decode_one_token, "topk": topk_by_parts}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""serve.py's application on a free port, in threads of the test process, with a model of the test's choice."""
+"""serve.py's application on a free port, in threads of the test process, with any model."""
 import contextlib
 import socket
 import threading
@@ -8,24 +8,26 @@ import openai
 import uvicorn
 
 from minillm.batch_decoder import BatchDecoder
+from minillm.generation import decode_one_token
 from minillm.http_app import Limits, make_app
 from minillm.openai_api import Service
-from model import decode_one_token, prefill
+from minillm.sampling_params import SamplingParams
+from model import twins
 
-DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50}
 PATIENCE = 60                    # seconds that an event may take on a machine that is busy
 
 
 class Gate:
-    """decode_one_token, which waits while the gate is shut: a test may look at a server in the middle of its work."""
+    """A decode step that waits while the gate is shut: tests look at a server amid its work."""
 
-    def __init__(self):
-        self.open = threading.Event()
+    def __init__(self, decode):
+        self.decode, self.open = decode, threading.Event()
         self.open.set()
 
     def __call__(self, *arguments):
         assert self.open.wait(PATIENCE)
-        return decode_one_token(*arguments)
+        return self.decode(*arguments)
 
 
 class Server:
@@ -37,11 +39,13 @@ class Server:
         self.step = threading.Condition()
 
     def client(self, **options):
-        return openai.OpenAI(base_url=self.url + "/v1", api_key=self.key or "none", max_retries=0, timeout=PATIENCE, **options)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=self.key or "none", max_retries=0,
+                             timeout=PATIENCE, **options)
 
     def ask(self, path, body, **headers):
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
-        headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        headers = {"content-type": "application/json"} | headers
         return httpx.post(self.url + path, headers=headers, timeout=PATIENCE, **content)
 
     def wait(self, condition):
@@ -59,21 +63,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(model, rows=4, max_waiting=64, defaults=DEFAULTS, most_tokens=4096, **limits):
+def served(model, rows=4, max_waiting=64, fast=True, **limits):
     """A Server, running; it is shut down at the end."""
-    gate = Gate()
+    options = twins.for_batch_decoder(model, rows) if fast else {}
+    gate = options["decode"] = Gate(options.get("decode", decode_one_token))
     bound = socket.create_server(("127.0.0.1", 0))
-    server = Server(model, f"http://127.0.0.1:{bound.getsockname()[1]}", gate, limits.get("api_key"))
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server = Server(model, url, gate, limits.get("api_key"))
     cache = model.new_cache(rows)
+    service = Service(model, cache, "tiny", SamplingParams(**DEFAULTS), most_tokens=4096)
 
     def start_decoder(notify):
         def notify_and_tell(answers):
             notify(answers)
             with server.step:
                 server.step.notify_all()
-        server.decoder = BatchDecoder(model, cache, prefill, gate, max_waiting, notify_and_tell)
+        server.decoder = BatchDecoder(model, cache, max_waiting, notify_and_tell, **options)
         return server.decoder
-    app = make_app(Service(model, cache, "tiny", defaults, most_tokens), Limits(**limits), start_decoder)
+    app = make_app(service, Limits(**limits), start_decoder)
     web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
