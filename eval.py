@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.attention import document_mask
-from minillm.checkpoint import read_settings
+from minillm.run_folder import read_settings
 from minillm.configurator import configure
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData

@@ -266,10 +266,10 @@ class GPT(nn.Module):
         if tokenizer.hash != saved.get("tokenizer_hash", tokenizer.hash):
             raise UserError(f"{saved['tokenizer_dir']} is not the tokenizer that the model in {folder} was trained with")
         with skip_init():                        # the weights come from the file
-            model = cls(GPTConfig(**saved["model_config"]))
+            model = cls(model_config(saved, GPTConfig))
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
-        model.load_state_dict(saved["model"], assign=True)
+        load_weights(model, saved, assign=True)
         model.rope = rope_table(model.config)
         model.tokenizer, model.step = tokenizer, saved["step"]
         return model.for_generation(device, dtype)

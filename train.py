@@ -1,38 +1,46 @@
-"""Train a model on token files: pretraining or SFT, dense or mixture of experts, on one device or many.
+"""Train a model on token files: pretraining or SFT, dense or MoE, on one device or many.
 
-    python train.py                                              # the demo's pretraining, on a laptop
-    python train.py config/demo_sft.py                           # then its SFT
-    python train.py config/pretrain.py --batch_size=32           # 171 M parameters, one GPU
+    python train.py                                        # the demo's pretraining, on a laptop
+    python train.py config/demo_sft.py                     # then its SFT
+    python train.py config/pretrain.py --batch_size=32     # 171M parameters, one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/moe_sft.py
-    python train.py config/pretrain.py --init_from=resume        # go on after a crash or Ctrl-C
+    python train.py config/pretrain.py --init_from=resume  # resume after a crash or Ctrl-C
 
-The loop below reads from top to bottom. What it promises: the batch and the randomness of step s
-depend on (seed, s) alone; the loss of a step is the sum over the learned tokens of the whole global
-batch divided by their number, however it is cut into micro-steps and processes; a run that is killed
-and resumed goes on bit for bit as if it had not been (same machine, same settings, and on a GPU
---deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C or SIGTERM
-finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
+The loop below reads from top to bottom. It promises: the batch and the randomness of step s depend
+on (seed, s) alone; the loss of a step is the sum over the supervised tokens of the whole global
+batch divided by their number, however it is cut into micro-steps and processes; a run that is
+killed and resumed ends with the bits of one that never was (same machine, same settings, and on a
+GPU --deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C or
+SIGTERM finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
+
+A log line: step 100/1500 · loss (nats per supervised token, before the update) · lr · norm (of the
+gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:
+least and most tokens of an expert, 1.00 is a fair share) · time left.
 """
 import math
-import os
-import signal
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from minillm import checkpoint
+from minillm import checkpoint, run_folder, trackers
 from minillm.attention import document_mask
-from minillm.configurator import BelowOne, NonNegative, NonNegativeFloat, Positive, configure, number, whole
+from minillm.configurator import (BelowOne, NonNegative, NonNegativeFloat, Positive, configure,
+                                  number, whole)
+from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, rank_batches,
+                                show_windows)
+from minillm.device import (autocast, compile_for_training, describe, peak_flops, pick_device,
+                            pick_dtype, prepare, to_device)
+from minillm.distributed import join, print0, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
-from minillm.dataloader import TokenData, batch_windows, derive_seed, permute, show_windows
-from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from minillm.optimizer import Optimizer
+from minillm.run_log import RunLog, bad_steps_message, describe_run
 from minillm.speed.float8 import use_float8
-from minillm.distributed import agree, join_job, rank_and_world
-from minillm.run_log import RunLog, check_wandb, say
-from minillm.run_folder import build_model, identity, job, open_resumed
+from minillm.stop_signal import StopSignal
+from minillm.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 
 @dataclass
@@ -40,7 +48,9 @@ class Settings:
     # files
     out_dir: str = "out/demo_pretrain"      # checkpoints, tokenizer, config and metrics go here
     data_dir: str = "data/demo/pretrain"    # what prepare_pretrain.py or prepare_sft.py wrote
-    init_from: str = "scratch"              # scratch, resume (go on in out_dir), or a folder whose weights to start from
+    init_from: str = "scratch"              # scratch, resume (in out_dir), or a folder or .pt file: start from its weights
+    checkpoint: str = "newest"              # of init_from: newest, best or a step; with resume, a step rolls back to it
+    tokenizer: str = ""                     # folder of the data's tokenizer; empty: where meta.json says, or beside the data
     overwrite: bool = False                 # start over in an out_dir that already holds a run
     # the model; with init_from=DIR its shape comes from there
     n_layer: whole(1, 10**4) = 2            # blocks
@@ -57,7 +67,7 @@ class Settings:
     bias: bool = False                      # biases in the linear layers
     # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes together
     batch_size: whole(1, 10**7) = 16        # windows in one micro-step of one process
-    gradient_accumulation_steps: whole(1, 10**7) = 1# micro-steps in a step, counted over all processes
+    gradient_accumulation_steps: whole(1, 10**7) = 1    # micro-steps in a step, counted over all processes
     doc_mask: bool = False                  # attention never crosses from one document to the next
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer: AdamW, linear warm-up, then cosine down to min_lr
@@ -72,41 +82,56 @@ class Settings:
     beta1: BelowOne = 0.9                   # AdamW's decay of the mean gradient
     beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
     grad_clip: NonNegativeFloat = 1.0       # largest gradient norm; 0: no clipping
-    aux_loss_weight: NonNegativeFloat = 0.05# weight of the balance loss of a mixture of experts
+    aux_loss_weight: NonNegativeFloat = 0.05    # weight of the load-balancing loss of an MoE
     # watching and saving
     log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
     eval_interval: NonNegative = 500        # steps between validations; 0: none
     eval_iters: Positive = 50               # validation batches of batch_size windows, always the same ones
     checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: Positive = 2          # how many of the newest to keep
+    keep_every: NonNegative = 0             # also keep those at multiples of so many steps; 0: none
     save_best: bool = True                  # also keep the weights of the best validation loss
     max_bad_steps: Positive = 20            # stop after so many steps in a row without a finite loss and gradient
     inspect_step: whole(-1) = -1            # print the batch of this step as text and stop
     allow_other_data: bool = False          # resume although data, seed or batch are not those of the checkpoint
-    wandb_log: bool = False                 # log to Weights & Biases too (pip install wandb)
-    wandb_project: str = "mini-llm"         # its project
-    wandb_run_name: str = ""                # its run name; empty: out_dir
+    tracker: str = ""                       # also log to tensorboard, wandb, swanlab: one or several, with commas between
+    wandb_log: bool = False                 # the same as --tracker=wandb
+    wandb_project: str = "mini-llm"         # project of wandb and swanlab
+    wandb_run_name: str = ""                # their name of the run; empty: out_dir
     # the machine
-    device: str = "auto"                    # auto, cpu, cuda, cuda:N
-    dtype: str = "auto"                     # of the matrix products: auto, float32, bfloat16, float16
+    device: str = "auto"                    # auto, cpu, mps, cuda, cuda:N
+    dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
-    fp8: bool = False                       # matrix products of a dense model's blocks in 8 bits (Ada, Hopper and later); pays if compiled
+    fp8: bool = False                       # matmuls of a dense model's blocks in 8 bits (Ada, Hopper and later); pays if compiled
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
 def check(s, world):
     """Raise UserError for a setting that contradicts another."""
-    if s.batch_size * s.gradient_accumulation_steps > 10**8:
-        raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps={s.gradient_accumulation_steps} "
-                        "is more windows than one step can hold")
+    global_batch = s.batch_size * s.gradient_accumulation_steps
+    if global_batch > 10**8:
+        raise UserError(f"batch_size={s.batch_size} times gradient_accumulation_steps="
+                        f"{s.gradient_accumulation_steps} is more windows than one step can hold")
     if s.max_iters == s.epochs == 0:
         raise UserError("give the length of the training: max_iters or epochs above 0")
     if s.gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be shared evenly by {world} processes: "
-                        f"make it a multiple of {world}")
+        raise UserError(f"gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be "
+                        f"shared evenly by {world} processes: make it a multiple of {world}")
     if world > 1 and ":" in s.device:
-        raise UserError(f"--device={s.device} is one device for {world} processes: give --device=cuda, each takes its own")
-    check_wandb(s)
+        raise UserError(f"--device={s.device} is one device for {world} processes: "
+                        "give --device=cuda, each takes its own")
+    if s.checkpoint != "newest" and s.init_from == "scratch":
+        raise UserError(f"checkpoint={s.checkpoint} needs --init_from=DIR, or --init_from=resume")
+    if s.inspect_step * global_batch > 2**62:
+        raise UserError(f"inspect_step={s.inspect_step} is too large")
+    trackers.names(s)
+
+
+def count_steps(s, data):
+    """How many steps max_iters and epochs make, whichever ends sooner."""
+    global_batch = s.batch_size * s.gradient_accumulation_steps
+    by_epochs = math.ceil(s.epochs * data.n_windows / global_batch)
+    return min(steps for steps in (s.max_iters, by_epochs) if steps > 0)
 
 
 def learning_rate(s, step):
@@ -115,257 +140,275 @@ def learning_rate(s, step):
         return s.learning_rate * (step + 1) / s.warmup_iters
     if not s.decay_lr:
         return s.learning_rate
-    end = s.lr_decay_iters or s.max_iters
+    end = s.lr_decay_iters or s.steps
     progress = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
     return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model, s):
-    """AdamW; matrices decay, norms and biases don't. fused: one kernel, which can also skip a step by itself."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": s.weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+def make_optimizer(model, s, device):
+    """AdamW; matrices decay, norms and biases don't."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay, "multiple": 1.0},
+              {"params": vectors, "weight_decay": 0.0, "multiple": 1.0}]
+    # fused: one kernel, which can also skip a step by itself
+    fused = device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused)
+    return Optimizer(model, [adamw], asks_host=not fused)
+
+
+def build_model(s, data, start):
+    """The model, on the CPU, with the weights of the checkpoint `start` if there is one.
+
+    Raises UserError where the checkpoint, the settings and the data do not fit together.
+    """
+    if start:
+        if start["tokenizer_hash"] != data.meta["tokenizer_hash"]:
+            raise UserError(f"the checkpoint was trained with tokenizer "
+                            f"{start['tokenizer_hash'][:12]}, {s.data_dir} was prepared with "
+                            f"{data.meta['tokenizer_hash'][:12]}: prepare the data with the "
+                            "checkpoint's tokenizer")
+        config = checkpoint.model_config(start, GPTConfig)
+        # RoPE has no weights, so the context length may change; dropout belongs to the training
+        config.block_size, config.dropout = s.block_size, s.dropout
+        for key in s.given & asdict(config).keys():
+            asked, found = getattr(s, key), getattr(config, key)
+            if asked != found and not (key in ("n_inner", "vocab_size") and asked == 0):
+                raise UserError(f"the checkpoint has {key}={found}, these settings say {asked}: "
+                                f"leave {key} out, or start from scratch")
+    else:
+        shape = {field.name: getattr(s, field.name) for field in fields(GPTConfig)}
+        config = GPTConfig(**shape | {"vocab_size": s.vocab_size or data.meta["vocab_size"]})
+    if config.vocab_size < data.meta["vocab_size"]:
+        raise UserError(f"vocab_size={config.vocab_size} is smaller than the tokenizer's "
+                        f"{data.meta['vocab_size']}")
+    torch.manual_seed(derive_seed(s.seed, "weights"))
+    model = GPT(config)
+    if start:
+        checkpoint.load_weights(model, start)
+    return model
+
+
+@torch.no_grad()
+def validation_loss(forward, data, s, device, rank, world, stop):
+    """Mean loss per supervised token over validation windows, always the same ones.
+
+    The language loss alone. None if a signal cut it short.
+    """
+    windows = permute(range(min(s.eval_iters * s.batch_size, data.n_windows)), data.n_windows, 0)
+    # sums in float64, which mps does not have
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
+        if stop.asked:
+            sums[2] += 1
+            break
+        rows = windows[start: start + s.batch_size]
+        # the last batch is filled up, so that all have one shape
+        x, y = data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
+        y[len(rows):] = -1
+        x, y = to_device((x, y), device)
+        loss, _ = forward(x, y)
+        sums[:2] += torch.stack((loss.to(sums.device).double(), (y >= 0).sum().to(sums.device)))
+    if world > 1:
+        dist.all_reduce(sums)
+    total, supervised, cut_short = sums.tolist()
+    return None if cut_short else total / max(supervised, 1)
 
 
 def main():
     s = configure(Settings)
-    started = time.time()
     rank, local_rank, world = rank_and_world()
-    master = rank == 0
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
     # ---- where to run
     check(s, world)
-    device = pick_device(f"cuda:{local_rank}" if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available() else s.device)
+    device = pick_device(s.device, local_rank, world)
     dtype = pick_dtype(s.dtype, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # what cuBLAS needs to be deterministic
-    torch.use_deterministic_algorithms(s.deterministic)
-    control = None                              # a group for host-side numbers, so that agreeing never waits for a GPU
-    if world > 1:
-        join_job("nccl" if device.type == "cuda" else "gloo", rank, world)
-        control = dist.new_group(backend="gloo")
+    prepare(device, s.deterministic)
+    host_group = join(device, rank, world)
 
     # ---- data and model
     train_data = TokenData(s.data_dir, "train", s.block_size)
     val_data = TokenData(s.data_dir, "val", s.block_size) if s.eval_interval else None
     global_batch = s.batch_size * s.gradient_accumulation_steps
-    by_epochs = math.ceil(s.epochs * train_data.n_windows / global_batch)
-    s.max_iters = min(steps for steps in (s.max_iters, by_epochs) if steps > 0)
+    s.steps = count_steps(s, train_data)
+    tokenizer = run_folder.find_tokenizer(train_data, s)
     if s.inspect_step >= 0:
-        return master and show_windows(train_data, batch_windows(s.seed, s.inspect_step, global_batch, train_data.n_windows))
-    tokenizer = checkpoint.find_tokenizer(train_data.meta, s.out_dir)
-    resumed = open_resumed(s, train_data)
-    start = checkpoint.load_for_inference(s.init_from, check=True) if not resumed and s.init_from != "scratch" else resumed
-    model = build_model(s, train_data, start).to(device).use_fast(s.compile)
+        if rank == 0:
+            windows = batch_windows(s.seed, s.inspect_step, global_batch, train_data.n_windows)
+            show_windows(train_data, windows, Tokenizer.load(tokenizer))
+        return
+    lock = run_folder.lock_existing(s.out_dir) if rank == 0 else None
+    resumed = start = run_folder.open_resumed(s, train_data)
+    if not resumed and s.init_from != "scratch":
+        start = checkpoint.load_for_inference(s.init_from, s.checkpoint, check=True)
+        s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
+    model = build_model(s, train_data, start)
+    run_folder.state_shape(s, model.config, train_data.meta)
+    # torch has no compiler for Apple's GPUs
+    compiled = s.compile and device.type != "mps"
+    model.to(device).use_fast(compiled)
     if s.fp8:
         use_float8(model, device, dtype, s.batch_size * s.block_size)
-    optimizer = make_optimizer(model, s)
+    optimizer = make_optimizer(model, s, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_step, best_val_loss, bad_steps, wandb_id = 0, math.inf, [0, 0], None
+    first_step, best_val_loss = 0, math.inf
     if resumed:
-        checkpoint.load_optimizer(optimizer, resumed["optimizer"])
+        first_step, best_val_loss = resumed["step"], resumed["best_val_loss"]
+        optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())
-        first_step, best_val_loss, bad_steps, wandb_id = (resumed.get(key) for key in ("step", "best_val_loss", "bad_steps", "wandb_id"))
-        s.init_from = resumed["settings"]["init_from"]
-    if agree(control, first_step)[0] != first_step * world:
-        raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk that all of them share")
-    total, active = model.n_params()
-    say(f"{describe(device)}, {str(dtype).removeprefix('torch.')}{' and float8' * s.fp8}, {world} process{'es' * (world > 1)} · {total:,} parameters"
-        + (f", {active:,} active per token" if active != total else ""))
-    say(f"{s.data_dir}: {len(train_data.tokens):,} tokens, {train_data.n_windows:,} windows · {s.max_iters:,} steps of {global_batch} windows, "
-        f"{s.max_iters * global_batch / train_data.n_windows:.2f} epochs" + (f" · resuming at step {first_step}" if resumed else ""))
+        s.init_from = resumed["settings"].get("init_from", "scratch")
+    if sum_over_ranks(host_group, first_step)[0] != first_step * world:
+        raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
+                        "that all of them share")
+    outcome = describe_run(s, model, train_data, device, dtype, world, first_step)
+
     step_model = model
     if world > 1:
-        model._ddp_params_and_buffers_to_ignore = ["rope"]    # the same constant everywhere: not worth a broadcast a step
+        # the same constant everywhere: not worth a broadcast per step
+        model._ddp_params_and_buffers_to_ignore = ["rope"]
         step_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if s.compile:
+    if compiled:
         step_model = compile_for_training(step_model, device)
 
+    def forward(x, y):
+        """(sum of the cross-entropies, MoE statistics or None) of one micro-batch."""
+        mask = document_mask(x, flex=compiled and x.is_cuda) if s.doc_mask else None
+        with autocast(device, dtype):
+            return step_model(x, y, mask)
+
     # ---- what the run leaves behind
-    log = None
-    if master:
-        lock = checkpoint.lock(s.out_dir)       # until this process ends, nobody else writes there
-        try:
-            if not resumed:
-                checkpoint.clear(s.out_dir)
-            checkpoint.clean(s.out_dir, first_step)
-            checkpoint.copy_tokenizer(tokenizer, s.out_dir)
-            checkpoint.write_settings(s.out_dir, s)
-            log = RunLog(s, model, global_batch * s.block_size, peak_flops(device) and peak_flops(device) * world, first_step, wandb_id)
-        except OSError as error:
-            raise UserError(f"cannot write to {s.out_dir}: {error.strerror}") from None
+    if rank == 0:
+        lock = lock or run_folder.lock(s.out_dir)    # held until this process ends
+    peak = peak_flops(device)
+    log = RunLog(s, model, global_batch * s.block_size, peak and peak * world, resumed,
+                 writes=rank == 0, outcome=outcome)
     saved_step = first_step if resumed else -1
     del resumed, start
 
+    def begin_writing():
+        """From the first finished step on, out_dir is this run's."""
+        if rank == 0 and not log.has_begun:
+            run_folder.begin(s, first_step if saved_step >= 0 else None, tokenizer, outcome)
+            log.begin()
+
     def save(step, path, whole):
-        """Write a checkpoint; whole: with all that resuming needs, else the weights alone. A full disk is reported and survived: False."""
-        if not master:
+        """Write a checkpoint: all that resuming needs, or the weights alone. False: no room."""
+        if rank > 0:
             return True
-        state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step, "tokenizer_hash": train_data.meta["tokenizer_hash"]}
+        state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,
+                 "tokenizer_hash": train_data.meta["tokenizer_hash"]}
         if whole:
-            state |= {"optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "best_val_loss": best_val_loss, "bad_steps": bad_steps,
-                      "identity": identity(s, train_data), "settings": asdict(s) | {"job": job()}, "wandb_id": log.wandb_id}
-        try:
-            log.metrics.sync()
-            checkpoint.save(path, state)
-            checkpoint.prune(s.out_dir, s.keep_checkpoints)
-            return True
-        except (OSError, RuntimeError) as error:     # torch's zip writer reports a full disk as RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            say(f"could not save {path}: {reason}; the checkpoints before it are untouched, training goes on")
-            return False
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                      "best_val_loss": best_val_loss,
+                      "identity": run_folder.data_identity(s, train_data),
+                      "settings": asdict(s) | {"job": run_folder.launch_id()}} | log.state(step)
+        begin_writing()
+        log.metrics.sync()
+        return run_folder.save(path, state, s)
 
-    # ---- Ctrl-C or SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once.
-    stop = []
+    def read_batches(step):
+        """This rank's micro-batches of a step, on their way to the device, and their targets."""
+        batches, targets = rank_batches(train_data, s.seed, step, s.batch_size,
+                                        s.gradient_accumulation_steps, rank, world)
+        return [to_device(batch, device) for batch in batches], targets
 
-    def on_signal(number, frame):
-        # a launcher may pass on a Ctrl-C that the terminal has sent to its processes already
-        if number == signal.SIGINT and stop and time.monotonic() - stop[0] >= (world > 1):
-            os._exit(128 + number)
-        stop.append(time.monotonic())
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-
-    def micro_batches(step):
-        """This process's share of the step's windows, and how many targets they hold: micro-batch m of rank r is the slice m * world + r."""
-        windows = batch_windows(s.seed, step, global_batch, train_data.n_windows).reshape(-1, s.batch_size)
-        batches = [train_data.windows(rows) for rows in windows[rank::world]]
-        # counted on the host: a question to the GPU would wait until it has done all that it was given
-        return [send(batch, device) for batch in batches], sum((y >= 0).sum().item() for _, y in batches)
-
-    def attention_mask(x):
-        return document_mask(x, flex=s.compile and device.type == "cuda") if s.doc_mask else None
-
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss per learned token over a fixed set of validation windows: the language loss alone. None if a signal cut it short."""
-        model.eval()
-        windows = permute(range(min(s.eval_iters * s.batch_size, val_data.n_windows)), val_data.n_windows, 0)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
-            if stop:
-                sums[2] += 1
-                break
-            rows = windows[start: start + s.batch_size]
-            x, y = val_data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
-            y[len(rows):] = -1                       # the last batch is filled up, so that all have one shape
-            x, y = send((x, y), device)
-            with autocast(device, dtype):
-                loss, _ = step_model(x, y, attention_mask(x))
-            sums[:2] += torch.stack((loss.double(), (y >= 0).sum()))
-        if world > 1:
-            dist.all_reduce(sums)
-        model.train()
-        total, learned, cut_short = sums.tolist()
-        return None if cut_short else total / max(learned, 1)
-
-    def finish(step, lr, numbers, arrived):
-        """Log a step's numbers, once they have arrived. Called while the next step is already running."""
-        if arrived:
-            arrived.synchronize()
-        loss, norm, *moe = numbers.tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        bad_steps[:] = [0, bad_steps[1]] if finite else [bad_steps[0] + 1, bad_steps[1] + 1]       # in a row, in all
-        if master:
-            log.step(step, lr, loss, norm, moe, bad_steps[1])
-        if bad_steps[0] >= s.max_bad_steps:
-            windows = batch_windows(s.seed, step, global_batch, train_data.n_windows).tolist()
-            raise UserError(f"stopped at step {step}, the last of {bad_steps[0]} in a row without a finite loss and gradient; its windows: "
-                            f"{windows[:8]}{'...' if len(windows) > 8 else ''}; the same command with --inspect_step={step} prints them")
-
-    # ---- the loop. `step` counts the finished ones; between two steps is the time to evaluate and to save
-    step, val_loss, pending, saved = first_step, None, None, True
-    batches, targets = micro_batches(step) if step < s.max_iters else ([], 0)
+    # ---- the loop. `step` counts the finished ones
+    stop = StopSignal()
+    step, saved, validated = first_step, True, None
+    batches, targets = read_batches(step) if step < s.steps else ([], 0)
     model.train()
     while True:
-        # `learned`: targets in the whole global batch of the coming step, before any of them is used
-        learned, stopping = agree(control, targets, len(stop))
-        last = step >= s.max_iters or stopping > 0
+        # 1) between two steps: begin to write, evaluate, save, stop
+        # `supervised`: targets in the whole global batch of the coming step
+        supervised, stopping = sum_over_ranks(host_group, targets, stop.asked)
+        last = step >= s.steps or stopping > 0
         evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
         saving = last or step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0
-        if pending and (evaluating or saving):
-            finish(*pending)
-            pending = None
+        if evaluating or saving:
+            log.catch_up()
+        if log.bad_in_a_row >= s.max_bad_steps:
+            raise UserError(bad_steps_message(s, log, train_data))
+        if step > first_step or last:
+            begin_writing()
         if evaluating:
-            val_loss = evaluate()
-            last = last or val_loss is None          # stopped half-way; resuming will evaluate first
-            if master and val_loss is not None:
+            model.eval()
+            val_loss = validation_loss(forward, val_data, s, device, rank, world, stop)
+            model.train()
+            last = last or val_loss is None          # stopped half-way: resuming evaluates first
+            if val_loss is not None:
+                validated = f"validation loss {val_loss:.4f} at step {step}"
                 log.validation(step, val_loss)
-            if val_loss is not None and val_loss < best_val_loss:
-                if not s.save_best or step == 0 or save(step, os.path.join(s.out_dir, "best.pt"), whole=False):
+                is_best = val_loss < best_val_loss
+                if is_best and s.save_best and step > 0:
+                    is_best = save(step, checkpoint.best_path(s.out_dir), whole=False)
+                if is_best:
                     best_val_loss = val_loss
         if (saving or last) and step > saved_step:
             saved = save(step, checkpoint.step_path(s.out_dir, step), whole=True)
         if last:
             break
-        if master and (evaluating or saving):
+        if evaluating or saving:
             log.restart_clock(step)
 
+        # 2) loss and gradient of the global batch, micro-batch by micro-batch
         lr = learning_rate(s, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss_sum, balance, share = 0.0, 0.0, 0.0
+        optimizer.set_rate(lr)
+        loss_sum, balance, load = 0.0, 0.0, 0.0
         for micro, (x, y) in enumerate(batches):
-            # randomness is a function of (seed, step, place in the global batch): nothing to store, nothing to restore
+            # randomness is a function of (seed, step, place in the global batch): nothing to save
             torch.manual_seed(derive_seed(s.seed, step, micro * world + rank))
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
-            with autocast(device, dtype):
-                loss, moe = step_model(x, y, attention_mask(x))
-            # DDP averages over processes, `world` makes it a sum. A loss that is not finite is made to have such a
-            # gradient, so that one test of the summed gradient's norm serves for both, on all processes alike
-            objective = loss * (world / max(learned, 1) + 0 * loss.detach())
+            loss, moe = forward(x, y)
+            # A loss that is not finite gets a gradient that is not: one test of the gradient's
+            # norm then serves for both, on all ranks alike. DDP averages, `world` makes it a sum
+            nan_if_bad = 0 * loss.detach()
+            objective = loss * (world / max(supervised, 1) + nan_if_bad)
             if moe:
-                objective = objective + s.aux_loss_weight * moe[0] * (world / s.gradient_accumulation_steps)
-                balance, share = balance + moe[0].detach() / len(batches), share + moe[1] / len(batches)
+                weight = s.aux_loss_weight * world / s.gradient_accumulation_steps
+                objective = objective + weight * moe[0]
+                balance = balance + moe[0].detach() / len(batches)
+                load = load + moe[1] / len(batches)
             scaler.scale(objective).backward()
             loss_sum = loss_sum + loss.detach()
-        if step + 1 < s.max_iters:
-            batches, targets = micro_batches(step + 1)       # read while the device is busy
+        if step + 1 < s.steps:
+            batches, targets = read_batches(step + 1)    # while the device is busy
 
+        # 3) the update; not a finite gradient: none
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        # AdamW's fused kernel divides by grad_scale, which saves a pass over all gradients, and leaves everything as it is where
-        # found_inf is 1: the host needn't ask. (A scaler that is on puts its own found_inf there.)
-        optimizer.grad_scale, optimizer.found_inf = (norm / (s.grad_clip or math.inf)).clamp(min=1), (~norm.isfinite()).float()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.clip_to(norm, s.grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        numbers = torch.stack((loss_sum / max(learned, 1), norm))
+        # 4) its numbers, over all ranks
+        numbers = torch.stack((loss_sum / max(supervised, 1), norm))
         if moe:
-            numbers = torch.cat((numbers, balance[None], share.flatten()))
+            numbers = torch.cat((numbers, balance[None], load.flatten()))
         if world > 1:
-            numbers[1:] /= world                     # the loss is a sum over processes, all else a mean
+            numbers[1:] /= world                     # the loss is a sum over ranks, the rest a mean
             dist.all_reduce(numbers)
-        arrived = None
-        if device.type == "cuda":                    # sent off now: asked for later, they would queue behind all of the next step
-            numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-            arrived.record()
-        if pending:
-            finish(*pending)
-        pending = (step, lr, numbers, arrived)
-        if device.type == "cpu":                     # nothing is running meanwhile
-            finish(*pending)
-            pending = None
+        log.step(step, lr, numbers)
         step += 1
 
-    if master:
-        seconds = time.time() - started
-        log.write({"step": step, "seconds": seconds, "tokens": (step - first_step) * global_batch * s.block_size,
-                   "parameters": total, "active_parameters": active})
-        log.bar.close()
-        say(f"{'done' if step >= s.max_iters else 'stopped'} at step {step} after {seconds:.0f} s"
-            + (f" · validation loss {val_loss:.4f}" if val_loss is not None else "") + f" · {s.out_dir}"
-            + ("" if step >= s.max_iters else " · --init_from=resume goes on"))
+    # ---- the end
+    if rank == 0:
+        seconds = log.close(step)
+        parts = [f"{'done' if step >= s.steps else 'stopped'} at step {step} after {seconds:.0f} s"]
+        if validated:
+            parts.append(validated)
+        parts.append(s.out_dir)
+        if step < s.steps:
+            parts.append("--init_from=resume goes on")
+        print0(" · ".join(parts))
     if world > 1:
         dist.destroy_process_group()
     if not saved:
-        raise UserError(f"the state at step {step} could not be saved: make room, then --init_from=resume goes on from the checkpoint before")
+        raise UserError(f"the state at step {step} could not be saved: make room, then "
+                        "--init_from=resume goes on from the checkpoint before")
 
 
 if __name__ == "__main__":

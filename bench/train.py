@@ -21,7 +21,7 @@ from minillm.attention import document_mask
 from minillm.configurator import configure, positional
 from minillm.errors import UserError, run
 from minillm.dataloader import TokenData, batch_windows
-from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, send
+from minillm.device import autocast, compile_for_training, describe, peak_flops, pick_device, pick_dtype, to_device
 from minillm.speed.float8 import use_float8
 from model import GPT, GPTConfig
 
@@ -107,7 +107,7 @@ def file_batches(s, device):
     data = TokenData(s.data_dir, "train", s.block_size)
     if data.meta["vocab_size"] > s.vocab_size:
         raise UserError(f"{s.data_dir} has a vocabulary of {data.meta['vocab_size']:,}: give --vocab_size={data.meta['vocab_size']}")
-    return (send(data.windows(batch_windows(0, step, s.batch_size, data.n_windows)), device) for step in itertools.count())
+    return (to_device(data.windows(batch_windows(0, step, s.batch_size, data.n_windows)), device) for step in itertools.count())
 
 
 def training_step(s, model, device, dtype):

@@ -1,45 +1,64 @@
-"""Checkpoints: written whole or not at all, checked before they are trusted, and never executed.
+"""One checkpoint file: saved whole or not at all, checked before it is trusted, never executed.
 
-    out_dir/ckpt_00001000.pt   everything needed to go on after 1000 steps (the newest few are kept)
+    out_dir/ckpt_00001000.pt   all that resuming after 1000 steps needs (the newest few are kept)
     out_dir/best.pt            the weights of the best validation loss
-    out_dir/tokenizer/         a copy, so that the folder opens on its own
-    out_dir/config.py          the resolved settings, as a config file
-    out_dir/metrics.jsonl      one record a logged step
 
-A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit. One that proved
-damaged when a run went on is set aside as ckpt_….pt.damaged. One process at a time writes to an out_dir.
+A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit. It is read
+with weights_only: anything but tensors, numbers, text and containers of these is refused.
 """
-import ast
-import fcntl
-import glob
-import hashlib
+import io
 import os
 import pickle
 import re
-import shutil
 import struct
+import typing
 import zipfile
-from dataclasses import asdict
 
 import torch
 
-from minillm.configurator import field_comments
 from minillm.errors import UserError
 from minillm.export_hf import read_model
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
-RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict, "best_val_loss": float, "bad_steps": list}
-OF_ONE_CALL = ("overwrite", "inspect_step")      # settings that config.py leaves out
+RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict,
+               "best_val_loss": float, "bad_steps": list}
+READ_ERRORS = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, LookupError,
+               AttributeError, TypeError, struct.error)
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole, or none at all: an older one may take its place."""
+
+
+class _File(io.FileIO):
+    """A file that remembers why a write failed: torch's zip writer reports its own surprise."""
+    error = None
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def save(path, state):
-    """Write `state` to `path` under a temporary name, sync, rename: a crash leaves the old file or the new."""
+    """Write `state` under a temporary name, sync, rename: a crash leaves the old file or the new.
+
+    Raises OSError with the system's reason, for instance a full disk.
+    """
     temporary = path + ".tmp"
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with _File(temporary, "wb") as raw:
+            try:
+                with io.BufferedWriter(raw, 1 << 20) as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except RuntimeError:
+                if raw.error:
+                    raise raw.error from None
+                raise
         os.replace(temporary, path)
         sync_folder(os.path.dirname(path))
     except BaseException:
@@ -49,7 +68,10 @@ def save(path, state):
 
 def sync_folder(folder):
     """Make a rename inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder or ".", os.O_RDONLY)
+    except PermissionError:                      # Windows opens no folder
+        return
     try:
         os.fsync(handle)
     finally:
@@ -57,6 +79,7 @@ def sync_folder(folder):
 
 
 def remove(path):
+    """Remove a file that may not be there."""
     try:
         os.remove(path)
     except FileNotFoundError:
@@ -67,118 +90,152 @@ def step_path(folder, step):
     return os.path.join(folder, f"ckpt_{step:08d}.pt")
 
 
+def best_path(folder):
+    return os.path.join(folder, "best.pt")
+
+
 def saved_steps(folder):
-    """The steps that `folder` has checkpoints of, newest first."""
-    names = glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt"))
-    steps = (re.fullmatch(r"ckpt_(\d+)\.pt", os.path.basename(name)) for name in names)
+    """The steps that `folder` has checkpoints of, newest first. UserError if it can't be listed."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+    steps = (re.fullmatch(r"ckpt_(\d+)\.pt", name) for name in names)
     return sorted((int(match[1]) for match in steps if match), reverse=True)
 
 
-def lock(folder):
-    """Make `folder` if need be and hold it until this process ends, however it ends. Returns the handle to keep.
-
-    Raises UserError if another run is at work in it, or if it cannot be written to.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"no permission to write to {folder}")
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder!r} for out_dir: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is at work in {folder}: wait for it, or choose another --out_dir") from None
-    except OSError:
-        pass                                     # a file system without locks
-    return handle
-
-
-def clear(folder):
-    """Remove the checkpoints of an older run."""
-    for step in saved_steps(folder):
-        remove(step_path(folder, step))
-    remove(os.path.join(folder, "best.pt"))
-
-
-def clean(folder, step):
-    """Before going on from `step`: remove what a killed run left half-written, and set aside what is newer.
-
-    What is newer proved to be damaged; under its own name it would count among the newest to keep.
-    """
-    for name in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-        if re.fullmatch(r"((ckpt_\d+|best)\.pt|config\.py|metrics\.jsonl)\.tmp", os.path.basename(name)):
-            remove(name)
-    shutil.rmtree(os.path.join(folder, "tokenizer.tmp"), ignore_errors=True)
-    for newer in saved_steps(folder):
-        if newer > step:
-            os.replace(step_path(folder, newer), step_path(folder, newer) + ".damaged")
-
-
-def prune(folder, keep):
-    """Remove all but the newest `keep` checkpoints."""
-    for step in saved_steps(folder)[keep:]:
-        remove(step_path(folder, step))
-
-
 def load(path, check=True, mmap=False, keys=MODEL_KEYS):
-    """The dict in a checkpoint, on the CPU. Raises UserError if it is not whole or holds anything but data.
+    """The dict in a checkpoint, on the CPU, and its "path".
 
-    check=True reads every byte against its checksum first (about 1 s a GB); mmap=True leaves the
-    tensors in the file until they are used. keys: what it must hold, and of which type.
+    check=True reads every byte against its checksum first (about 1 s per GB); mmap=True leaves the
+    tensors in the file until they are used. keys: what it must hold, and of which type. Raises
+    Damaged if it is not whole or holds anything but data; PermissionError if it can't be opened.
     """
     try:
         if check:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise UserError(f"{path} is damaged: the checksum of {damaged} does not fit")
+                raise Damaged(f"{path} is damaged: the checksum of {damaged} does not fit")
         # torch maps only files whose name is UTF-8, reads the others
         mmap = mmap and str(path).encode("utf-8", "replace").decode() == str(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except PermissionError:
+        raise                                    # says nothing about the file: never a damage
     except pickle.UnpicklingError as error:
-        # weights_only: whatever is not a tensor, a number, text or a container of these is refused unrun
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"{path} was refused, it is not a plain checkpoint: {reason}") from None
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0][:120] or type(error).__name__
-        raise UserError(f"cannot read checkpoint {path}, it is damaged or cut short: {reason}") from None
-    missing = keys if not isinstance(state, dict) else [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+        reason = _first_line(error)
+        raise Damaged(f"{path} was refused, it is not a plain checkpoint: {reason}") from None
+    except READ_ERRORS as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise Damaged(f"cannot read checkpoint {path}, it is damaged or cut short: "
+                      f"{reason}") from None
+    if isinstance(state, dict):
+        missing = [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+    else:
+        missing = keys
     if missing:
-        raise UserError(f"{path} is not a checkpoint to {'resume' if keys is not MODEL_KEYS else 'start'} from: no {', '.join(missing)} in it")
+        purpose = "start" if keys is MODEL_KEYS else "resume"
+        raise Damaged(f"{path} is not a checkpoint to {purpose} from: "
+                      f"no {', '.join(missing)} in it")
+    state["path"] = str(path)
     return state
 
 
-def load_newest(folder, say=print):
-    """The newest checkpoint of `folder` that is whole; what is damaged is named by `say` and passed over.
+def _first_line(error):
+    return str(error).split("\n")[0][:120] or type(error).__name__
 
-    Raises UserError if there is none.
+
+def load_first(paths, keys=MODEL_KEYS, report=print, **options):
+    """load() of the first of `paths` that is whole; the damaged ones before it are reported.
+
+    Raises the last one's Damaged if there is none, and UserError for a file without permission: an
+    older checkpoint in its place would be a surprise.
     """
-    steps = saved_steps(folder)
-    if not steps:
-        raise UserError(f"no checkpoint in {folder}: nothing to resume")
-    for step in steps:
+    for path, after in zip(paths, [*paths[1:], None]):
         try:
-            return load(step_path(folder, step), keys=MODEL_KEYS | RESUME_KEYS)
-        except UserError as error:
-            say(f"{error}" + ("; going on from the checkpoint before it" if step != steps[-1] else ""))
-    raise UserError(f"every checkpoint in {folder} is damaged: --overwrite=True starts over")
+            return load(path, keys=keys, **options)
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except Damaged as error:
+            if after is None:
+                raise
+            report(f"{error}; going on from the checkpoint before it")
 
 
-def load_weights(model, weights):
-    """Copy `weights`, a state dict, into `model`. UserError where they do not fit."""
+def paths_of(folder, which="newest"):
+    """The files to try for a checkpoint of `folder`: "newest", "best", or a step. Or a .pt file.
+
+    For "newest" these are all of them, newest first; best.pt where it stands alone.
+    """
+    which = str(which)
+    if os.path.isfile(folder):
+        return [folder]
+    if not os.path.isdir(folder):
+        raise UserError(f"no model in {folder}: there is no such folder; train.py makes one")
+    steps, best = saved_steps(folder), best_path(folder)
+    if which == "newest":
+        found = [step_path(folder, step) for step in steps]
+        if not found and os.path.exists(best):
+            found = [best]
+    elif which == "best":
+        found = [best] if os.path.exists(best) else []
+    elif which.isdecimal():
+        found = [step_path(folder, int(which))] if int(which) in steps else []
+    else:
+        raise UserError(f"checkpoint={which!r} must be newest, best or the number of a step")
+    if not found:
+        there = [*map(str, steps), *(["best"] if os.path.exists(best) else [])]
+        hint = f"; there are {', '.join(there)}" if there else "; train.py writes them"
+        name = f"checkpoint of step {which}" if which.isdecimal() else f"{which} checkpoint"
+        raise UserError(f"no {name} in {folder}{hint}")
+    return found
+
+
+def load_for_inference(folder, which="newest", check=False):
+    """The weights in `folder`: a dict with model, model_config, step, tokenizer_dir and path.
+
+    which: as in paths_of. The tensors are memory-mapped, the optimizer's are never read.
+    """
+    if str(folder).startswith("hf:"):            # a folder that export.py made
+        return read_model(folder.removeprefix("hf:")) | {"path": folder}
+    paths = paths_of(folder, which)
+    state = load_first(paths, mmap=True, check=check)
+    state["tokenizer_dir"] = os.path.join(os.path.dirname(paths[0]), "tokenizer")
+    return state
+
+
+def model_config(state, kind):
+    """`kind` (the dataclass GPTConfig) filled with a checkpoint's model_config.
+
+    Raises UserError that names the file and the key, where a key is unknown or of another type.
+    """
+    types = typing.get_type_hints(kind)
+    config = dict(state["model_config"])
+    for key, value in config.items():
+        if key not in types:
+            raise UserError(f"{state['path']}: model_config has an unknown key {key!r}: "
+                            "it was written by another version or program")
+        if type(value) is int and types[key] is float:
+            config[key] = float(value)
+        elif type(value) is not types[key]:
+            raise UserError(f"{state['path']}: model_config has {key}={str(value)[:40]!r}, "
+                            f"which is not of type {types[key].__name__}")
+    if config.get("n_layer", 0) > len(state["model"]):
+        raise UserError(f"{state['path']}: model_config has n_layer={config['n_layer']}, "
+                        f"but the file holds only {len(state['model'])} tensors")
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the weights in the checkpoint do not fit its own model_config, it is of another program: {reason}") from None
+        return kind(**config)
+    except UserError as error:
+        raise UserError(f"{state['path']}: model_config: {error}") from None
 
 
 class skip_init(torch.overrides.TorchFunctionMode):
     """with skip_init(): a new model's weights are not drawn, so their memory is never touched.
 
-    (The meta device has no memory at all, but its first operation imports sympy and torch._dynamo: 0.8 s.)
+    (The meta device has no memory at all, but its first operation imports sympy and torch._dynamo:
+    0.8 s.)
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -187,95 +244,22 @@ class skip_init(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def load_optimizer(optimizer, state):
-    """Give `optimizer` the moments in `state`, but keep its own rates and decays. UserError where they do not fit:
-    torch would not look, and the fused kernel would read past their end."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters if state else []):
-        moments = [state.get(i, {}).get(key) for key in ("exp_avg", "exp_avg_sq")]
-        if not all(isinstance(m, torch.Tensor) and m.shape == p.shape for m in moments):
-            raise UserError(f"the optimizer state in the checkpoint does not fit the model: parameter {i} has the shape {tuple(p.shape)}")
-    optimizer.load_state_dict({"state": {i: state[i] for i in range(len(parameters))} if state else {},
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+def load_weights(model, state, assign=False):
+    """Copy a checkpoint's weights into `model`; assign=True: make them its own, without a copy.
 
-
-def load_for_inference(folder, which="newest", check=False):
-    """The weights in `folder`, for generation: a dict with model, model_config, step and tokenizer_dir.
-
-    which: "newest" or "best". The tensors are memory-mapped, the optimizer's are never read. check: as in load.
+    Raises UserError that names the file and what doesn't fit.
     """
-    if str(folder).startswith("hf:"):            # a folder that export.py made
-        return read_model(folder.removeprefix("hf:"))
-    if which not in ("newest", "best"):
-        raise UserError(f"checkpoint {which!r}: newest or best")
-    if not os.path.isdir(folder):
-        raise UserError(f"no model in {folder}: there is no such folder; train.py makes one")
-    steps = saved_steps(folder)
-    best = os.path.join(folder, "best.pt")
-    if which == "best" and not os.path.exists(best) or which == "newest" and not steps:
-        raise UserError(f"no {which} checkpoint in {folder}; train.py writes them")
-    paths = [best] if which == "best" else [step_path(folder, step) for step in steps]
-    for path in paths:
-        try:
-            state = load(path, check, mmap=True)
-            break
-        except UserError as error:
-            if path == paths[-1]:
-                raise
-            print(f"{error}; trying the checkpoint before it")
-    state["tokenizer_dir"] = os.path.join(folder, "tokenizer")
-    return state
+    def refuse(reason):
+        raise UserError(f"the weights in {state['path']} do not fit its own model_config: {reason}")
 
-
-def read_settings(folder, *needed):
-    """The settings of the run that left `folder`, a dict, from its config.py. Literals only: nothing is executed.
-
-    UserError if it cannot be read, or lacks one of the keys in `needed`.
-    """
-    path = os.path.join(folder, "config.py")
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        settings = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
-    except (OSError, SyntaxError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if missing := set(needed) - settings.keys():
-        raise UserError(f"{path} says nothing of {', '.join(sorted(missing))}: it is not what train.py wrote")
-    return settings
-
-
-def write_settings(folder, settings):
-    """Write the settings of a run to folder/config.py, as a config file that train.py takes."""
-    comments, path = field_comments(type(settings)), os.path.join(folder, "config.py")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        for key, value in asdict(settings).items():
-            if key not in OF_ONE_CALL:
-                file.write(f"{key} = {value!r}  # {comments[key]}\n")
-    os.replace(path + ".tmp", path)
-
-
-def find_tokenizer(meta, folder):
-    """The folder of the tokenizer that the data were prepared with: where meta.json says, or the copy in `folder`.
-
-    Raises UserError if neither is that tokenizer, to the byte.
-    """
-    for source in (meta["tokenizer"], os.path.join(folder, "tokenizer")):
-        try:
-            with open(os.path.join(source, "tokenizer.json"), "rb") as file:
-                if hashlib.sha256(file.read()).hexdigest() == meta["tokenizer_hash"]:
-                    return source
-        except OSError:
-            pass
-    raise UserError(f"{meta['tokenizer']}/tokenizer.json is missing, or is not the tokenizer that the data were prepared with: prepare them again")
-
-
-def copy_tokenizer(source, folder):
-    """Put the tokenizer's files into folder/tokenizer."""
-    target = os.path.join(folder, "tokenizer")
-    if os.path.realpath(source) != os.path.realpath(target):
-        os.makedirs(target + ".tmp")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if os.path.exists(os.path.join(source, name)):
-                shutil.copy(os.path.join(source, name), target + ".tmp")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(target + ".tmp", target)
+    weights, wanted = state["model"], model.state_dict()
+    for name, tensor in wanted.items():
+        found = weights.get(name)
+        if not isinstance(found, torch.Tensor):
+            refuse(f"{name} is missing")
+        if found.shape != tensor.shape or not found.is_floating_point():
+            refuse(f"{name} is {found.dtype} of shape {tuple(found.shape)}, "
+                   f"not {tuple(tensor.shape)}")
+    if unknown := [str(name) for name in weights if name not in wanted]:
+        refuse(f"{unknown[0]} is unknown")
+    model.load_state_dict(weights, assign=assign)

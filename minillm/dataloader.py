@@ -164,12 +164,20 @@ def batch_windows(seed, step, batch, n_windows):
     return windows
 
 
-def show_windows(data, windows):
-    """Print windows as text, the learned tokens of SFT between ⟦ and ⟧. Raises UserError if the tokenizer isn't the data's."""
-    from minillm.tokenizer import Tokenizer
-    tokenizer = Tokenizer.load(data.meta["tokenizer"])
-    if tokenizer.hash != data.meta["tokenizer_hash"]:
-        raise UserError(f"{data.meta['tokenizer']} is not the tokenizer that {data.folder} was prepared with")
+def rank_batches(data, seed, step, batch_size, micro_steps, rank, world):
+    """One rank's share of the windows of a step: [(x, y)], and how many targets they hold.
+
+    Micro-batch m of rank r is slice m * world + r of the global batch. micro_steps: over all ranks.
+    """
+    windows = batch_windows(seed, step, batch_size * micro_steps, data.n_windows)
+    batches = [data.windows(rows) for rows in windows.reshape(-1, batch_size)[rank::world]]
+    # counted on the host: a question to the GPU would wait for all that it was given
+    targets = sum((y >= 0).sum().item() for _, y in batches)
+    return batches, targets
+
+
+def show_windows(data, windows, tokenizer):
+    """Print windows as text, the supervised tokens of SFT between ⟦ and ⟧."""
     for window in windows:
         learned = [False] + [target >= 0 for target in data.windows([window])[1][0].tolist()]
         tokens = data.tokens[int(window) * data.stride:][: len(learned)].tolist()

@@ -1,64 +1,108 @@
 """Which device, which number type, and how fast the device could be."""
 import contextlib
+import os
 
 import torch
 
 from minillm.errors import UserError
 
-# Dense bf16 matrix peak in TFLOP/s by the vendors' data sheets; the first name that matches counts.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148, "B200": 2250,
-               "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A6000": 155, "A10": 125,
-               "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+# Dense bf16 matmul peak in TFLOP/s by the vendors' data sheets; the first name that matches counts.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
+               "B200": 2250, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
+               "A6000": 155, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = "auto, cpu, mps, cuda or cuda:N"
 
 
-def pick_device(name="auto"):
-    """torch.device of "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"... UserError if it is not there."""
+def pick_device(name="auto", local_rank=0, world=1):
+    """torch.device of "auto" (a GPU if there is one), "cpu", "mps", "cuda", "cuda:1"...
+
+    Of several processes each takes the GPU of its local rank. UserError if it is not there.
+    """
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
+    if name == "cuda" and world > 1:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs; try --device=cpu")
+        raise UserError(f"unknown device {name!r}: {NAMES}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not supported: {NAMES}")
+    if device.type == "mps" and not mps:
+        raise UserError(f"device {name!r} was asked for, but torch sees no Apple GPU; "
+                        "try --device=cpu")
+    if device.type == "mps" and world > 1:
+        raise UserError("device 'mps' is one device: it cannot be shared by several processes")
+    gpus = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UserError(f"device {name!r} was asked for, but torch sees {gpus} GPUs; "
+                        "try --device=cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def pick_dtype(name, device):
-    """torch.dtype of "auto", "float32", "bfloat16" or "float16". auto is bfloat16 where the device multiplies in it, else float32."""
+    """torch.dtype of "auto", "float32", "bfloat16" or "float16".
+
+    auto is bfloat16 where the device has units for it; on older GPUs (T4, V100), which only emulate
+    it, float16; else float32.
+    """
     if name == "auto":
-        # an older torch cannot say what the CPU can
-        quick = torch.cuda.is_bf16_supported if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-        return torch.bfloat16 if quick() else torch.float32
+        return _best_dtype(device)
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: auto, {', '.join(DTYPES)}")
+    if name == "float16" and device.type == "mps":
+        raise UserError("dtype=float16 is not supported on mps: take float32 or bfloat16")
     return DTYPES[name]
 
 
+def _best_dtype(device):
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    # an older torch cannot say what the CPU can
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return torch.bfloat16 if has_bf16() else torch.float32
+
+
+def prepare(device, deterministic):
+    """Set what a training process needs: its GPU, fast float32 matmuls, deterministic kernels."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS: deterministic
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def autocast(device, dtype):
-    """The context in which the model runs while training: matrix products in `dtype`, weights in float32."""
+    """The context of a training forward pass: matmuls in `dtype`, weights in float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def compile_for_training(model, device):
-    """torch.compile as train.py uses it and bench.py times it: one graph for each shape of a batch."""
-    # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38 count as 0.
-    # combo kernels: what is small and independent, such as 16-bit copies of weights, several in one launch
+    """torch.compile as train.py uses it and bench/train.py times it: one graph per batch shape."""
+    # fast math: the GPU's own exp, as in its libraries' attention kernels; numbers below 1e-38
+    # count as 0. combo kernels: small independent work, such as 16-bit copies of weights, together
     options = {"use_fast_math": True, "combo_kernels": True} if device.type == "cuda" else None
     return torch.compile(model, dynamic=False, options=options)
 
 
-def send(batch, device):
-    """A tuple of tensors on the host, under way to the device: the host does not wait."""
-    return batch if device.type == "cpu" else tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+def to_device(tensors, device):
+    """A tuple of host tensors on its way to the device: the host does not wait for a CUDA GPU."""
+    if device.type == "cpu":
+        return tensors
+    if device.type != "cuda":                    # only CUDA copies from pinned memory
+        return tuple(tensor.to(device) for tensor in tensors)
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
 
 
 def peak_flops(device):
@@ -73,4 +117,6 @@ def describe(device):
     """A few words for the first line of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
     return f"CPU, {torch.get_num_threads()} threads"

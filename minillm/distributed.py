@@ -1,34 +1,82 @@
-"""The processes of one training job: which of them this is, how they meet, how they agree on a number.
+"""The processes of one training job: which one this is, how they meet, how they add up numbers.
 
 torchrun starts them and tells each its place by environment variables; without it there is one.
 """
 import os
+import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+
+from minillm.errors import UserError
 
 
 def rank_and_world():
-    """(rank, local rank, number of processes) that torchrun set; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """(rank, local rank, number of processes) that torchrun set; (0, 0, 1) without it.
 
-
-def join_job(backend, rank, world):
-    """torch.distributed.init_process_group, which also works after a restart by torchrun --max-restarts.
-
-    The agent's store outlives its workers, and torch would read the addresses that the dead ones left in it. On one
-    node the count of restarts tells the attempts apart; on several it differs between them, and torch's own way out
-    is to launch with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
+    Raises UserError where only a part of what torchrun sets is there: a container or a batch system
+    may set WORLD_SIZE for its own ends.
     """
+    rank, local_rank, world = (_number(key, default) for key, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(key):
+                raise UserError(f"WORLD_SIZE={world} is set in the environment, but {key} is not: "
+                                "start with torchrun, or unset WORLD_SIZE")
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} in the environment must be at least 0 and below "
+                        f"WORLD_SIZE={world}: start with torchrun, or unset RANK")
+    return rank, local_rank, world
+
+
+def _number(key, default):
+    text = os.environ.get(key, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise UserError(f"{key}={text!r} in the environment must be a whole number: "
+                        "start with torchrun, or unset it")
+    return int(text)
+
+
+def join(device, rank, world):
+    """Meet the other processes. Returns a group for numbers on the host, or None if there is one process.
+
+    The group has its own backend, so that a number on the host never waits for a GPU.
+
+    It also works after a restart by torchrun --max-restarts: the agent's store outlives its workers,
+    and torch would read the addresses that the dead ones left in it. On one node the count of
+    restarts tells the attempts apart. On several nodes it differs between them: launch with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
+    """
+    if world == 1:
+        return None
     store, _, _ = next(dist.rendezvous("env://", rank, world))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return dist.new_group(backend="gloo")
 
 
-def agree(control, *numbers):
+def sum_over_ranks(group, *numbers):
     """The sums over all processes of some whole numbers on the host."""
     numbers = torch.tensor(numbers)
-    if control is not None:
-        dist.all_reduce(numbers, group=control)
+    if group is not None:
+        dist.all_reduce(numbers, group=group)
     return numbers.tolist()
+
+
+def print0(text):
+    """Print a line above the progress bar, on rank 0 alone. A reader that has gone stops nothing."""
+    if int(os.environ.get("RANK") or 0) > 0:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:                              # the disk with the log is full
+        pass

@@ -16,6 +16,7 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()`; on UserError, and when memory runs out, print one line and exit with status 2."""
+    _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
@@ -23,16 +24,44 @@ def run(main):
     except UserError as error:
         sys.exit(_report(error))
     except (MemoryError, RuntimeError) as error:
-        # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)):
+        advice = _advice(error)
+        if advice is None:
             raise
-        reason = str(error).split("\n")[0].split(". If ")[0][-200:]
-        sys.exit(_report(f"out of memory ({reason}): a smaller batch_size, block_size or model takes less"))
+        sys.exit(_report(advice))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                      # `python sample.py | head`: the reader has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
+
+
+def _open_closed_streams():
+    """Give a program that was started with closed streams (`>&-`) empty ones.
+
+    Otherwise the next file that it opens takes their place, and a warning is written into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)       # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def _advice(error):
+    """What to do about an error of torch that the user can put right, or None."""
+    text, kind = str(error), type(error).__name__
+    # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
+    no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in text:
+        reason = text.split("\n")[0].split(". If ")[0][-200:]
+        return (f"out of memory ({reason}): a smaller batch_size, block_size or model takes less")
+    if any(sign in text for sign in ("InvalidCxxCompiler", "No working C++ compiler")):
+        return "compile=True needs a C++ compiler: install g++, or leave compile out"
+    if "Failed to find C compiler" in text:
+        return "compile=True needs a C compiler: install gcc, or leave compile out"
+    return None
 
 
 def _report(error):

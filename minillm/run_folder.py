@@ -1,77 +1,297 @@
-"""Where a run starts: at fresh weights, at another run's weights, or at a checkpoint of its own.
+"""out_dir, the folder of a run: its lock, its config.py, its tokenizer, and whether a run may resume.
 
-Whatever does not fit together (shape, tokenizer, data, order of the data) is refused with one line that
-names the difference.
+    out_dir/ckpt_00001000.pt, best.pt    see checkpoint.py
+    out_dir/tokenizer/                   a copy, so that the folder opens on its own
+    out_dir/config.py                    the settings, as a config file that train.py takes
+    out_dir/metrics.jsonl                one record per logged step, see run_log.py
+
+Nothing in out_dir changes before the first step of a run is done: a run that cannot start leaves
+the one before it as it was. What does not fit together (shape, tokenizer, data, order of the data)
+is refused with one line that names the difference. One process at a time writes to an out_dir.
 """
+import ast
+import hashlib
+import math
 import os
+import re
+import shutil
 import socket
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
-import torch
+import filelock
 
 from minillm import checkpoint
+from minillm.configurator import field_comments
+from minillm.dataloader import fingerprint
+from minillm.distributed import print0
 from minillm.errors import UserError
-from minillm.dataloader import derive_seed, fingerprint
-from model import GPT, GPTConfig
-from minillm.run_log import say
+
+# settings of one command: config.py leaves them out
+NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")
+# settings that a resumed run keeps where its command does not repeat them, and their old values
+KEPT = {"keep_checkpoints": 2, "keep_every": 0}
 
 
-def build_model(s, data, start):
-    """The model, on the CPU, with the weights of the checkpoint `start` if there is one. UserError where the two do not fit."""
-    shape = {f.name: getattr(s, f.name) for f in fields(GPTConfig)}
-    shape["vocab_size"] = s.vocab_size or data.meta["vocab_size"]
-    if start:
-        if start["tokenizer_hash"] != data.meta["tokenizer_hash"]:
-            raise UserError(f"the checkpoint was trained with tokenizer {start['tokenizer_hash'][:12]}, {s.data_dir} was prepared with "
-                            f"{data.meta['tokenizer_hash'][:12]}: prepare the data with the checkpoint's tokenizer")
-        # RoPE has no weights, so a model may go on with another context length; dropout is a matter of training
-        old = start["model_config"] | {"block_size": s.block_size, "dropout": s.dropout}
-        for key in s.given & old.keys():
-            if getattr(s, key) != old[key] and not (key in ("n_inner", "vocab_size") and getattr(s, key) == 0):
-                raise UserError(f"the checkpoint has {key}={old[key]}, these settings say {getattr(s, key)}: leave {key} out, or start from scratch")
-        shape = old
-    try:
-        config = GPTConfig(**shape)
-    except TypeError as error:
-        raise UserError(f"the checkpoint's model_config is of another program: {error}") from None
-    if config.vocab_size < data.meta["vocab_size"]:
-        raise UserError(f"vocab_size={config.vocab_size} is smaller than the tokenizer's {data.meta['vocab_size']}")
-    torch.manual_seed(derive_seed(s.seed, "weights"))
-    model = GPT(config)
-    if start:
-        checkpoint.load_weights(model, start["model"])
-    return model
+# ---- may a run start or resume here
 
-
-def identity(s, data):
+def data_identity(s, data):
     """What must not change between a checkpoint and its resumption: the data, and their order."""
     return {"data": fingerprint(data.meta), "seed": s.seed, "block_size": s.block_size,
             "windows in a step": s.batch_size * s.gradient_accumulation_steps}
 
 
-def job():
-    """A name for this launch of torchrun, the same after each of its restarts; None without torchrun."""
+def launch_id():
+    """A name for this launch of torchrun, the same after each of its restarts; None without it."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
 def open_resumed(s, data):
-    """The newest whole checkpoint of out_dir, or None to start anew."""
+    """The checkpoint of out_dir to resume from, or None to start a new run.
+
+    With init_from=resume it is the newest whole one, or that of the step in `checkpoint`; settings
+    in KEPT that the command does not give are taken from it. Raises UserError if the run may not
+    start or resume.
+    """
+    # torchrun --max-restarts starts the same command again: that time it resumes what this
+    # launch has saved
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     steps = checkpoint.saved_steps(s.out_dir)
-    # torchrun --max-restarts starts the same command again: that time it must go on with what this job saved
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resumed = checkpoint.load_newest(s.out_dir, say) if s.init_from == "resume" or restarted and steps else None
-    if s.init_from != "resume" and (resumed is None or resumed["settings"].get("job") != job()):
-        if steps and not s.overwrite:
-            raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
-                            "--init_from=resume goes on with it, --overwrite=True starts over")
-        return None
-    for key, value in identity(s, data).items():
-        if resumed["identity"].get(key) != value and not s.allow_other_data:
-            raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {resumed['identity'].get(key)}, now it is {value}; "
-                            "--allow_other_data=True goes on all the same")
-    changed = [f"{key} {old!r} → {asdict(s)[key]!r}" for key, old in resumed["settings"].items()
-               if asdict(s).get(key, old) != old and key not in ("init_from", "overwrite", "data_dir", "out_dir")]
-    if changed:
-        say(f"changed since the checkpoint: {', '.join(changed)}")
+    resumed = None
+    if s.init_from == "resume" or restarted and steps:
+        resumed = _load_to_resume(s, steps)
+    if s.init_from != "resume":
+        if resumed is None or resumed["settings"].get("job") != launch_id():
+            if steps and not s.overwrite:
+                raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
+                                "--init_from=resume goes on with it, --overwrite=True starts over")
+            return None
+    _check_identity(s, data, resumed)
+    for key, value in KEPT.items():
+        if key not in s.given:
+            setattr(s, key, resumed["settings"].get(key, value))
+    _report_changes(s, resumed["settings"])
     return resumed
+
+
+def _load_to_resume(s, steps):
+    which = s.checkpoint
+    keys = checkpoint.MODEL_KEYS | checkpoint.RESUME_KEYS
+    if which == "best" and s.init_from == "resume":
+        raise UserError("checkpoint=best holds weights alone, which nothing can resume from: "
+                        f"--init_from={s.out_dir} --checkpoint=best --out_dir=NEW starts from them")
+    if not steps:
+        raise UserError(f"no checkpoint in {s.out_dir}: nothing to resume")
+    if which != "newest" and s.init_from == "resume":
+        resumed = checkpoint.load_first(checkpoint.paths_of(s.out_dir, which), keys)
+        if best_step(s.out_dir) > resumed["step"]:
+            resumed["best_val_loss"] = math.inf  # best.pt will be set aside with the newer ones
+        return resumed
+    paths = [checkpoint.step_path(s.out_dir, step) for step in steps]
+    try:
+        return checkpoint.load_first(paths, keys, print0)
+    except checkpoint.Damaged as error:
+        print0(str(error))
+        raise UserError(f"every checkpoint in {s.out_dir} is damaged: "
+                        "--overwrite=True starts over") from None
+
+
+def state_shape(s, config, meta):
+    """Make the settings state the model's shape. A 0 stays where it stands for the same number."""
+    stands_for = {"n_inner": 4 * config.n_embd, "vocab_size": meta["vocab_size"]}
+    for key, value in asdict(config).items():
+        if getattr(s, key) != 0 or stands_for.get(key) != value:
+            setattr(s, key, value)
+
+
+def _check_identity(s, data, resumed):
+    for key, value in data_identity(s, data).items():
+        old = resumed["identity"].get(key)
+        if old != value and not s.allow_other_data:
+            raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
+                            f"now it is {value}; --allow_other_data=True goes on all the same")
+
+
+def _report_changes(s, old):
+    skip = (*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log")
+    now = asdict(s)
+    changed = [f"{key} {value!r} → {now[key]!r}" for key, value in old.items()
+               if key in now and now[key] != value and key not in skip]
+    if changed:
+        print0(f"changed since the checkpoint: {', '.join(changed)}")
+
+
+# ---- the folder itself
+
+def lock(folder):
+    """Make `folder` if need be and hold it until this process ends. Returns the lock to keep.
+
+    Raises UserError if another run is at work in it, or if it cannot be written to.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder!r} for out_dir: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write to {folder}")
+    held = filelock.FileLock(os.path.join(folder, ".lock"))
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another run is at work in {folder}: wait for it, "
+                        "or choose another --out_dir") from None
+    except NotImplementedError:
+        pass                                     # a file system without locks
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    return held
+
+
+def lock_existing(folder):
+    """lock() if `folder` holds a run, so that nobody writes between reading it and resuming it."""
+    return lock(folder) if checkpoint.saved_steps(folder) else None
+
+
+def begin(s, resumed, tokenizer, outcome):
+    """Make out_dir this run's own, once its first step is done.
+
+    resumed: the checkpoint's step, or None for a new run, which removes the files of an older one.
+    """
+    _remove_temporary(s.out_dir)
+    if resumed is None:
+        for step in checkpoint.saved_steps(s.out_dir):
+            checkpoint.remove(checkpoint.step_path(s.out_dir, step))
+        checkpoint.remove(checkpoint.best_path(s.out_dir))
+    else:
+        _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
+    copy_tokenizer(tokenizer, s.out_dir)
+    write_settings(s.out_dir, s, outcome)
+
+
+def _remove_temporary(folder):
+    """Remove what a killed run left half-written."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"((ckpt_\d+|best)\.pt|config\.py|metrics\.jsonl)\.tmp", name):
+            checkpoint.remove(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, "tokenizer.tmp"), ignore_errors=True)
+
+
+def _set_aside_newer(folder, step, rolled_back):
+    """Rename the checkpoints after `step`: under their own names they would count as the newest."""
+    newer = [checkpoint.step_path(folder, at) for at in checkpoint.saved_steps(folder) if at > step]
+    if rolled_back and best_step(folder) > step:
+        newer.append(checkpoint.best_path(folder))
+    for path in newer:
+        os.replace(path, path + (".rolled_back" if rolled_back else ".damaged"))
+
+
+def best_step(folder):
+    """The step of best.pt, or -1 where there is none that can be read."""
+    try:
+        return checkpoint.load(checkpoint.best_path(folder), check=False, mmap=True)["step"]
+    except (UserError, OSError):
+        return -1
+
+
+def save(path, state, s):
+    """Write a checkpoint and remove those that are not to be kept. A failure is reported: False."""
+    try:
+        checkpoint.save(path, state)
+        prune(s.out_dir, s.keep_checkpoints, s.keep_every)
+        return True
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        print0(f"could not save {path}: {reason}; the checkpoints before it are untouched, "
+               "training goes on")
+        return False
+
+
+def prune(folder, keep, keep_every=0):
+    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`."""
+    for step in checkpoint.saved_steps(folder)[keep:]:
+        if not keep_every or step % keep_every:
+            checkpoint.remove(checkpoint.step_path(folder, step))
+
+
+# ---- config.py
+
+def read_settings(folder, *needed):
+    """The settings of the run that left `folder`, a dict, from its config.py. Nothing is executed.
+
+    UserError if it cannot be read, or lacks one of the keys in `needed`.
+    """
+    path = os.path.join(folder, "config.py")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        settings = {node.targets[0].id: ast.literal_eval(node.value)
+                    for node in tree.body if isinstance(node, ast.Assign)}
+    except (OSError, SyntaxError, ValueError, AttributeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from None
+    if missing := set(needed) - settings.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is not what train.py wrote")
+    return settings
+
+
+def write_settings(folder, settings, outcome):
+    """Write folder/config.py: what was asked, as a config file, and what came of it, as comments."""
+    comments, path = field_comments(type(settings)), os.path.join(folder, "config.py")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        for key, value in asdict(settings).items():
+            if key not in NOT_SAVED:
+                file.write(f"{key} = {value!r}  # {comments[key]}\n")
+        file.write("\n# what came of it\n")
+        for key, value in outcome.items():
+            file.write(f"# {key}: {value}\n")
+    os.replace(path + ".tmp", path)
+
+
+# ---- the tokenizer
+
+def find_tokenizer(data, s):
+    """The folder of the tokenizer that the data were prepared with, known by its hash.
+
+    It is looked for where --tokenizer and meta.json say, beside the data, in init_from, in out_dir.
+    Raises UserError that names these places if it is in none of them.
+    """
+    stated, wanted = data.meta["tokenizer"], data.meta["tokenizer_hash"]
+    beside = os.path.dirname(os.path.abspath(data.folder))
+    places = [s.tokenizer, stated, os.path.join(beside, stated),
+              os.path.join(beside, os.path.basename(os.path.normpath(stated))),
+              os.path.join(beside, "tokenizer"), os.path.join(data.folder, "tokenizer")]
+    if s.init_from not in ("scratch", "resume"):
+        model = s.init_from.removeprefix("hf:")
+        if os.path.isfile(model):
+            model = os.path.dirname(model)
+        places += [os.path.join(model, "tokenizer"), model]
+    places.append(os.path.join(s.out_dir, "tokenizer"))
+    places = list(dict.fromkeys(filter(None, places)))
+    for place in places:
+        if _hash_of(place) == wanted:
+            return place
+    raise UserError(f"the tokenizer that {data.folder} was prepared with "
+                    f"(tokenizer.json of sha256 {wanted[:12]}) is in none of {', '.join(places)}: "
+                    "give its folder with --tokenizer=DIR, or prepare the data again")
+
+
+def _hash_of(folder):
+    """sha256 of a folder's tokenizer.json, or None where there is none that can be read."""
+    try:
+        with open(os.path.join(folder, "tokenizer.json"), "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
+def copy_tokenizer(source, folder):
+    """Put the tokenizer's files into folder/tokenizer."""
+    target = os.path.join(folder, "tokenizer")
+    if os.path.realpath(source) == os.path.realpath(target):
+        return
+    os.makedirs(target + ".tmp")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), target + ".tmp")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(target + ".tmp", target)

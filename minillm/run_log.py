@@ -1,136 +1,274 @@
-"""What a run tells of itself: lines in the terminal, records in metrics.jsonl, Weights & Biases on request.
+"""What a run tells of itself: lines in the terminal, records in metrics.jsonl, trackers on request.
 
-Rank 0 alone tells. A full disk or a reader that has gone (`python train.py | head`) stops no training:
-records wait in memory until they can be written, lines are lost.
+A step's numbers are read one step late: asked for at once, they would make the host wait for the
+GPU. Rank 0 alone writes; every rank counts the steps that were not finite. A full disk or a reader
+that has gone (`python train.py | head`) stops no training: records wait in memory until they can be
+written, lines are lost.
 """
-import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
 
-from minillm.errors import UserError
-from minillm.distributed import rank_and_world
-
-
-def say(text):
-    """Print a line, above the progress bar."""
-    if rank_and_world()[0] > 0:
-        return
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError:                              # the disk with the log is full
-        pass
+from minillm import trackers
+from minillm.dataloader import batch_windows
+from minillm.device import describe
+from minillm.distributed import print0
 
 
 class MetricsFile:
-    """metrics.jsonl. On resuming, records from `step` on are dropped: they will be written again."""
+    """metrics.jsonl. Records wait in memory until `open`, and while the disk is full."""
 
-    def __init__(self, path, step):
+    def __init__(self, path):
+        self.path, self.file = path, None
+        self.unwritten, self.failed = b"", False
+
+    def open(self, step, keep_validation):
+        """Drop what will be written again: the records from `step` on, and half a line.
+
+        keep_validation: `step` itself will not be validated again, so its record stays.
+        """
         old = []
-        if step and os.path.exists(path):
-            with open(path, "rb") as file:
-                old = [line for line in file if _step_of(line) < step]
-        with open(path + ".tmp", "wb") as file:
+        if step and os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                old = [line for line in file if _stays(line, step, keep_validation)]
+        with open(self.path + ".tmp", "wb") as file:
             file.writelines(old)
-        os.replace(path + ".tmp", path)
-        self.file, self.unwritten, self.failed = open(path, "ab", buffering=0), b"", False
+        os.replace(self.path + ".tmp", self.path)
+        self.file = open(self.path, "ab", buffering=0)
+        self._write_out()
 
     def write(self, record):
-        # JSON knows no NaN
-        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record = record | {key: None}    # JSON knows no NaN
         self.unwritten += json.dumps(record).encode() + b"\n"
+        if self.file:
+            self._write_out()
+
+    def _write_out(self):
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten):]
             self.failed = False
         except OSError as error:
             if not self.failed:
-                say(f"could not write {self.file.name}: {error.strerror}; its records wait in memory")
+                print0(f"could not write {self.path}: {error.strerror}; its records wait in memory")
             self.failed = True
 
     def sync(self):
-        os.fsync(self.file.fileno())
+        """Write to the disk itself; a full one is no reason to stop."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError:
+            pass
 
 
-def _step_of(line):
-    """The step of a line of metrics.jsonl; infinite for half a line."""
+def _stays(line, step, keep_validation):
+    """Does a line of metrics.jsonl stay when its run resumes at `step`?"""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line)
+        at = record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    if not line.endswith(b"\n") or type(at) is not int:
+        return False
+    return at < step or at == step and keep_validation and "val_loss" in record
 
 
-def check_wandb(s):
-    if s.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
+def duration(seconds):
+    """Seconds in words: 4:05, 3:04:05, 2d 03:04:05."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}:{seconds:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"
 
 
 class RunLog:
-    """The log of one run. s: the Settings of train.py; peak: FLOP/s of all its devices, or None where unknown.
+    """The log of one run.
 
-    The clock gives tokens/s since the last line; evaluating and saving restart it, so that they don't count.
+    s: the Settings of train.py. peak: FLOP/s of all devices, or None where unknown. resumed: the
+    checkpoint, or None. The clock gives tokens/s since the last line; evaluating and saving restart
+    it, so that they don't count.
     """
 
-    def __init__(self, s, model, tokens_per_step, peak, first_step, wandb_id):
-        self.s, self.config, self.tokens_per_step, self.peak = s, model.config, tokens_per_step, peak
-        self.flops = model.flops_per_token(s.block_size)
-        self.metrics = MetricsFile(os.path.join(s.out_dir, "metrics.jsonl"), first_step)
-        self.wandb = None
-        if s.wandb_log:
-            import wandb
-            self.wandb = wandb.init(project=s.wandb_project, name=s.wandb_run_name or s.out_dir, id=wandb_id, resume="allow", config=asdict(s))
-        self.wandb_id = self.wandb and self.wandb.id
-        self.bar = tqdm(total=s.max_iters, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def __init__(self, s, model, tokens_per_step, peak, resumed, writes, outcome):
+        resumed = resumed or {}
+        self.s, self.config, self.peak, self.writes = s, model.config, peak, writes
+        self.tokens_per_step, self.flops = tokens_per_step, model.flops_per_token(s.block_size)
+        self.parameters = dict(zip(("parameters", "active_parameters"), model.n_params()))
+        self.first_step = resumed.get("step", 0)
+        # old checkpoints don't count tokens and seconds
+        self.tokens_before = resumed.get("tokens", self.first_step * tokens_per_step)
+        self.seconds_before = resumed.get("seconds", 0.0)
+        self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
+        self.started = time.time()
+        self.waiting = self.last_step = None
+        self.has_begun = False
+        self.trackers = []
+        if not writes:
+            return
+        self.trackers = trackers.start(s, resumed, outcome)
+        self.metrics = MetricsFile(os.path.join(s.out_dir, "metrics.jsonl"))
+        if not resumed:
+            self.write({"step": 0} | self.parameters)
+        self.bar = tqdm(total=s.steps, initial=self.first_step, unit="step",
+                        disable=not sys.stderr or not sys.stderr.isatty(), dynamic_ncols=True)
         self.starved = torch.zeros(1)
-        self.restart_clock(first_step)
+        self.restart_clock(self.first_step)
+
+    def begin(self):
+        """Write to out_dir from now on; the records so far have waited."""
+        s, step = self.s, self.first_step
+        validates_again = s.eval_interval and (step % s.eval_interval == 0 or step >= s.steps)
+        self.has_begun = True
+        self.metrics.open(step, keep_validation=not validates_again)
 
     def restart_clock(self, step):
-        self.clock, self.clock_step = time.perf_counter(), step
+        if self.writes:
+            self.clock, self.clock_step = time.perf_counter(), step
+
+    def tokens(self, step):
+        """Training tokens of the whole run after `step` steps."""
+        return self.tokens_before + (step - self.first_step) * self.tokens_per_step
+
+    def seconds(self):
+        """Seconds of the whole run so far, sessions before a resume included."""
+        return self.seconds_before + time.time() - self.started
+
+    def state(self, step):
+        """What a checkpoint keeps of the log."""
+        return {"bad_steps": [self.bad_in_a_row, self.bad_in_all], "tokens": self.tokens(step),
+                "seconds": self.seconds(), "trackers": {t.name: t.id for t in self.trackers}}
 
     def write(self, record):
         self.metrics.write(record)
-        if self.wandb:
-            self.wandb.log({key: value for key, value in record.items() if key not in ("step", "load")}, step=record["step"])
+        values = {key: value for key, value in record.items()
+                  if key != "step" and isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(values, record["step"])
 
-    def step(self, step, lr, loss, norm, moe, skipped):
-        """A finished step. moe: [balance loss, share of rows per layer and expert ...] or []; skipped: updates skipped so far."""
-        self.bar.update(1)
-        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
-        if moe:
-            record |= self.moe_record(step, moe)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if step % self.s.log_interval and step != self.s.max_iters - 1 and finite:
+    # ---- a step's numbers, read one step late
+
+    def step(self, step, lr, numbers):
+        """Take the numbers of a finished step, and log those of the step before it.
+
+        numbers: a tensor on the device: loss, gradient norm, and of an MoE its load-balancing loss
+        and the load of every expert in every layer.
+        """
+        arrived = None
+        if numbers.is_cuda:
+            # sent off now: asked for later, they would queue behind all of the next step
+            numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self.catch_up()
+        self.waiting = step, lr, numbers, arrived
+        if arrived is None:
+            self.catch_up()                      # nothing else is running meanwhile
+
+    def catch_up(self):
+        """Log the step whose numbers wait, if there is one."""
+        if self.waiting is None:
             return
-        rate = (step + 1 - self.clock_step) * self.tokens_per_step / max(time.perf_counter() - self.clock, 1e-9)
+        step, lr, numbers, arrived = self.waiting
+        self.waiting, self.last_step = None, step
+        if arrived:
+            arrived.synchronize()
+        loss, norm, *moe = numbers.tolist()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self.bad_in_all += not finite
+        if self.writes:
+            self._log_step(step, lr, loss, norm, moe, finite)
+
+    def _log_step(self, step, lr, loss, norm, moe, finite):
+        s = self.s
+        self.bar.update(1)
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": self.bad_in_all}
+        if moe:
+            record |= self._moe_record(step, moe)
+        if step % s.log_interval and step != s.steps - 1 and finite:
+            return
+        elapsed = max(time.perf_counter() - self.clock, 1e-9)
+        rate = (step + 1 - self.clock_step) * self.tokens_per_step / elapsed
         self.restart_clock(step + 1)
-        record |= {"tokens_per_s": rate, "mfu": rate * self.flops / self.peak if self.peak else None}
-        left = int((self.s.max_iters - step - 1) * self.tokens_per_step / max(rate, 1e-9))
-        say(f"step {step:>6}/{self.s.max_iters} · loss {loss:.4f} · lr {lr:.2e} · norm {norm:.2f} · {rate:,.0f} tok/s"
-            + (f" · MFU {record['mfu']:.1%}" if self.peak else "")
-            + (f" · load {record['load_min']:.2f}–{record['load_max']:.2f}" if moe else "")
-            + f" · {left // 60}:{left % 60:02d} left" + ("" if finite else f" · not finite, update skipped ({skipped} so far)"))
+        left = (s.steps - step - 1) * self.tokens_per_step / max(rate, 1e-9)
+        record |= {"tokens": self.tokens(step + 1), "tokens_per_s": rate, "mfu": None}
+        parts = [f"step {step:>6}/{s.steps}", f"loss {loss:.4f}", f"lr {lr:.2e}",
+                 f"norm {norm:.2f}", f"{rate:,.0f} tok/s"]
+        if self.peak:
+            record["mfu"] = rate * self.flops / self.peak
+            parts.append(f"MFU {record['mfu']:.1%}")
+        if moe:
+            parts.append(f"load {record['load_min']:.2f}–{record['load_max']:.2f}")
+        parts.append(f"{duration(left)} left")
+        if not finite:
+            parts.append(f"not finite, update skipped ({self.bad_in_all} so far)")
+        print0(" · ".join(parts))
         self.write(record)
 
-    def moe_record(self, step, moe):
+    def _moe_record(self, step, moe):
         """How the experts share the work; warns of one that has had next to none for long."""
         balance, load = moe[0], torch.tensor(moe[1:]).view(self.config.n_layer, -1)
-        fair = 1 / load.shape[1]
-        self.starved = (self.starved + 1) * (load < 0.01 * fair)
+        experts = load.shape[1]
+        self.starved = (self.starved + 1) * (load < 0.01 / experts)
         for layer, expert in (self.starved == 100).nonzero().tolist():
-            say(f"warning: step {step}: expert {expert} of layer {layer} has had under 1 % of its fair share for 100 steps")
-        entropy = -(load * load.clamp(min=1e-9).log()).sum(1) / math.log(load.shape[1]) if load.shape[1] > 1 else torch.ones(1)
-        return {"balance_loss": balance, "load_min": (load.min() / fair).item(), "load_max": (load.max() / fair).item(),
-                "load_entropy": entropy.mean().item(), "load": [[round(x, 5) for x in row] for row in load.tolist()]}
+            print0(f"warning: step {step}: expert {expert} of layer {layer} has had under 1% of "
+                   "its fair share for 100 steps")
+        entropy = torch.ones(1)
+        if experts > 1:
+            entropy = -(load * load.clamp(min=1e-9).log()).sum(1) / math.log(experts)
+        return {"balance_loss": balance, "load_min": (load.min() * experts).item(),
+                "load_max": (load.max() * experts).item(), "load_entropy": entropy.mean().item(),
+                "load": [[round(share, 5) for share in layer] for layer in load.tolist()]}
 
     def validation(self, step, val_loss):
-        say(f"step {step:>6}/{self.s.max_iters} · validation loss {val_loss:.4f}")
-        self.write({"step": step, "val_loss": val_loss})
+        if self.writes:
+            print0(f"step {step:>6}/{self.s.steps} · validation loss {val_loss:.4f}")
+            self.write({"step": step, "val_loss": val_loss, "tokens": self.tokens(step)})
+
+    def close(self, step):
+        """The closing record: tokens and seconds of the whole run. Returns the seconds."""
+        seconds = self.seconds()
+        self.write({"step": step, "seconds": seconds, "tokens": self.tokens(step)} | self.parameters)
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        return seconds
+
+
+def describe_run(s, model, data, device, dtype, world, first_step):
+    """Print what will be trained, where and for how long. Returns what came of the settings."""
+    total, active = model.n_params()
+    global_batch = s.batch_size * s.gradient_accumulation_steps
+    epochs = s.steps * global_batch / data.n_windows
+    number_type = str(dtype).removeprefix("torch.") + (" and float8" if s.fp8 else "")
+    size = f"{total:,} parameters"
+    if active != total:
+        size += f", {active:,} active per token"
+    processes = "1 process" if world == 1 else f"{world} processes"
+    print0(f"{describe(device)}, {number_type}, {processes} · {size}")
+    resuming = f" · resuming at step {first_step}" if first_step else ""
+    print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {data.n_windows:,} windows · "
+           f"{s.steps:,} steps of {global_batch} windows, {epochs:.2f} epochs{resuming}")
+    return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
+            "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
+            "device_name": describe(device), "number_type": number_type, "processes": world}
+
+
+def bad_steps_message(s, log, data):
+    """What to say of a run that has no finite loss any more."""
+    global_batch = s.batch_size * s.gradient_accumulation_steps
+    windows = batch_windows(s.seed, log.last_step, global_batch, data.n_windows).tolist()
+    shown = f"{windows[:8]}{'...' if len(windows) > 8 else ''}"
+    return (f"stopped at step {log.last_step}, the last of {log.bad_in_a_row} in a row without a "
+            f"finite loss and gradient; its windows: {shown}; the same command with "
+            f"--inspect_step={log.last_step} prints them")

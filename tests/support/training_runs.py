@@ -134,10 +134,10 @@ def die_at(step):
 
 
 def numbers(out_dir, drop=("tokens_per_s", "mfu")):
-    """What metrics.jsonl says of every step and validation, but for speeds; the closing record is left out."""
+    """What metrics.jsonl says of every step and validation, but for speeds; the opening and the closing record are left out."""
     with open(os.path.join(out_dir, "metrics.jsonl")) as file:
         records = [json.loads(line) for line in file]
-    return [{key: value for key, value in record.items() if key not in drop} for record in records if "seconds" not in record]
+    return [{key: value for key, value in record.items() if key not in drop} for record in records if "parameters" not in record]
 
 
 def keep_weights(path):

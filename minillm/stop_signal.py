@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM: the step is finished and saved, then the run ends. A second Ctrl-C ends it at once."""
+import os
+import signal
+import time
+
+from minillm.distributed import rank_and_world
+
+
+class StopSignal:
+    """`asked` becomes 1 when this process is told to stop."""
+
+    def __init__(self):
+        self.asked, self.since = 0, 0.0
+        self.rank, _, world = rank_and_world()
+        # a launcher passes on a Ctrl-C that the terminal has already sent to its processes
+        self.grace = 1.0 if world > 1 else 0.0
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        if number == signal.SIGINT and self.asked and time.monotonic() - self.since >= self.grace:
+            os._exit(128 + number)
+        if not self.asked and self.rank == 0:
+            self._say(number)
+        self.asked, self.since = 1, self.since if self.asked else time.monotonic()
+
+    def _say(self, number):
+        """Straight to stderr: print is not safe inside a signal handler."""
+        line = f"\n{signal.Signals(number).name}: finishing this step, then saving"
+        if number == signal.SIGINT:
+            line += "; Ctrl-C again leaves at once"
+        try:
+            os.write(2, line.encode() + b"\n")
+        except OSError:
+            pass
