@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from minillm.attention import apply_rope, causal_attention, rope_table
-from minillm.checkpoint import load_for_inference, load_weights, skip_init
+from minillm.checkpoint import load_for_inference, load_weights, model_config, skip_init
 from minillm.conversation import chat
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import UserError

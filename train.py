@@ -33,7 +33,7 @@ from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, 
                                 show_windows)
 from minillm.device import (autocast, compile_for_training, describe, peak_flops, pick_device,
                             pick_dtype, prepare, to_device)
-from minillm.distributed import join, print0, rank_and_world, sum_over_ranks
+from minillm.distributed import join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
 from minillm.optimizer import Optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
@@ -163,11 +163,7 @@ def build_model(s, data, start):
     Raises UserError where the checkpoint, the settings and the data do not fit together.
     """
     if start:
-        if start["tokenizer_hash"] != data.meta["tokenizer_hash"]:
-            raise UserError(f"the checkpoint was trained with tokenizer "
-                            f"{start['tokenizer_hash'][:12]}, {s.data_dir} was prepared with "
-                            f"{data.meta['tokenizer_hash'][:12]}: prepare the data with the "
-                            "checkpoint's tokenizer")
+        run_folder.check_tokenizer(start, data)
         config = checkpoint.model_config(start, GPTConfig)
         # RoPE has no weights, so the context length may change; dropout belongs to the training
         config.block_size, config.dropout = s.block_size, s.dropout
@@ -315,7 +311,7 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
-    step, saved, validated = first_step, True, None
+    step, saved = first_step, True
     batches, targets = read_batches(step) if step < s.steps else ([], 0)
     model.train()
     while True:
@@ -337,7 +333,6 @@ def main():
             model.train()
             last = last or val_loss is None          # stopped half-way: resuming evaluates first
             if val_loss is not None:
-                validated = f"validation loss {val_loss:.4f} at step {step}"
                 log.validation(step, val_loss)
                 is_best = val_loss < best_val_loss
                 if is_best and s.save_best and step > 0:
@@ -396,14 +391,7 @@ def main():
 
     # ---- the end
     if rank == 0:
-        seconds = log.close(step)
-        parts = [f"{'done' if step >= s.steps else 'stopped'} at step {step} after {seconds:.0f} s"]
-        if validated:
-            parts.append(validated)
-        parts.append(s.out_dir)
-        if step < s.steps:
-            parts.append("--init_from=resume goes on")
-        print0(" · ".join(parts))
+        log.close(step)
     if world > 1:
         dist.destroy_process_group()
     if not saved:

@@ -96,6 +96,14 @@ def _load_to_resume(s, steps):
                         "--overwrite=True starts over") from None
 
 
+def check_tokenizer(start, data):
+    """Raise UserError if a checkpoint and the data are not of the same tokenizer."""
+    old, new = start["tokenizer_hash"], data.meta["tokenizer_hash"]
+    if old != new:
+        raise UserError(f"the checkpoint was trained with tokenizer {old[:12]}, {data.folder} was "
+                        f"prepared with {new[:12]}: prepare the data with the checkpoint's tokenizer")
+
+
 def state_shape(s, config, meta):
     """Make the settings state the model's shape. A 0 stays where it stands for the same number."""
     stands_for = {"n_inner": 4 * config.n_embd, "vocab_size": meta["vocab_size"]}

@@ -112,6 +112,7 @@ class RunLog:
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.time()
         self.waiting = self.last_step = None
+        self.validated = None
         self.has_begun = False
         self.trackers = []
         if not writes:
@@ -231,18 +232,26 @@ class RunLog:
                 "load": [[round(share, 5) for share in layer] for layer in load.tolist()]}
 
     def validation(self, step, val_loss):
+        self.validated = f"validation loss {val_loss:.4f} at step {step}"
         if self.writes:
             print0(f"step {step:>6}/{self.s.steps} · validation loss {val_loss:.4f}")
             self.write({"step": step, "val_loss": val_loss, "tokens": self.tokens(step)})
 
     def close(self, step):
-        """The closing record: tokens and seconds of the whole run. Returns the seconds."""
+        """The closing record and line: tokens and seconds of the whole run."""
         seconds = self.seconds()
         self.write({"step": step, "seconds": seconds, "tokens": self.tokens(step)} | self.parameters)
         self.bar.close()
         for tracker in self.trackers:
             tracker.close()
-        return seconds
+        done = step >= self.s.steps
+        parts = [f"{'done' if done else 'stopped'} at step {step} after {seconds:.0f} s"]
+        if self.validated:
+            parts.append(self.validated)
+        parts.append(self.s.out_dir)
+        if not done:
+            parts.append("--init_from=resume goes on")
+        print0(" · ".join(parts))
 
 
 def describe_run(s, model, data, device, dtype, world, first_step):
