@@ -17,7 +17,7 @@ import torch
 
 from minillm import export_hf
 from minillm.atomic_folder import replaced_folder
-from minillm.checkpoint import read_settings
+from minillm.run_folder import read_settings
 from minillm.configurator import configure
 from minillm.errors import UserError, run
 from minillm.model_card import write_card

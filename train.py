@@ -31,8 +31,8 @@ from minillm.configurator import (BelowOne, NonNegative, NonNegativeFloat, Posit
                                   number, whole)
 from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, rank_batches,
                                 show_windows)
-from minillm.device import (autocast, compile_for_training, describe, peak_flops, pick_device,
-                            pick_dtype, prepare, to_device)
+from minillm.device import (autocast, compile_for_training, pick_device, pick_dtype, prepare,
+                            to_device)
 from minillm.distributed import join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
 from minillm.optimizer import Optimizer
@@ -122,8 +122,6 @@ def check(s, world):
                         "give --device=cuda, each takes its own")
     if s.checkpoint != "newest" and s.init_from == "scratch":
         raise UserError(f"checkpoint={s.checkpoint} needs --init_from=DIR, or --init_from=resume")
-    if s.inspect_step * global_batch > 2**62:
-        raise UserError(f"inspect_step={s.inspect_step} is too large")
     trackers.names(s)
 
 
@@ -276,9 +274,7 @@ def main():
     # ---- what the run leaves behind
     if rank == 0:
         lock = lock or run_folder.lock(s.out_dir)    # held until this process ends
-    peak = peak_flops(device)
-    log = RunLog(s, model, global_batch * s.block_size, peak and peak * world, resumed,
-                 writes=rank == 0, outcome=outcome)
+    log = RunLog(s, model, outcome, device, world, resumed, writes=rank == 0)
     saved_step = first_step if resumed else -1
     del resumed, start
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minillm import trackers
 from minillm.dataloader import batch_windows
-from minillm.device import describe
+from minillm.device import describe, peak_flops
 from minillm.distributed import print0
 
 
@@ -95,15 +95,17 @@ def duration(seconds):
 class RunLog:
     """The log of one run.
 
-    s: the Settings of train.py. peak: FLOP/s of all devices, or None where unknown. resumed: the
-    checkpoint, or None. The clock gives tokens/s since the last line; evaluating and saving restart
-    it, so that they don't count.
+    s: the Settings of train.py. outcome: of describe_run. resumed: the checkpoint, or None. writes:
+    is this rank 0? The clock gives tokens/s since the last line; evaluating and saving restart it,
+    so that they don't count.
     """
 
-    def __init__(self, s, model, tokens_per_step, peak, resumed, writes, outcome):
+    def __init__(self, s, model, outcome, device, world, resumed, writes):
         resumed = resumed or {}
-        self.s, self.config, self.peak, self.writes = s, model.config, peak, writes
-        self.tokens_per_step, self.flops = tokens_per_step, model.flops_per_token(s.block_size)
+        self.s, self.config, self.writes = s, model.config, writes
+        self.flops = model.flops_per_token(s.block_size)
+        self.peak = world * (peak_flops(device) or 0)    # FLOP/s of all devices; 0: unknown
+        self.tokens_per_step = tokens_per_step = outcome["tokens_per_step"]
         self.parameters = dict(zip(("parameters", "active_parameters"), model.n_params()))
         self.first_step = resumed.get("step", 0)
         # old checkpoints don't count tokens and seconds

@@ -8,7 +8,7 @@ CASES = [
     Case("a file for the model", "--out_dir=corpus.jsonl", "no model in corpus.jsonl"),
     Case("half a checkpoint", "--out_dir=out",
          "ckpt_00000002.pt, it is damaged or cut short", cut(CHECKPOINT, 0.5)),
-    Case("unknown checkpoint", "--out_dir=out --checkpoint=oldest", "'oldest': newest or best"),
+    Case("unknown checkpoint", "--out_dir=out --checkpoint=oldest", "'oldest' must be newest, best or the number of a step"),
     Case("prompt longer than the context", f"--out_dir=out --prompt={LONG}",
          r"the prompt is \d+ tokens long, the context holds 64.*--truncate_ctx"),
     Case("prompt is not UTF-8", "--out_dir=out --prompt=-",
