@@ -3,39 +3,50 @@
     python prepare_pretrain.py data/raw/corpus.jsonl --tokenizer=data/tokenizer --out_dir=data/pretrain
     python prepare_pretrain.py                       # the embedded demo corpus
 
+Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other), .txt
+and .parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record
+holds its text under `text_key`, or is a text itself.
+
 Writes train.bin, val.bin (little-endian uint16, no header, <|endoftext|> after every document) and
-meta.json. The bytes depend on the input, the tokenizer and the seed alone. The text is read once,
-streaming; shuffling goes by bucket files (token_files.py), which take, until the end, as much disk as
-the token files themselves. The old files stay until the new ones are complete.
+meta.json. The bytes depend on the input, the tokenizer and the seed alone, not on the number of
+processes. The text is read once, streaming. The shuffle takes as much disk as the token files, until
+the end. The old files stay until the new ones are complete.
 """
-import json
 import os
 import struct
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
-from minillm.configurator import configure, positional
-from minillm.errors import UserError, run
 from minillm.atomic_folder import replaced_folder
-from minillm.text_reader import Report, Source, documents
-from minillm.token_files import Spool, digest, encode_ahead, in_batches
+from minillm.configurator import BelowOne, NonNegative, Positive, configure, positional
+from minillm.encode_ahead import default_processes, encode_ahead
+from minillm.errors import run
+from minillm.report import Report
+from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.split import ValidationSplit
+from minillm.text_files import Block, Source
+from minillm.text_reader import block_documents
+from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
 
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or directories: .jsonl .json .txt, plain, .gz .bz2 .xz or in a tar; none: the demo corpus
-    tokenizer: str | None = None         # folder of the tokenizer; default data/tokenizer, or data/demo/tokenizer without FILE
-    out_dir: str | None = None           # where the token files go; default data/pretrain, or data/demo/pretrain without FILE
-    val_fraction: float = 0.01           # share of the documents for validation, chosen by a hash of their content
+    files: list[str] = positional()      # files or folders of text, see above; none: the demo corpus
+    tokenizer: str | None = None         # folder; default data/tokenizer, or data/demo/tokenizer without FILE
+    out_dir: str | None = None           # default data/pretrain, or data/demo/pretrain without FILE
+    val_fraction: BelowOne = 0.01        # share for validation, chosen by a hash of each document's content
     seed: int = 1337                     # of the shuffle
     dedup: bool = False                  # drop exact duplicates (no memory: equals meet on disk)
-    text_key: str = "text"               # the key of the text in JSON lines
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a line that is not is skipped
+    text_key: str = "text"               # key of the text in JSON; several are joined: title,content
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; a paragraph ends at a blank line
+    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
     strict: bool = False                 # stop at the first line that would be skipped
-    batch_size: int = 1_000_000          # characters encoded in one call: speed and memory, never the result
+    processes: NonNegative = 0           # that encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000     # bytes encoded in one call: speed and memory, never the result
 
 
 FILES = {"train.bin", "val.bin", "meta.json"}
@@ -46,114 +57,151 @@ def main():
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
-    check(s)
     tokenizer = Tokenizer.load(s.tokenizer)
     report = Report(s.strict)
-    source = Source(s.files, report, s.encoding) if s.files else None
-    texts = documents(source, s.text_key) if s.files else demo_documents()
+    source = Source(s.files, report, s.encoding, s.document) if s.files else None
+    blocks = source.blocks(s.batch_size) if source else demo_blocks()
+    encoder = Encoder(tokenizer, s.text_key, s.strict)
+    processes = s.processes or default_processes(source.size if source else 0)
     with replaced_folder(s.out_dir, FILES) as folder:
-        spool_folder = os.path.join(folder, "spool")
-        os.mkdir(spool_folder)
-        duplicate = lambda record: report.skip("duplicate of a document before", record.place)
-        spool = Spool(spool_folder, s.seed, s.dedup, duplicate)
+        # 1) read, encode, and put in buckets on the disk
+        buckets = os.path.join(folder, "buckets")
+        os.mkdir(buckets)
+        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda document: report.skip(
+            "duplicate of a document before", document.place))
+        split = ValidationSplit(s.val_fraction, may_cut=True)
         characters = 0
-        batches = in_batches(texts, lambda item: len(item[1]), s.batch_size)
         with progress(source) as bar:
-            for encoded in encode_ahead(lambda batch: encode_documents(tokenizer, batch), batches):
-                for place, length, content_digest, payload in encoded:
-                    characters += length
-                    spool.add(content_digest, payload, place)
+            for documents, length, block_report in encode_ahead(encoder, blocks, processes):
+                report.merge(block_report)
+                shuffle.add(documents)
+                split.count(documents)
+                characters += length
                 bar.update((source.position if source else characters) - bar.n)
-        splits = write_splits(folder, spool, s.val_fraction)
-        check_splits(splits, s.val_fraction, report)
-        meta = {
-            "kind": "pretrain", "tokenizer": s.tokenizer, "tokenizer_hash": tokenizer.hash,
-            "vocab_size": tokenizer.vocab_size, "seed": s.seed, "val_fraction": s.val_fraction, "dedup": s.dedup,
-            "splits": splits, "sources": s.files or ["demo_corpus.biographies()"],
-            "skipped": report.skipped, "repaired": report.repaired,
-        }
-        write_meta(folder, meta)
+        # 2) read the buckets, and write the files
+        split.decide()
+        splits = write_splits(folder, shuffle, split, tokenizer)
+        check_splits(splits, s.val_fraction, report, s.encoding)
+        settings = {key: getattr(s, key) for key in ("tokenizer", "seed", "val_fraction", "dedup")}
+        sources = s.files or ["demo.town.biographies()"]
+        write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
+    print_summary(s.out_dir, splits, report, s.encoding)
     seconds = time.perf_counter() - begun
     tokens = splits["train"]["tokens"] + splits["val"]["tokens"]
-    summary(s.out_dir, splits, report)
-    print(f"  {characters / tokens:.3f} characters a token, {seconds:.1f} s "
-          f"({sum(split['bytes'] for split in splits.values()) / seconds / 1e6:.2f} MB/s)")
+    size = splits["train"]["bytes"] + splits["val"]["bytes"]
+    print(f"  {characters / tokens:.3f} characters per token, {seconds:.1f} s "
+          f"({size / seconds / 1e6:.2f} MB/s)")
 
 
-def check(s):
-    if not 0 <= s.val_fraction < 1:
-        raise UserError(f"--val_fraction={s.val_fraction} must be at least 0 and below 1")
-    if s.batch_size < 1:
-        raise UserError(f"--batch_size={s.batch_size} must be positive")
-
-
-def demo_documents():
-    from demo.town import biographies
-    for number, text in enumerate(biographies(), 1):
-        yield f"demo:{number}", text
+def demo_blocks():
+    from demo.town import demo_documents                 # only the demo needs the town
+    yield Block("texts", "demo", 1, list(demo_documents()))
 
 
 def progress(source):
-    """A bar by bytes read of the input (by characters of the demo); none where stderr is no terminal."""
+    """A bar by bytes read of the input (by characters of the demo); none without a terminal."""
     return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
 
 
-_SIZES = struct.Struct("<Q")         # UTF-8 bytes of the text, before its tokens in a record
 _END = struct.pack("<H", END_OF_TEXT)
 
 
-def encode_documents(tokenizer, batch):
-    """[(place, text)] -> [(place, characters, digest, payload)], the payload being UTF-8 bytes and token ids."""
-    short = iter(tokenizer.encode_batch([text for _, text in batch if len(text) <= MAX_PIECE]))
-    result = []
-    for place, text in batch:
+@dataclass
+class Encoder:
+    """Encodes a block: [Document], characters, and the report of what was skipped and repaired."""
+    tokenizer: Tokenizer
+    text_key: str
+    strict: bool
+
+    def __call__(self, block):
+        report = Report(self.strict)
+        texts = list(block_documents(block, report, self.text_key))
+        return encode_documents(self.tokenizer, texts), sum(len(text) for _, text in texts), report
+
+
+def encode_documents(tokenizer, texts):
+    """[(place, text)] -> [Document], the payload being the token ids and <|endoftext|>."""
+    short = iter(tokenizer.encode_batch([text for _, text in texts if len(text) <= MAX_PIECE]))
+    documents = []
+    for place, text in texts:
         content = text.encode("utf-8")
         pieces = [next(short)] if len(text) <= MAX_PIECE else tokenizer.encode_pieces(text)
-        tokens = b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids in pieces)
-        result.append((place, len(text), digest(content), _SIZES.pack(len(content)) + tokens + _END))
-    return result
+        tokens = [struct.pack(f"<{len(ids)}H", *ids) for ids in pieces]
+        payload = b"".join([*tokens, _END])
+        documents.append(Document(content_digest(content), len(content), payload, place))
+    return documents
 
 
-def write_splits(folder, spool, val_fraction):
-    """Empty the spool into train.bin and val.bin; returns their counts for meta.json."""
-    splits = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in ("train", "val")}
-    with open(os.path.join(folder, "train.bin"), "wb", 1 << 20) as train, \
-         open(os.path.join(folder, "val.bin"), "wb", 1 << 20) as val:
-        for record in spool.shuffled():
-            chosen = spool.in_validation(record, val_fraction)
-            tokens = record.payload[_SIZES.size:]
-            (val if chosen else train).write(tokens)
-            counts = splits["val" if chosen else "train"]
-            counts["documents"] += 1
-            counts["tokens"] += len(tokens) // 2
-            counts["bytes"] += _SIZES.unpack_from(record.payload)[0]
-    return splits
+class SplitWriter:
+    """One split: its file, and its counts for meta.json."""
+
+    def __init__(self, folder, name):
+        self._file = open(os.path.join(folder, f"{name}.bin"), "wb", 1 << 20)
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
+
+    def add(self, tokens, size):
+        self._file.write(tokens)
+        self.counts["documents"] += 1
+        self.counts["tokens"] += len(tokens) // 2
+        self.counts["bytes"] += size
+
+    def close(self):
+        self._file.close()
 
 
-def check_splits(splits, val_fraction, report):
-    """Raise UserError where there is nothing to train on."""
-    train, val = splits["train"]["documents"], splits["val"]["documents"]
-    if not train + val:
-        why = "; ".join(line.strip() for line in report.lines())
-        raise UserError(f"the input holds no document{f' ({why})' if why else ''}")
-    if not train:
-        raise UserError(f"all {val:,} documents, or copies of one, fall into validation by --val_fraction={val_fraction}: "
-                        f"bring more, or choose a smaller fraction (0: no validation)")
+def write_splits(folder, shuffle, split, tokenizer):
+    """Empty the shuffle into train.bin and val.bin; returns their counts for meta.json."""
+    train, val = SplitWriter(folder, "train"), SplitWriter(folder, "val")
+    for document in shuffle.shuffled():
+        wanted = split.bytes_to_cut(document)
+        if split.in_validation(document):
+            val.add(document.payload, document.size)
+        elif wanted and len(document.payload) > 4:       # two tokens and <|endoftext|>
+            start, size = cut_point(document, wanted, tokenizer)
+            train.add(bytes(document.payload[:start]) + _END, document.size - size)
+            val.add(document.payload[start:], size)
+        else:
+            train.add(document.payload, document.size)
+    train.close()
+    val.close()
+    return {"train": train.counts, "val": val.counts}
 
 
-def write_meta(folder, meta):
-    # a file's name need not be UTF-8; what it becomes here is the very escape that JSON has for it
-    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(meta, file, ensure_ascii=False, indent=2)
+def cut_point(document, wanted, tokenizer):
+    """Where to cut a document so that about `wanted` bytes of its text come behind.
+
+    At the nearest line end; where that is far off, at a sentence end; else between two characters.
+    Returns (the place in the payload, the bytes behind it).
+    """
+    ids = memoryview(document.payload).cast("H")[:-1].tolist()
+    candidates = {}                      # kind of place -> (distance from what is wanted, place, bytes)
+    behind = 0
+    for place in range(len(ids) - 1, 0, -1):
+        behind += len(tokenizer.token_bytes[ids[place]])
+        before = tokenizer.token_bytes[ids[place - 1]]
+        after = tokenizer.token_bytes[ids[place]]
+        if before.endswith(b"\n"):
+            kind = "line"
+        elif before.endswith(SENTENCE_ENDS):
+            kind = "sentence"
+        elif not 0x80 <= after[0] < 0xC0:                # not inside a character
+            kind = "character"
+        else:
+            continue
+        found = (abs(behind - wanted), place, behind)
+        candidates[kind] = min(candidates.get(kind, found), found)
+        if behind > 4 * wanted and candidates.keys() >= {"line", "character"}:
+            break
+    for kind in ("line", "sentence", "character"):
+        if kind in candidates and wanted / 2 <= candidates[kind][2] <= 2 * wanted:
+            break
+    else:
+        kind = min(candidates, key=lambda kind: candidates[kind])
+    _, place, size = candidates[kind]
+    return 2 * place, size
 
 
-def summary(out_dir, splits, report):
-    """Print what was written, and what was skipped or repaired."""
-    print(f"wrote {out_dir}")
-    for name, counts in splits.items():
-        print(f"  {name}: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()))
-    for line in report.lines():
-        print(line)
+SENTENCE_ENDS = tuple(mark.encode("utf-8") for mark in "。！？.!?")
 
 
 if __name__ == "__main__":

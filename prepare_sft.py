@@ -1,54 +1,70 @@
 """Conversations to token files for supervised fine-tuning: encoded as ChatML, masked, packed into rows.
 
-    python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft --block_size=512
+    python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft
     python prepare_sft.py                            # the embedded demo conversations
-    python prepare_sft.py --show=3                   # print three of them as a table of tokens, and write nothing
+    python prepare_sft.py chats.json --show=3        # print three as tokens, and write nothing
+
+Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other) and
+.parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record is a
+list of turns, or holds one under conversations, messages, conversation, dialogue, chat or turns; a
+turn has a role (from, role, speaker) and a text (value, content, text: a string, or a list of parts).
+Roles, in any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt, 助手; system,
+developer. Or a record is a pair: instruction (and input), prompt, question or query; output, response,
+completion, answer or target; with `history` before it. `system` or `system_prompt` is the system turn.
+`--map` names others. A turn with weight, loss, train, trainable or loss_mask 0 or false is context.
 
 Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin, val_mask.bin
-(uint8 of the same length: 1 on the tokens to be learned, which are what the assistant says and its
+(uint8 of the same length: 1 on the supervised tokens, which are what the assistant says and its
 <|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first; each one ends in
-an <|endoftext|>, which is how attention finds where the next begins, and so does the padding. One that
-is longer than a row keeps its turns up to the last whole assistant turn that fits.
+an <|endoftext|>, which is how attention finds where the next begins, and so does the padding.
 
 The bytes depend on the input, the tokenizer and the seed alone. Conversations are shuffled as in
-prepare_pretrain.py, then packed POOL_TOKENS at a time: best-fit decreasing inside a pool, so memory is
+prepare_pretrain.py, then packed a pool at a time: best-fit decreasing inside a pool, so memory is
 one pool, and time grows linearly.
 """
 import os
-import struct
 import sys
 import time
 from dataclasses import dataclass
-from itertools import chain
+from typing import Literal
 
-import numpy as np
+from tqdm import tqdm
 
-from minillm.configurator import configure, positional
-from minillm.errors import UserError, run
 from minillm.atomic_folder import replaced_folder
-from prepare_pretrain import check, check_splits, progress, summary, write_meta
-from minillm.text_reader import Report, Source, conversations
-from minillm.token_files import Spool, digest, encode_ahead, in_batches
-from minillm.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from minillm.chat_names import Names
+from minillm.configurator import BelowOne, NonNegative, Positive, configure, positional, whole
+from minillm.encode_ahead import default_processes, encode_ahead
+from minillm.errors import UserError, run
+from minillm.packing import COUNTS, RowWriter, to_payload
+from minillm.report import Report
+from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.split import ValidationSplit
+from minillm.text_files import Block, Source
+from minillm.text_reader import block_conversations, refuse_txt
+from minillm.token_files import advice, check_splits, print_summary, write_meta
+from minillm.tokenizer import IM_END, Tokenizer, is_supervised
 
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or directories: .jsonl .json, plain, .gz .bz2 .xz or in a tar; none: the demo conversations
-    tokenizer: str | None = None         # folder of the tokenizer; default data/tokenizer, or data/demo/tokenizer without FILE
-    out_dir: str | None = None           # where the token files go; default data/sft, or data/demo/sft without FILE
-    block_size: int | None = None        # window of the model: rows are one token longer; default 512, or 128 without FILE
-    val_fraction: float = 0.01           # share of the conversations for validation, chosen by a hash of their content
+    files: list[str] = positional()      # files or folders of conversations, see above; none: the demo
+    tokenizer: str | None = None         # folder; default data/tokenizer, without FILE data/demo/tokenizer
+    out_dir: str | None = None           # default data/sft, or data/demo/sft without FILE
+    block_size: whole(8, 1 << 20) | None = None  # of the model; rows are one longer; default 512, demo 128
+    long: Literal["split", "truncate"] = "split"  # what exceeds a row is another conversation, or is cut
+    val_fraction: BelowOne = 0.01        # share for validation, chosen by a hash of each conversation
     seed: int = 1337                     # of the shuffle
     dedup: bool = False                  # drop exact duplicates (no memory: equals meet on disk)
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a line that is not is skipped
+    map: str = ""                        # other names: q:user,a:assistant; system, role, content, messages …
+    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
     strict: bool = False                 # stop at the first line that would be skipped
-    batch_size: int = 1_000_000          # characters encoded in one call: speed and memory, never the result
-    show: int = 0                        # print so many conversations as a token table, learned tokens marked, and stop
+    processes: NonNegative = 0           # that encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000     # bytes encoded in one call: speed and memory, never the result
+    show: NonNegative = 0                # print so many conversations as tokens, and stop
 
 
 FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json"}
-POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
+SHOWN = 60                           # tokens of a turn that --show prints at least
 
 
 def main():
@@ -56,204 +72,234 @@ def main():
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
-    s.block_size = (512 if s.files else 128) if s.block_size is None else s.block_size
-    check(s)
-    if not 8 <= s.block_size <= 1 << 20:
-        raise UserError(f"--block_size={s.block_size} must be at least 8, for a question and an answer, and at most {1 << 20:,}")
-    if s.show < 0:
-        raise UserError(f"--show={s.show} must be 0 or more")
+    s.block_size = s.block_size or (512 if s.files else 128)
     tokenizer = Tokenizer.load(s.tokenizer)
     report = Report(s.strict)
+    names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
-    chats = conversations(source) if s.files else demo_conversations(report)
+    if source:
+        refuse_txt(source)
+    blocks = source.blocks(s.batch_size) if source else demo_blocks()
     if s.show:
-        return show(tokenizer, chats, s.show)
+        show(tokenizer, blocks, names, report, s)
+        return
     capacity = s.block_size + 1
+    encoder = Encoder(tokenizer, names, capacity, s.long, s.strict)
+    processes = s.processes or default_processes(source.size if source else 0)
     with replaced_folder(s.out_dir, FILES) as folder:
-        spool_folder = os.path.join(folder, "spool")
-        os.mkdir(spool_folder)
-        duplicate = lambda record: report.skip("duplicate of a conversation before", record.place)
-        spool = Spool(spool_folder, s.seed, s.dedup, duplicate)
-        batches = in_batches(chats, lambda item: sum(len(message["content"]) for message in item[1]), s.batch_size)
-        count = 0
+        # 1) read, encode, and put in buckets on the disk
+        buckets = os.path.join(folder, "buckets")
+        os.mkdir(buckets)
+        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda document: report.skip(
+            "duplicate of a conversation before", document.place))
+        split = ValidationSplit(s.val_fraction, may_cut=False)
         with progress(source) as bar:
-            for encoded in encode_ahead(lambda batch: encode_conversations(tokenizer, batch, capacity), batches):
-                for place, content_digest, payload, fit in encoded:
-                    count += 1
-                    if fit == "dropped":
-                        report.skip("too long for a row, with its first answer", place)
-                        continue
-                    if fit == "truncated":
-                        report.repair("later turns cut off to fit a row", place)
-                    spool.add(content_digest, payload, place)
-                bar.update((source.position if source else count) - bar.n)
-        splits = write_splits(folder, spool, s.val_fraction, capacity)
-        check_splits(splits, s.val_fraction, report)
-        meta = {
-            "kind": "sft", "tokenizer": s.tokenizer, "tokenizer_hash": tokenizer.hash,
-            "vocab_size": tokenizer.vocab_size, "block_size": s.block_size, "seed": s.seed,
-            "val_fraction": s.val_fraction, "dedup": s.dedup,
-            "splits": splits, "sources": s.files or ["demo_corpus.conversations()"],
-            "skipped": report.skipped, "repaired": report.repaired,
-        }
-        write_meta(folder, meta)
-    summary(s.out_dir, splits, report)
-    total = {key: splits["train"][key] + splits["val"][key] for key in splits["train"]}
-    print(f"  padding {total['padding_tokens'] / total['tokens']:.2%} of tokens, learned {total['learned_tokens'] / total['tokens']:.2%}, "
-          f"{time.perf_counter() - begun:.1f} s")
+            for documents, block_report in encode_ahead(encoder, blocks, processes):
+                report.merge(block_report)
+                shuffle.add(documents)
+                split.count(documents)
+                bar.update(source.position - bar.n if source else len(documents))
+        # 2) read the buckets, pack, and write the files
+        split.decide()
+        splits = write_splits(folder, shuffle, split, capacity)
+        check_splits(splits, s.val_fraction, report, s.encoding)
+        keys = ("tokenizer", "block_size", "seed", "val_fraction", "dedup", "long")
+        settings = {key: getattr(s, key) for key in keys}
+        sources = s.files or ["demo.town.conversations()"]
+        write_meta(folder, "sft", tokenizer, settings, splits, sources, report)
+    print_summary(s.out_dir, splits, report, s.encoding)
+    total = {key: splits["train"][key] + splits["val"][key] for key in COUNTS}
+    padding = total["padding_tokens"] / total["tokens"]
+    supervised = total["learned_tokens"] / total["tokens"]
+    seconds = time.perf_counter() - begun
+    print(f"  padding {padding:.2%} of tokens, supervised {supervised:.2%}, {seconds:.1f} s")
 
 
-def demo_conversations(report):
-    from demo.town import conversations as demo
-    from minillm.text_reader import clean_conversation
-    for number, record in enumerate(demo(), 1):
-        messages = clean_conversation(record, report, f"demo:{number}")
-        if messages:
-            yield f"demo:{number}", messages
+def demo_blocks():
+    from demo.town import conversations                  # only the demo needs the town
+    records = [(f"demo:{number}", record) for number, record in enumerate(conversations(), 1)]
+    yield Block("records", "demo", 1, records)
 
 
-_SIZES = struct.Struct("<QQ")        # UTF-8 bytes of the contents, and of the learned ones, before the tokens and the mask
+def progress(source):
+    """A bar by bytes read of the input (by conversations of the demo); none without a terminal."""
+    return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
 
 
-def encode_conversations(tokenizer, batch, capacity):
-    """[(place, messages)] -> [(place, digest, payload, fit)]; fit is "whole", "truncated" or "dropped"."""
-    # no token is longer than `longest` bytes, so what lies behind capacity * longest bytes cannot fit,
-    # and a conversation of 50 MB need not be encoded to be told so
-    longest = max(map(len, tokenizer.token_bytes))
-    heads = [messages[:within(messages, capacity * longest)] for _, messages in batch]
-    encoded = iter(tokenizer.encode_batch([message["content"] for head in heads for message in head]))
-    result = []
-    for (place, messages), head in zip(batch, heads):
-        turns, whole, length = [], 0, 0                  # `whole`: how many turns, up to an assistant's, fit
-        for message in head:
-            turns.append((message["role"], ids := next(encoded)))
-            before, behind = tokenizer.frame(message["role"])
-            length += len(before) + len(ids) + len(behind)
-            if message["role"] == "assistant" and length < capacity:         # and one <|endoftext|>
-                whole = len(turns)
-        fit = "whole" if whole == len(messages) else "truncated" if whole else "dropped"
-        contents = [message["content"].encode("utf-8") for message in messages]
-        name = b"\x1e".join(message["role"].encode() + b"\x1f" + content for message, content in zip(messages, contents))
-        tokens, mask, sizes = [], [], {"system": 0, "user": 0, "assistant": 0}
-        for (role, ids), content in zip(turns[:whole], contents):
-            before, behind = tokenizer.frame(role)
-            learned = b"\1" if role == "assistant" else b"\0"
-            tokens += before, ids, behind
-            mask += bytes(len(before)), learned * (len(ids) + 1), bytes(len(behind) - 1)
-            sizes[role] += len(content)
-        payload = b"".join([
-            _SIZES.pack(sum(sizes.values()), sizes["assistant"]),
-            np.fromiter(chain(*tokens, (END_OF_TEXT,)), "<u2").tobytes(), *mask, b"\0",
-        ])
-        result.append((place, digest(name), payload, fit))
-    return result
+@dataclass
+class Encoder:
+    """Encodes a block: [Document], and the report of what was skipped and repaired."""
+    tokenizer: Tokenizer
+    names: Names
+    capacity: int
+    long: str
+    strict: bool
+
+    def __call__(self, block):
+        report = Report(self.strict)
+        chats = list(block_conversations(block, report, self.names))
+        documents = encode_conversations(self.tokenizer, chats, self.capacity, self.long, report)
+        return documents, report
 
 
-def within(messages, limit):
-    """How many leading messages have contents of at most `limit` characters together."""
-    total = 0
-    for number, message in enumerate(messages):
-        total += len(message["content"])
-        if total > limit:
-            return number
-    return len(messages)
+def encode_conversations(tokenizer, chats, capacity, long, report):
+    """[(place, messages)] -> [Document], each at most `capacity` tokens, one <|endoftext|> included.
 
-
-def pack(lengths, capacity):
-    """Best-fit decreasing (Johnson 1974) of items into rows: a list of rows, each a list of item indices.
-
-    Every item, the longest first, goes into the fullest row with room for it. The rows are kept by
-    the room they have left, which is a small integer, and a bit set says which rooms there are; so the
-    time is linear in the number of items, and the same lengths always give the same rows.
+    The payload is the number of supervised bytes, the tokens, and their mask.
     """
-    rows, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
-    for item in order:
-        length = lengths[item]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
+    # no token is longer than `longest` bytes, so a content beyond that many characters cannot fit,
+    # and one of 50 MB need not be encoded to be told so
+    limit = capacity * max(map(len, tokenizer.token_bytes))
+    contents = [message["content"] for _, messages in chats for message in messages]
+    encoded = iter(tokenizer.encode_batch([text for text in contents if len(text) <= limit]))
+    documents = []
+    for place, messages in chats:
+        turns = [encode_turn(tokenizer, message, limit, encoded) for message in messages]
+        parts = fit(turns, capacity, long, report, place)
+        digest = conversation_digest(messages)
+        for number, part in enumerate(parts):
+            if number:                   # another digest, but on the same side of the split
+                other = content_digest(digest + number.to_bytes(4, "little"))
+                digest = digest[:8] + other[8:]
+            documents.append(packed(part, digest, place))
+    return documents
+
+
+@dataclass
+class Turn:
+    """A message as tokens: prefix, content and suffix; `length` is of the three."""
+    message: dict
+    prefix: list
+    ids: list
+    suffix: list
+    length: int
+
+
+def encode_turn(tokenizer, message, limit, encoded):
+    """The Turn of a message, its ids from `encoded`; its length is `limit` if it is too long."""
+    prefix, suffix = tokenizer.prefix(message["role"]), tokenizer.suffix
+    if len(message["content"]) > limit:
+        return Turn(message, prefix, [], suffix, limit)
+    ids = next(encoded)
+    return Turn(message, prefix, ids, suffix, len(prefix) + len(ids) + len(suffix))
+
+
+def fit(turns, capacity, long, report, place):
+    """Cut the turns of a conversation into parts that fit into rows; each is a list of turns.
+
+    A part begins with the system turn and holds whole exchanges (a question and its answer). With
+    long="truncate" there is one part at most.
+    """
+    system = [turn for turn in turns if turn.message["role"] == "system"]
+    exchanges = [turns[start: start + 2] for start in range(len(system), len(turns), 2)]
+    base = sum(turn.length for turn in system)
+    parts, part, length, lost = [], [], base, False
+    for exchange in exchanges:
+        size = sum(turn.length for turn in exchange)
+        if length + size < capacity:                     # and one <|endoftext|>
+            part += exchange
+            length += size
+            continue
+        if long == "truncate":
+            lost = True
+            break
+        if part:
+            parts.append(system + part)
+        part, length = [], base
+        if base + size < capacity:
+            part, length = list(exchange), base + size
         else:
-            room, row = capacity, []
-            rows.append(row)
-        row.append(item)
-        room -= length
-        by_room[room].append(row)
-        rooms |= 1 << room
-    return rows
+            report.skip("exchange longer than a row", place)
+    if part:
+        parts.append(system + part)
+    if lost and not parts:
+        report.skip("too long for a row, with its first answer", place)
+    elif lost:
+        report.repair("later turns cut off to fit a row", place)
+    if len(parts) > 1:
+        report.repair("long conversation continued as another one", place)
+    return [part for part in parts if any(is_supervised(turn.message) for turn in part)]
 
 
-class RowWriter:
-    """One split: collects conversations into a pool, packs it, and writes its rows."""
-
-    def __init__(self, folder, name, capacity):
-        self._tokens = open(os.path.join(folder, f"{name}.bin"), "wb", 1 << 20)
-        self._mask = open(os.path.join(folder, f"{name}_mask.bin"), "wb", 1 << 20)
-        self._capacity, self._pool, self._pool_tokens = capacity, [], 0
-        self.counts = dict.fromkeys(("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens"), 0)
-
-    def add(self, payload):
-        size, learned_size = _SIZES.unpack_from(payload)
-        body = bytes(payload[_SIZES.size:])              # a copy, so that the bucket it came from can go
-        length = len(body) // 3
-        self._pool.append((np.frombuffer(body, "<u2", length), np.frombuffer(body, "u1", length, 2 * length)))
-        self._pool_tokens += length
-        self.counts["documents"] += 1
-        self.counts["bytes"] += size
-        self.counts["learned_bytes"] += learned_size
-        if self._pool_tokens >= POOL_TOKENS:
-            self._write_pool()
-
-    def _write_pool(self):
-        rows = pack([len(tokens) for tokens, _ in self._pool], self._capacity)
-        for row in rows:
-            tokens = np.full(self._capacity, END_OF_TEXT, "<u2")
-            mask = np.zeros(self._capacity, "u1")
-            at = 0
-            for item in row:
-                item_tokens, item_mask = self._pool[item]
-                tokens[at: at + len(item_tokens)] = item_tokens
-                mask[at: at + len(item_mask)] = item_mask
-                at += len(item_tokens)
-            self._tokens.write(tokens.tobytes())
-            self._mask.write(mask.tobytes())
-            self.counts["tokens"] += self._capacity
-            self.counts["learned_tokens"] += int(mask.sum())
-            self.counts["rows"] += 1
-            self.counts["padding_tokens"] += self._capacity - at
-        self._pool, self._pool_tokens = [], 0
-
-    def close(self):
-        self._write_pool()
-        self._tokens.close()
-        self._mask.close()
+def conversation_digest(messages):
+    parts = []
+    for message in messages:
+        mark = "" if message.get("supervised", True) else "\x1f"
+        parts.append(f"{message['role']}\x1f{message['content']}{mark}")
+    return content_digest("\x1e".join(parts).encode("utf-8"))
 
 
-def write_splits(folder, spool, val_fraction, capacity):
-    """Empty the spool into the rows of train and val; returns their counts for meta.json."""
-    writers = {name: RowWriter(folder, name, capacity) for name in ("train", "val")}
-    for record in spool.shuffled():
-        writers["val" if spool.in_validation(record, val_fraction) else "train"].add(record.payload)
-    for writer in writers.values():
-        writer.close()
-    return {name: writer.counts for name, writer in writers.items()}
+def packed(turns, digest, place):
+    """The Document of some turns."""
+    tokens, mask, size, learned = [], [], 0, 0
+    for turn in turns:
+        supervised = is_supervised(turn.message)
+        content = len(turn.message["content"].encode("utf-8"))
+        size += content
+        learned += content if supervised else 0
+        tokens += turn.prefix, turn.ids, turn.suffix
+        mask += bytes(len(turn.prefix)), bytes([supervised]) * (len(turn.ids) + 1)
+        mask.append(bytes(len(turn.suffix) - 1))
+    return Document(digest, size, to_payload(tokens, mask, learned), place)
 
 
-def show(tokenizer, chats, count):
-    """Print `count` conversations token by token: learned ones green and marked with *, control tokens blue."""
+def write_splits(folder, shuffle, split, capacity):
+    """Empty the shuffle into the rows of train and val; returns their counts for meta.json."""
+    train, val = RowWriter(folder, "train", capacity), RowWriter(folder, "val", capacity)
+    for document in shuffle.shuffled():
+        writer = val if split.in_validation(document) else train
+        writer.add(document)
+    train.close()
+    val.close()
+    return {"train": train.counts, "val": val.counts}
+
+
+def show(tokenizer, blocks, names, report, s):
+    """Print some conversations token by token, the supervised ones marked with *, long turns abridged.
+
+    Raises UserError where nothing was understood.
+    """
+    number = 0
+    for block in blocks:
+        for place, messages in block_conversations(block, report, names):
+            number += 1
+            show_conversation(tokenizer, place, messages)
+            if number == s.show:
+                break
+        if number == s.show:
+            break
+    lines = report.lines() + advice(report, s.encoding)
+    if not number:
+        reasons = "; ".join(line.strip() for line in lines)
+        raise UserError(f"no conversation was understood ({reasons or 'the input is empty'})")
+    for line in lines:
+        print(line)
+
+
+def show_conversation(tokenizer, place, messages):
+    """Print the tokens of a conversation: supervised ones green, control tokens blue."""
+    total = tokenizer.encode_chat(messages)
+    print(f"--- {place}: {len(total[0])} tokens, {sum(total[1])} supervised (*)")
+    for message in messages:
+        pairs = list(zip(*tokenizer.encode_chat([message])))
+        if len(pairs) <= 2 * SHOWN:
+            show_tokens(tokenizer, pairs)
+        else:
+            show_tokens(tokenizer, pairs[: SHOWN // 2])
+            print(f"          … {len(pairs) - SHOWN:,} tokens …")
+            show_tokens(tokenizer, pairs[-(SHOWN // 2):])
+
+
+def show_tokens(tokenizer, pairs):
     color = sys.stdout.isatty()
-    for number, (place, messages) in enumerate(chats, 1):
-        ids, mask = tokenizer.encode_chat(messages)
-        print(f"--- {place}: {len(ids)} tokens, {sum(mask)} learned (*)")
-        for id, learned in zip(ids, mask):
-            text = ascii(tokenizer.token_bytes[id])[2:-1] if b"\xef\xbf\xbd" in tokenizer.decode([id]).encode() else repr(tokenizer.decode([id], skip_special=False))[1:-1]
-            paint = ("\033[32m" if learned else "\033[34m" if id <= IM_END else "\033[0m") if color else ""
-            print(f"  {paint}{'*' if learned else ' '} {id:>5}  {text}{chr(27) + '[0m' if color else ''}")
-        if number == count:
-            return
+    for token, supervised in pairs:
+        mark = "*" if supervised else " "
+        line = f"{mark} {token:>5}  {tokenizer.token_text(token)}"
+        if color and supervised:
+            line = f"\033[32m{line}\033[0m"
+        elif color and token <= IM_END:
+            line = f"\033[34m{line}\033[0m"
+        print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -1,109 +1,158 @@
 """Train the tokenizer: byte-level BPE on a sample of the text.
 
     python train_tokenizer.py data/raw/corpus.jsonl --vocab_size=32000 --out_dir=data/tokenizer
+    python train_tokenizer.py --special_tokens="<think>,</think>" corpus.jsonl
     python train_tokenizer.py                        # the embedded demo corpus
 
-Writes tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers.
-Files of conversations serve as well as files of text. Of an input larger than max_bytes the sample is
-spread evenly over the whole of it. The same input gives the same tokenizer. Memory stays under 4 GiB
-whatever max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
+Reads what prepare_pretrain.py and prepare_sft.py read: files of conversations serve as well as files
+of text. Writes tokenizer.json and tokenizer_config.json, the latter with the chat template for
+transformers. Of an input larger than max_bytes the sample is spread evenly over the whole of it. The
+same input gives the same tokenizer, on any number of processes. Memory stays under 4 GiB whatever
+max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
 """
+import json
+import re
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
+import tokenizers
 from tokenizers import Regex, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from minillm import tokenizer as tokenizer_module
-from minillm.configurator import configure, positional
-from minillm.errors import UserError, run
 from minillm.atomic_folder import replaced_folder
-from prepare_pretrain import demo_documents, progress
-from prepare_sft import demo_conversations
-from minillm.text_reader import Report, Source, documents
+from minillm.configurator import NonNegative, Positive, configure, positional, whole
+from minillm.encode_ahead import default_processes, encode_ahead
+from minillm.errors import UserError, run
+from minillm.report import Report
+from minillm.text_files import BLOCK, Block, Source
+from minillm.text_reader import block_documents
+from minillm.token_files import advice
+from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or directories: .jsonl .json .txt, plain, .gz .bz2 .xz or in a tar; none: the demo corpus
-    out_dir: str | None = None           # where the tokenizer goes; default data/tokenizer, or data/demo/tokenizer without FILE
-    vocab_size: int | None = None        # tokens, the 3 special ones and the 256 bytes included; default 32000, or 1200 without FILE
-    max_bytes: int = 1_000_000_000       # of text sampled, evenly over the input
-    nfkc: bool = False                   # fold full-width letters, ligatures … (NFKC): fewer forms, but decode(encode(s)) is not s
-    text_key: str = "text"               # the key of the text in JSON lines
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a line that is not is skipped
+    files: list[str] = positional()      # files or folders of text or conversations; none: the demo
+    out_dir: str | None = None           # default data/tokenizer, or data/demo/tokenizer without FILE
+    vocab_size: whole(259, MAX_VOCAB) | None = None  # with 3 special tokens and 256 bytes; default 32000, demo 1200
+    special_tokens: str = ""             # more tokens, "<think>,</think>": one token wherever text has them
+    max_bytes: Positive = 1_000_000_000  # of text sampled, evenly over the input
+    nfkc: bool = False                   # fold full-width letters, ligatures …; decode(encode(s)) is then not s
+    text_key: str = "text"               # key of the text in JSON; several are joined: title,content
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; a paragraph ends at a blank line
+    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
     strict: bool = False                 # stop at the first line that would be skipped
+    processes: NonNegative = 0           # that count; 0: one per core, or one for a small input
 
 
+BATCH = 1 << 20                      # characters counted in one call
 FILES = {"tokenizer.json", "tokenizer_config.json"}
-PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes some 110 bytes for each, so 2.7 GiB
-HAN_RUN = 16                         # characters; no token is longer than the runs that it is learned from
-HAN_RUN_DEMO = 4                     # a small town has few phrases, and they would fill its small vocabulary
+PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes 110 bytes for each
+# Runs of characters that the tokens are learned from, see pre_token_pattern: no token is longer
+HAN_RUN, WORD, OTHER = 16, 24, 16
+HAN_RUN_DEMO = 4                     # a small town has few phrases, and they would fill its vocabulary
 
 
 def main():
     s = configure(Settings)
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
-    s.out_dir, s.vocab_size = s.out_dir or f"{where}/tokenizer", s.vocab_size or (32000 if s.files else 1200)
-    if not 259 <= s.vocab_size <= tokenizer_module.MAX_VOCAB:
-        raise UserError(f"--vocab_size={s.vocab_size} must be between 259 (3 special tokens and 256 bytes) and "
-                        f"{tokenizer_module.MAX_VOCAB} (token files are uint16)")
-    if s.max_bytes < 1:
-        raise UserError(f"--max_bytes={s.max_bytes} must be positive")
+    s.out_dir = s.out_dir or f"{where}/tokenizer"
+    s.vocab_size = s.vocab_size or (32000 if s.files else 1200)
+    special = check_special(s.special_tokens, s.vocab_size)
     report = Report(s.strict)
-    source = Source(s.files, report, s.encoding) if s.files else None
+    source = Source(s.files, report, s.encoding, s.document) if s.files else None
+    sample = Sample(source, s, report)
     with replaced_folder(s.out_dir, FILES) as folder:
-        with progress(source) as bar:
-            sample = Sample(source, s, report, bar)
-            backend = train(sample, s.vocab_size, s.nfkc, HAN_RUN if s.files else HAN_RUN_DEMO)
+        counts = count_sample(sample, source, s, special)
         if not sample.bytes:
-            raise UserError(f"the input holds no text (--text_key={s.text_key})" + "".join(f";{line}" for line in report.lines()))
+            lines = report.lines() + advice(report, s.encoding)
+            reasons = "".join(f"; {line.strip()}" for line in lines)
+            raise UserError(f"the input holds no text (--text_key={s.text_key}){reasons}")
+        backend = train_on(counts, s.vocab_size, s.nfkc, special)
         tokenizer_module.save(backend, folder)
-    tokenizer = tokenizer_module.Tokenizer.load(s.out_dir)
+    tokenizer = Tokenizer.load(s.out_dir)
     print(f"wrote {s.out_dir}: {tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
           f"{sample.bytes / 1e6:.1f} MB of text, {time.perf_counter() - begun:.1f} s")
     if tokenizer.vocab_size < s.vocab_size:
-        print(f"  fewer than the {s.vocab_size:,} asked for: the text holds no more pairs that occur twice")
-    for line in report.lines():
+        print(f"  fewer than the {s.vocab_size:,} asked for: "
+              "the text holds no more pairs that occur twice")
+    for line in report.lines() + advice(report, s.encoding):
         print(line)
+
+
+def check_special(text, vocab_size):
+    """The list of additional special tokens. UserError where one can't be told from other text."""
+    special = [token.strip() for token in text.split(",") if token.strip()]
+    for token in special:
+        others = SPECIAL_TOKENS + [other for other in special if other is not token]
+        if len(token) < 3 or any(char.isspace() for char in token):
+            raise UserError(f"--special_tokens: {token!r} must be 3 characters or more, without spaces")
+        for other in others:
+            if token in other or other in token:
+                raise UserError(f"--special_tokens: {token!r} collides with {other!r}")
+    if 259 + len(special) > vocab_size:
+        raise UserError(f"--vocab_size={vocab_size} must be at least {259 + len(special)}, "
+                        "for the special tokens and 256 bytes")
+    return special
 
 
 def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):
     """A tokenizers.Tokenizer trained on an iterable of texts, in memory that does not grow with them."""
+    return train_on(count_pieces(texts, nfkc, han_run), vocab_size, nfkc)
+
+
+def train_on(counts, vocab_size, nfkc=False, special=()):
+    """A tokenizers.Tokenizer trained on the counts of pieces. Empties `counts`."""
     backend = tokenizer_module.untrained(nfkc)
     encoding = backend.normalizer, backend.pre_tokenizer
-    counts = count_pieces(texts, backend.normalizer, han_run)
     # the trainer is given the pieces as they are, each on a line of its own
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split("\n", "removed"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     backend.train_from_iterator(written_out(counts), trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=tokenizer_module.SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),       # all 256 bytes: every string can be encoded
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),    # every string can be encoded
         show_progress=sys.stderr.isatty(),
     ))
     backend.normalizer, backend.pre_tokenizer = encoding
-    return backend
+    if not special:
+        return backend
+    # control tokens are set by id alone; these are found in text
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"][len(SPECIAL_TOKENS):]:
+        token["special"] = False
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
 
 
-def count_pieces(texts, normalizer=None, han_run=HAN_RUN, limit=PIECES_BYTES):
-    """How often each pre-token occurs in the texts: a Counter.
+def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BYTES):
+    """How often each pre-token occurs in the texts: a Counter. Special tokens are no part of any.
 
     Han has no spaces, so most runs of it occur once, and the trainer would keep every one. Where the
     pieces come to more than `limit` bytes, those that have occurred least are cut in half, and again.
     """
-    split = pre_tokenizers.Split(Regex(tokenizer_module.pre_token_pattern(han_run)), "isolated")
+    normalizer = tokenizer_module.untrained(nfkc).normalizer
+    pattern = tokenizer_module.pre_token_pattern(han_run, WORD, OTHER)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    apart = re.compile("|".join(map(re.escape, special))) if special else None
     counts, look = Counter(), limit // 100
     for text in texts:
         if normalizer:
             text = normalizer.normalize_str(text)
-        for part in tokenizer_module.cut(text):
-            counts.update(piece for piece, _ in split.pre_tokenize_str(part))
-            if len(counts) > look:
-                halve_rare(counts, limit)
-                look = 1.1 * len(counts)
+        for part in apart.split(text) if apart else [text]:
+            for piece_of_text in tokenizer_module.cut(part):
+                counts.update(piece for piece, _ in split.pre_tokenize_str(piece_of_text))
+        if len(counts) > look:
+            halve_rare(counts, limit)
+            look = 1.1 * len(counts)
     halve_rare(counts, limit)
     return counts
 
@@ -128,7 +177,10 @@ def _bytes(counts):
 
 
 def written_out(counts, size=1 << 17):
-    """Yield texts of about `size` characters in which every piece stands on as many lines as it was counted. Empties `counts`."""
+    """Yield texts of about `size` characters; every piece has as many lines as it was counted.
+
+    Empties `counts`.
+    """
     lines, length = [], 0
     while counts:
         piece, count = counts.popitem()
@@ -145,39 +197,96 @@ def written_out(counts, size=1 << 17):
     yield "".join(lines)
 
 
-def demo_texts(report):
-    yield from demo_documents()
-    for place, messages in demo_conversations(report):
-        yield place, "\n".join(message["content"] for message in messages)
+def demo_blocks():
+    from demo.town import conversations, demo_documents  # only the demo needs the town
+    yield Block("texts", "demo", 1, list(demo_documents()))
+    records = [(f"demo:{number}", record) for number, record in enumerate(conversations(), 1)]
+    yield Block("records", "demo", 1, records)
 
 
 class Sample:
-    """Iterates over the sampled texts. The first `f` of the input may give the first `f` of max_bytes (and a
-    hundredth ahead); lines beyond that pass unparsed."""
+    """Iterates over the sampled texts: the first `f` of the input may give the first `f` of max_bytes.
 
-    def __init__(self, source, settings, report, bar):
-        self._source, self._settings, self._report, self._bar = source, settings, report, bar
+    And a hundredth ahead; blocks beyond that pass unparsed. `bytes` and `documents` say how much was
+    taken so far.
+    """
+
+    def __init__(self, source, settings, report):
+        self._source, self._settings, self._report = source, settings, report
         self.bytes = self.documents = 0
 
-    def _wanted(self, line):
-        share = self._source.position / max(1, self._source.size)
-        return self.bytes < self._settings.max_bytes * min(1, share + 0.01)
-
     def __iter__(self):
-        s = self._settings
-        texts = documents(self._source, s.text_key, self._wanted, chats=True) if self._source else demo_texts(self._report)
-        for _, text in texts:
+        if not self._source:
+            for block in demo_blocks():
+                yield from self._texts_of(block)
+            return
+        # small blocks for a small input, so that the sample is spread evenly
+        for block in self._source.blocks(min(BLOCK, max(1 << 12, self._source.size // 500))):
+            if self._may_take():
+                yield from self._texts_of(block)
+
+    def _may_take(self):
+        """How many bytes may be taken now."""
+        share = 1.0
+        if self._source:
+            share = min(1, self._source.position / max(1, self._source.size) + 0.01)
+        # a character may take 4 bytes, so the last 3 may stay untaken
+        room = int(self._settings.max_bytes * share) - self.bytes
+        return max(0, room) if self._settings.max_bytes - self.bytes >= 4 else 0
+
+    def _texts_of(self, block):
+        for _, text in block_documents(block, self._report, self._settings.text_key, chats=True):
+            if not self._may_take():
+                return
             content = text.encode("utf-8")
-            left = s.max_bytes - self.bytes
+            left = self._settings.max_bytes - self.bytes
             if len(content) > left:              # the last text is cut, between two characters
                 text = content[:left].decode("utf-8", errors="ignore")
                 content = text.encode("utf-8")
             self.bytes += len(content)
             self.documents += 1
-            self._bar.update((self._source.position if self._source else self.bytes) - self._bar.n)
             yield text
-            if self.bytes + 4 > s.max_bytes:
-                break
+
+
+@dataclass
+class PieceCounter:
+    """Counts the pieces of some texts."""
+    nfkc: bool
+    han_run: int
+    special: list
+
+    def __call__(self, texts):
+        return count_pieces(texts, self.nfkc, self.han_run, self.special)
+
+
+def count_sample(sample, source, s, special):
+    """The Counter of the pieces of a sample."""
+    counts, look = Counter(), PIECES_BYTES // 100
+    counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special)
+    processes = s.processes or default_processes(source.size if source else 0)
+    with tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None) as bar:
+        for found in encode_ahead(counter, in_batches(sample, BATCH), processes):
+            for piece, count in found.items():
+                counts[piece] += count
+            if len(counts) > look:
+                halve_rare(counts, PIECES_BYTES)
+                look = 1.1 * len(counts)
+            bar.update((source.position if source else sample.bytes) - bar.n)
+    halve_rare(counts, PIECES_BYTES)
+    return counts
+
+
+def in_batches(texts, size):
+    """Lists of consecutive texts, each of about `size` characters."""
+    batch, total = [], 0
+    for text in texts:
+        batch.append(text)
+        total += len(text)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 if __name__ == "__main__":

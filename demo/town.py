@@ -100,6 +100,12 @@ def biographies(seed=1337, copies=150):
             yield "".join(fill(rng.choice(SENTENCES[key]), person, key) for key in keys)
 
 
+def demo_documents():
+    """Yield (place, text) of the biographies, as a reader of files would."""
+    for number, text in enumerate(biographies(), 1):
+        yield f"demo:{number}", text
+
+
 def dialogue(*turns):
     """A conversation in Belle's format from (question, answer) pairs."""
     messages = []

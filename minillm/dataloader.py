@@ -7,7 +7,6 @@ the same order.
 """
 import hashlib
 import itertools
-import json
 import mmap
 import os
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 
 from minillm.errors import UserError
+from minillm.shuffle import scramble
+from minillm.token_files import read_meta
 
 SCAN_LIMIT = 64 << 20        # files up to this size are checked token by token at start, larger ones in samples
 
@@ -92,42 +93,9 @@ def _map(path, dtype):
         raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
 
 
-def read_meta(folder):
-    """meta.json of a data folder, checked for what training needs of it."""
-    path = os.path.join(folder, "meta.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-        if meta["kind"] not in ("pretrain", "sft"):
-            raise ValueError(f"kind {meta['kind']!r}")
-        counts = [meta["vocab_size"], *(meta["splits"][split]["tokens"] for split in ("train", "val"))]
-        counts += [meta["block_size"]] if meta["kind"] == "sft" else []
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"counts {counts}")
-        if not all(type(meta[key]) is str for key in ("tokenizer", "tokenizer_hash")):
-            raise ValueError("the tokenizer's path and hash are text")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}: prepare the data again") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the data again") from None
-    if not 0 < meta["vocab_size"] <= 65535:
-        raise UserError(f"{path}: a vocabulary of {meta['vocab_size']} does not fit into uint16 token files")
-    return meta
-
-
-def fingerprint(meta):
-    """A short hash of what was prepared: tokenizer, seed and counts of documents, tokens and bytes. Paths do not enter."""
-    parts = [meta["kind"], meta["tokenizer_hash"], meta.get("seed"), meta.get("block_size"), meta["splits"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _mix(x, key):
-    """A 64-bit mixing function (the finaliser of splitmix64), on arrays of uint64."""
-    x = (x ^ np.uint64(key)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """A 64-bit mixing function, on arrays of uint64."""
+    return scramble(x ^ np.uint64(key))
 
 
 def permute(indices, n, key):

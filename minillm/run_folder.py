@@ -22,9 +22,9 @@ import filelock
 
 from minillm import checkpoint
 from minillm.configurator import field_comments
-from minillm.dataloader import fingerprint
 from minillm.distributed import print0
 from minillm.errors import UserError
+from minillm.token_files import fingerprint
 
 # settings of one command: config.py leaves them out
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")

@@ -6,9 +6,12 @@
 
 `decode(encode(s)) == s` for every str that UTF-8 can hold (a lone surrogate, which it cannot, becomes
 U+FFFD). The folder also opens with transformers' AutoTokenizer, whose apply_chat_template gives the
-ids of `encode_chat`. train_tokenizer.py makes the folder; neither torch nor transformers is imported.
+ids of `encode_chat`, also where a message spells a control token. A plain call of theirs does read
+control tokens in text, unless it says split_special_tokens=True. train_tokenizer.py makes the folder;
+neither torch nor transformers is imported.
 """
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -22,35 +25,44 @@ from minillm.errors import UserError
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END_OF_TEXT, IM_START, IM_END = range(3)
 MAX_VOCAB = 65535                    # token files are uint16
-MAX_PIECE = 1 << 18                  # characters encoded at once: the library takes some 100 bytes for each
+MAX_PIECE = 1 << 18                  # characters encoded at once: the library takes 100 bytes for each
+ROLES = ("system", "user", "assistant")
 
 # Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at a
 # line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no spaces,
-# so nearly each run of it is a new word, and a trainer keeps all the words it meets: train_tokenizer.py
-# gives it shorter runs. Encoding has no need of that, and cut runs would give a name other tokens
-# wherever it stands: uncut they also take 7 % fewer tokens. The other caps serve odd input.
-HAN_RUN = 1024
+# so nearly each run of it is a new word, and a trainer keeps all the words it meets: it is given
+# shorter runs. Encoding has no need of that: cut runs would give a name other tokens wherever it
+# stands, and take 7% more. LONGEST bounds the memory for odd input.
+LONGEST = 1024
 
 
-def pre_token_pattern(han_run=HAN_RUN):
+def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
+    """The regular expression of a pre-token, with the most characters of each kind."""
     return "|".join([
         r"\n",
         r"\p{N}",
         rf"\p{{Han}}{{1,{han_run}}}",
-        r" ?[[\p{L}\p{M}]&&[^\p{Han}]]{1,24}",       # a word, with the space before it
-        r" ?[^\s\p{L}\p{M}\p{N}]{1,16}",             # punctuation, symbols, control characters
-        r"[^\S\n]{1,16}(?!\S)",                      # spaces, but the last one goes with the word
-        r"[^\S\n]{1,16}",
+        rf" ?[[\p{{L}}\p{{M}}]&&[^\p{{Han}}]]{{1,{word}}}",     # a word, with the space before it
+        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]{{1,{other}}}",         # punctuation, symbols, control characters
+        rf"[^\S\n]{{1,{other}}}(?!\S)",                      # spaces, but the last goes with the word
+        rf"[^\S\n]{{1,{other}}}",
     ])
 
 
-# The markers {% generation %} tell transformers which tokens are learned.
+# transformers reads control tokens in any text. So the template writes a noncharacter into what a
+# message spells like one, "<|" becomes "<U+FDD0|", and the normalizer, which comes after control tokens
+# are found, takes it out again: the ids are those of the text. Our own load() drops that normalizer.
+ESCAPE, ESCAPED = "<|", "<\ufdd0|"
+UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
+
+# The markers {% generation %} tell transformers which tokens are supervised.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    f"{{% set content = message['content'] | replace('{ESCAPE}', '{ESCAPED}') %}}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ content + '<|im_end|>' }}{% endif %}"
     "{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -59,7 +71,9 @@ CHAT_TEMPLATE = (
 # tokenizer_config.json, for transformers
 TRANSFORMERS_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": SPECIAL_TOKENS[IM_END], "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+    "eos_token": SPECIAL_TOKENS[IM_END],
+    "pad_token": SPECIAL_TOKENS[END_OF_TEXT],
+    "padding_side": "left",                      # else a batch generates from padding
     "clean_up_tokenization_spaces": False,
     # transformers 4 adds token_type_ids, which no decoder takes
     "model_input_names": ["input_ids", "attention_mask"],
@@ -67,7 +81,7 @@ TRANSFORMERS_CONFIG = {
 }
 
 
-def untrained(nfkc=False, han_run=HAN_RUN):
+def untrained(nfkc=False, han_run=LONGEST):
     """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer. `nfkc` folds compatibility
     characters (full-width letters, ligatures …) before all else, and gives up losslessness."""
     backend = tokenizers.Tokenizer(models.BPE())
@@ -83,8 +97,14 @@ def untrained(nfkc=False, han_run=HAN_RUN):
 
 def save(backend, folder):
     """Write tokenizer.json and tokenizer_config.json (for transformers) into `folder`."""
+    data = json.loads(backend.to_str())
+    if backend.normalizer:
+        steps = [UNESCAPE, backend.normalizer]
+    else:
+        steps = [UNESCAPE]
+    data["normalizer"] = json.loads(normalizers.Sequence(steps).__getstate__())
     with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
-        file.write(backend.to_str(pretty=True))
+        json.dump(data, file, ensure_ascii=False, indent=2)
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
         json.dump(TRANSFORMERS_CONFIG, file, ensure_ascii=False, indent=2)
 
@@ -92,32 +112,29 @@ def save(backend, folder):
 class Tokenizer:
     """A trained tokenizer. `vocab_size`: ids are below it; `hash`: sha256 of tokenizer.json, in hex."""
 
-    def __init__(self, backend, hash):
-        self._backend, self.hash = backend, hash
-        # text that spells <|im_start|> is text: control tokens are set by id, in encode_chat only
-        backend.encode_special_tokens = True
-        self.vocab_size = backend.get_vocab_size()
-        self.token_bytes = _token_bytes(backend)         # [id] -> the bytes it stands for; b"" for special tokens
-        self._frames = {}
+    def __init__(self, data, path="tokenizer.json"):
+        """data: the bytes of a tokenizer.json; path: what messages call it."""
+        self.hash = hashlib.sha256(data).hexdigest()
+        self._data = data
+        self._backend = _open_backend(data, path)
+        self.vocab_size = self._backend.get_vocab_size()
+        # [id] -> the bytes it stands for; b"" for special tokens
+        self.token_bytes, self._special = _token_bytes(self._backend, path)
+        self._prefixes = {}
 
     @classmethod
     def load(cls, folder):
-        """Open `folder`/tokenizer.json. Raises UserError if it is missing, damaged, or of another make."""
+        """Open `folder`/tokenizer.json. UserError if it is missing, damaged, or of another program."""
         path = os.path.join(folder, "tokenizer.json")
         try:
             with open(path, "rb") as file:
                 data = file.read()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; train_tokenizer.py makes it") from None
-        try:
-            backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-            table = [backend.id_to_token(id) for id in range(backend.get_vocab_size())]
-        except Exception as error:                       # the library raises bare Exception
-            raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:80]}): train the tokenizer again") from None
-        if table[:3] != SPECIAL_TOKENS or None in table or not 259 <= len(table) <= MAX_VOCAB:
-            raise UserError(f"{path} is no tokenizer of ours: the ids 0, 1, 2 must be {' '.join(SPECIAL_TOKENS)}, "
-                            f"and all ids run on from there to at most {MAX_VOCAB}")
-        return cls(backend, hashlib.sha256(data).hexdigest())
+        return cls(data, path)
+
+    def __reduce__(self):                                # for the processes that encode
+        return Tokenizer, (self._data,)
 
     def encode(self, text):
         """The ids of `text`; never a special token."""
@@ -149,35 +166,58 @@ class Tokenizer:
 
     def decode(self, ids, skip_special=True):
         """The text of `ids`. Bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD."""
-        pieces = (self.token_bytes[id] or (b"" if skip_special else SPECIAL_TOKENS[id].encode()) for id in ids)
+        if skip_special:
+            pieces = [self.token_bytes[token] for token in ids]
+        else:
+            pieces = [self.token_bytes[token] or self._special[token] for token in ids]
         return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def token_text(self, token):
+        """One token to look at, on one line: what is no whole character shows as its bytes."""
+        data = self.token_bytes[token] or self._special[token]
+        try:
+            return repr(data.decode("utf-8"))[1:-1]
+        except UnicodeDecodeError:
+            return repr(data)[2:-1]
 
     def encode_chat(self, messages, add_generation_prompt=False):
         """ChatML ids and mask of a conversation.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. The mask is 1 on what
-        the assistant says and its <|im_end|>, else 0. With `add_generation_prompt` the ids end where
-        the assistant's next answer begins. Raises UserError for another role.
+        the assistant says and its <|im_end|>, else 0; and 0 on a message with "supervised": False.
+        With `add_generation_prompt` the ids end where the assistant's next answer begins. Raises
+        UserError for another role.
         """
         ids, mask = [], []
-        for message, content in zip(messages, self.encode_batch([message["content"] for message in messages])):
-            before, behind = self.frame(message["role"])
-            learned = int(message["role"] == "assistant")
-            ids += before + content + behind
-            mask += [0] * len(before) + [learned] * (len(content) + 1) + [0] * (len(behind) - 1)
+        contents = self.encode_batch([message["content"] for message in messages])
+        for message, content in zip(messages, contents):
+            prefix, suffix = self.prefix(message["role"]), self.suffix
+            supervised = int(is_supervised(message))
+            ids += prefix + content + suffix
+            mask += [0] * len(prefix) + [supervised] * (len(content) + 1) + [0] * (len(suffix) - 1)
         if add_generation_prompt:
-            before, _ = self.frame("assistant")
-            ids += before
-            mask += [0] * len(before)
+            prefix = self.prefix("assistant")
+            ids += prefix
+            mask += [0] * len(prefix)
         return ids, mask
 
-    def frame(self, role):
-        """The ids before and behind the content of a message: <|im_start|>role\\n and <|im_end|>\\n."""
-        if role not in ("system", "user", "assistant"):
-            raise UserError(f"unknown role {role!r}: system, user and assistant are known")
-        if role not in self._frames:
-            self._frames[role] = [IM_START, *self.encode(role + "\n")], [IM_END, *self.encode("\n")]
-        return self._frames[role]
+    def prefix(self, role):
+        """The ids before the content of a message: <|im_start|>role\\n."""
+        if role not in ROLES:
+            raise UserError(f"unknown role {role!r}: {', '.join(ROLES[:-1])} and {ROLES[-1]} are known")
+        if role not in self._prefixes:
+            self._prefixes[role] = [IM_START, *self.encode(role + "\n")]
+        return self._prefixes[role]
+
+    @functools.cached_property
+    def suffix(self):
+        """The ids after the content of a message: <|im_end|>\\n."""
+        return [IM_END, *self.encode("\n")]
+
+
+def is_supervised(message):
+    """Whether the tokens of a message are learned: what the assistant says, unless it is marked."""
+    return message["role"] == "assistant" and message.get("supervised", True)
 
 
 def cut(text):
@@ -190,15 +230,57 @@ def cut(text):
     return pieces + [text[start:]]
 
 
-def _token_bytes(backend):
-    """The bytes of each id. Byte-level BPE writes a byte as a printable character: those of Latin-1 for
-    themselves, the 68 others (controls, space …) as U+0100 and on (GPT-2's table)."""
+def _open_backend(data, path):
+    """The library's tokenizer, checked. Tokens that somebody added behind ours are welcome."""
+    try:
+        backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        table = [backend.id_to_token(token) for token in range(backend.get_vocab_size())]
+    except Exception as error:                           # the library raises bare Exception
+        why = " ".join(str(error).split())[:80]
+        raise UserError(f"{path} is damaged ({why}): train the tokenizer again") from None
+    if table[:3] != SPECIAL_TOKENS or None in table or not 259 <= len(table) <= MAX_VOCAB:
+        raise UserError(f"{path} was not trained by train_tokenizer.py: the ids 0, 1, 2 must be "
+                        f"{' '.join(SPECIAL_TOKENS)}, and all ids run on from there to at most {MAX_VOCAB}")
+    # text that spells <|im_start|> is text: control tokens are set by id, in encode_chat only
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    if backend.normalizer and ESCAPED in str(json.loads(data)["normalizer"]):
+        backend.normalizer = _without_unescape(json.loads(data)["normalizer"])
+    return backend
+
+
+def _without_unescape(normalizer):
+    """The normalizer without the step that is for transformers alone."""
+    nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
+    return normalizers.NFKC() if nfkc else None
+
+
+def _token_bytes(backend, path):
+    """([id] -> the bytes of a token, {id: name in bytes} of the special ones, which have no bytes).
+
+    Byte-level BPE writes a byte as a printable character: those of Latin-1 for themselves, the 68
+    others (controls, space …) as U+0100 and on (GPT-2's table). Added tokens are written as they are.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    table = [bytes(byte_of[char] for char in backend.id_to_token(id))
-             for id in range(len(SPECIAL_TOKENS), backend.get_vocab_size())]
-    return [b""] * len(SPECIAL_TOKENS) + table
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    added = backend.get_added_tokens_decoder()
+    table, special = [], {}
+    for token in range(backend.get_vocab_size()):
+        text = backend.id_to_token(token)
+        if token in added and added[token].special:
+            special[token] = text.encode("utf-8")
+            table.append(b"")
+        elif token in added:
+            table.append(text.encode("utf-8"))
+        elif not set(text) <= byte_of.keys():
+            raise UserError(f"{path} was not trained by train_tokenizer.py: token {token} is not "
+                            "written in byte-level BPE")
+        else:
+            table.append(bytes(byte_of[char] for char in text))
+    return table, special
 
 
 class StreamDecoder:

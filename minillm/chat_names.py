@@ -1,0 +1,68 @@
+"""What the names in a file of conversations mean: its roles, and the keys of its records and turns.
+
+    names = Names("q:user,a:assistant")          # the tables below, and what --map says
+    names.role("Human")                          # "user"
+"""
+from minillm.errors import UserError
+
+ROLES = {
+    "user": ("user", "human", "prompter", "usr", "client", "用户", "人类", "客户"),
+    "assistant": ("assistant", "gpt", "bot", "model", "chatgpt", "ai", "bing", "bard", "chatbot",
+                  "gpt4", "gpt-4", "gpt-3.5", "gpt-3.5-turbo", "claude", "gemini", "llm", "agent",
+                  "助手", "助理", "机器人", "模型"),
+    "system": ("system", "developer", "sys", "系统"),
+    "tool": ("tool", "tools", "function", "function_call", "function_response", "function_result",
+             "observation", "tool_call", "tool_calls", "tool_response", "tool_result", "ipython",
+             "environment", "工具"),
+}
+MESSAGES = ("conversations", "messages", "conversation", "dialogue", "dialog", "chat", "turns", "data")
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
+ANSWERS = ("output", "response", "completion", "answer", "target", "reply")
+SYSTEMS = ("system", "system_prompt", "system_message")
+ROLE_KEYS = ("from", "role", "speaker", "sender")
+CONTENT_KEYS = ("value", "content", "text", "utterance", "message")
+FLAGS = ("weight", "loss_weight", "loss_mask", "loss", "train", "trainable")
+# left out on purpose, and said; a model of this size learns the answer, not how it was found
+LEFT_OUT = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tools", "tool_calls",
+            "tool_call", "functions", "function_call", "images", "image", "audio", "audios", "videos"}
+# says where a record comes from, and nothing about what is said in it
+METADATA = {"id", "_id", "idx", "index", "uid", "uuid", "source", "dataset", "category", "kind", "type",
+            "lang", "language", "prompt_id", "conversation_id", "tool_call_id"}
+MEANINGS = ("user", "assistant", "system", "tool", "role", "content", "messages", "history")
+
+
+class Names:
+    """What the names in a file mean: those above, and those of `mapping`, "q:user,a:assistant"."""
+
+    def __init__(self, mapping=""):
+        self.roles = {name: role for role, names in ROLES.items() for name in names}
+        keys = {"user": QUESTIONS, "assistant": ANSWERS, "system": SYSTEMS, "role": ROLE_KEYS,
+                "content": CONTENT_KEYS, "messages": MESSAGES, "history": ("history",), "tool": ()}
+        for pair in filter(None, mapping.split(",")):
+            name, colon, meaning = pair.rpartition(":")
+            name, meaning = name.strip(), meaning.strip()
+            if not colon or not name or meaning not in MEANINGS:
+                raise UserError(f"--map={mapping} must be NAME:MEANING,…, "
+                                f"with a meaning of {', '.join(MEANINGS)}")
+            keys[meaning] = (name, *keys[meaning])
+            if meaning in ROLES:
+                self.roles[name.casefold()] = meaning
+        self.keys = keys
+        self.answer_keys = set(keys["assistant"])
+        self.known_in_record = METADATA.union(*keys.values(), FLAGS, ("input",))
+        self.known_in_turn = METADATA.union(keys["role"], keys["content"], FLAGS)
+
+    def role(self, name):
+        """user, assistant, system or tool; None for a name without a meaning."""
+        return self.roles.get(name.strip().casefold()) if isinstance(name, str) else None
+
+    def role_of_key(self, key):
+        """What a key of a pair such as {"human": …, "assistant": …} says; None if nothing."""
+        if key in self.keys["user"] or key == "input":
+            return "user"
+        if key in self.answer_keys:
+            return "assistant"
+        return self.role(key)
+
+
+NAMES = Names()

@@ -1,0 +1,313 @@
+"""One JSON record in, one clean conversation out, whatever names its file uses.
+
+    messages = clean_conversation(record, report, "chats.jsonl:7")
+    # [{"role": "user", "content": "…"}, …]: perhaps system, then user and assistant in turn
+
+A turn that is context and not to be learned has "supervised": False. Nothing that changes the meaning
+is lost without being counted in the report.
+"""
+import json
+import math
+import re
+
+from minillm.chat_names import FLAGS, LEFT_OUT, NAMES
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+TRANSCRIPT = re.compile(r"(?:^|\n)(Human|Assistant):")       # of Belle's multi-turn files
+
+
+class _Skip(Exception):
+    """Nothing of this record can be used; the reason."""
+
+
+def clean_conversation(record, report, place, names=NAMES):
+    """The messages of one JSON record, or None where nothing can be learned from it.
+
+    Turns stand under `conversations`, `messages` …, or in pairs (`instruction`, `input`, `output`;
+    `prompt`, `response` …) with `history` before them and `system` on top. Cut before an empty turn,
+    a tool's turn and a later system turn. Skipped: no turns, an unknown role, no answer. Two turns
+    of one role running are joined; what the user did not ask for or nobody answered is dropped.
+    """
+    report.records += 1
+    left_out = set()
+    try:
+        turns = _all_turns(record, names, left_out, report)
+        messages = _alternating(turns, report, place)
+    except _Skip as reason:
+        if not report.keys_seen and isinstance(record, dict):
+            report.keys_seen = tuple(map(str, list(record)[:8]))
+        report.left_out.update(left_out)
+        return report.skip(str(reason), place)
+    report.left_out.update(left_out)
+    return messages
+
+
+def _all_turns(record, names, left_out, report):
+    """[(role, text or None, supervised)] of a record, in order, as they stand there."""
+    keys = names.keys
+    turns = _messages_in(record, keys["messages"])
+    if turns is None and record.keys().isdisjoint(names.answer_keys):
+        record = {str(key).casefold(): value for key, value in record.items()}
+        turns = _messages_in(record, keys["messages"])
+    made = []
+    system = _text(_filled(record, keys["system"]), left_out)
+    if system is not None:
+        made.append(("system", system, True))
+    for key in keys["history"]:
+        made += _history(record.get(key), names, left_out)
+    if turns is not None:
+        before = len(made)
+        for turn in turns:
+            made += _turns_in(turn, names, left_out, report)
+        _check_unused(record, made, keys, left_out)
+        made = _with_flags_of(record, made, before, left_out)
+    elif not record.keys().isdisjoint(names.answer_keys):
+        turns = _question_and_answer(record, keys, left_out)
+        made += _with_flags_of(record, turns, 0, left_out)
+    else:
+        raise _Skip("no conversation")
+    _count_keys(record, names.known_in_record, left_out, report)
+    return made
+
+
+def _messages_in(record, keys):
+    """The first list of turns under one of the keys that is not empty; None if there is none."""
+    for key in keys:
+        value = _parsed(record.get(key))
+        if isinstance(value, list) and value:
+            if key != "data" or any(isinstance(turn, dict) for turn in value):
+                return value
+    return None
+
+
+def _parsed(value):
+    """A list that was written as a string of JSON, as some exporters do, read."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _question_and_answer(record, keys, left_out):
+    """The turns of a record of pairs."""
+    question = [_text(_filled(record, (key,)), left_out) for key in (*keys["user"], "input")]
+    question = [part for part in dict.fromkeys(question) if part is not None]
+    answer = _filled(record, keys["assistant"])
+    if isinstance(answer, list) and len(answer) > 1:
+        raise _Skip("several answers")
+    answer = _text(answer, left_out)
+    if len(question) == 1 and question[0].startswith("Human:") and question[0].endswith("Assistant:"):
+        parts = TRANSCRIPT.split(question[0])[1:]
+        said = zip(parts[::2], parts[1::2])
+        turns = [(NAMES.role(name), text.strip(), True) for name, text in said]
+        return turns[:-1] + [("assistant", answer, True)]
+    return [("user", "\n".join(question), True), ("assistant", answer, True)]
+
+
+def _history(value, names, left_out):
+    """The turns before: [[question, answer], …], records of both, or messages."""
+    value = _parsed(value)
+    if _empty(value):
+        return []
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise _Skip("history is not a list")
+    if all(isinstance(item, str) for item in value):     # question, answer, question, answer …
+        value = [value[start: start + 2] for start in range(0, len(value), 2)]
+    turns = []
+    for item in value:
+        if isinstance(item, list) and len(item) == 2:
+            turns.append(("user", _text(item[0], left_out), True))
+            turns.append(("assistant", _text(item[1], left_out), True))
+        else:
+            turns += _turns_in(item, names, left_out, None)
+    return turns
+
+
+def _turns_in(turn, names, left_out, report):
+    """One turn {"role": …, "content": …}, or the two of {"human": …, "assistant": …}."""
+    if not isinstance(turn, dict):
+        raise _Skip("a turn is not an object")
+    keys = names.keys
+    name = _filled(turn, keys["role"])
+    if name is None and any(key != key.casefold() for key in turn):
+        turn = {key.casefold(): value for key, value in turn.items()}
+        name = _filled(turn, keys["role"])
+    supervised = _supervised(turn, left_out)
+    if name is None:
+        pairs = [(names.role_of_key(key), value) for key, value in turn.items()]
+        pairs = [(role, value) for role, value in pairs if role]
+        if not pairs:
+            raise _Skip("unknown role")
+        return [(role, _text(value, left_out), supervised) for role, value in pairs]
+    role = names.role(name)
+    if role is None:
+        raise _Skip("unknown role")
+    _count_keys(turn, names.known_in_turn, left_out, report)
+    value = _filled(turn, keys["content"])
+    if isinstance(value, list):
+        supervised = supervised and all(_supervised(part, left_out) for part in value
+                                        if isinstance(part, dict))
+    text = _text(value, left_out)
+    if text is None and role == "assistant" and not _empty(turn.get("tool_calls")):
+        role = "tool"
+    return [(role, text, supervised)]
+
+
+def _text(value, left_out):
+    """The text of a turn: a string, or a list of parts of which those of text are taken; None if empty."""
+    if _empty(value):
+        return None
+    if isinstance(value, list):
+        parts = []
+        for part in value:
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                part = part["text"]
+            if isinstance(part, str):
+                parts.append(part)
+            elif isinstance(part, dict) and isinstance(part.get("type"), str):
+                left_out.add(part["type"])               # an image, a sound …
+            else:
+                raise _Skip("a turn is not text")
+        value = "".join(parts)
+    if not isinstance(value, str):
+        raise _Skip("a turn is not text")
+    return value if value.strip() else None
+
+
+def _filled(record, keys):
+    """The value of the first of the keys under which something stands; None if there is none."""
+    for key in keys:
+        value = record.get(key)
+        if not (value is None or value == "" or value != value):
+            return value
+    return None
+
+
+def _empty(value):
+    """Nothing is said: null, NaN (pandas' null), blank text, an empty list or object, also as text."""
+    if value is None or value == [] or value == {}:
+        return True
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
+
+
+def _supervised(record, left_out):
+    """False if a flag says that this is context, and not to be learned."""
+    supervised = True
+    for key in FLAGS:
+        value = record.get(key)
+        if value is None or isinstance(value, list):
+            continue
+        if value in (0, False) or str(value).strip().casefold() in ("0", "0.0", "false", "no"):
+            supervised = False
+        elif value not in (1, True) and str(value).strip().casefold() not in ("1", "1.0", "true", "yes"):
+            left_out.add(f"{key} other than 0 and 1 (taken as 1)")
+    return supervised
+
+
+def _with_flags_of(record, turns, start, left_out):
+    """The turns, those from `start` on unsupervised if a flag of the whole record says so.
+
+    A flag may also be a list, of one entry for each turn from `start` on.
+    """
+    if record.keys().isdisjoint(FLAGS):
+        return turns
+    flags = [_supervised(record, left_out)] * (len(turns) - start)
+    for key in FLAGS:
+        value = record.get(key)
+        if isinstance(value, list) and len(value) == len(flags):
+            flags = [flag and _supervised({key: entry}, set()) for flag, entry in zip(flags, value)]
+    own = [(role, text, supervised and flag)
+           for (role, text, supervised), flag in zip(turns[start:], flags)]
+    if not flags or any(flags):
+        return turns[:start] + own
+    return [(role, text, False) for role, text, _ in turns]
+
+
+def _check_unused(record, turns, keys, left_out):
+    """Beside a list of turns, what stands under the keys of pairs is not used; said, unless it is there."""
+    said = {text for _, text, _ in turns}
+    for key in (*keys["user"], "input", *keys["assistant"]):
+        value = record.get(key)
+        if isinstance(value, str) and value.strip() and value not in said:
+            left_out.add(key)
+
+
+def _count_keys(record, known, left_out, report):
+    for key in record.keys() - known:
+        if _empty(record[key]):
+            continue
+        if key in LEFT_OUT:
+            left_out.add(key)
+        elif report is not None:
+            report.unknown[key] += 1
+
+
+def _alternating(turns, report, place):
+    """The messages of some turns: perhaps system, then user and assistant in turn."""
+    messages = []
+    for role, text, supervised in turns:
+        started = bool(messages) and messages[-1]["role"] != "system"
+        if role == "tool":
+            report.repair("cut before a tool turn", place)
+            break
+        if text is None and role == "system":
+            report.repair("empty system turn dropped", place)
+            continue
+        if text is None and role == "assistant" and not started:
+            report.repair("empty first assistant turn dropped", place)
+            continue
+        if text is None:
+            report.repair("cut before an empty turn", place)
+            break
+        if role == "system" and started:
+            report.repair("cut before a later system turn", place)
+            break
+        if role == "assistant" and not started:
+            report.repair("assistant turn before any user turn dropped", place)
+            continue
+        text = mend(text, report, place)
+        if messages and messages[-1]["role"] == role:
+            _join(messages[-1], text, supervised, report, place)
+            continue
+        message = {"role": role, "content": text}
+        if role == "assistant" and not supervised:
+            message["supervised"] = False
+        messages.append(message)
+    if messages and messages[-1]["role"] == "user":
+        if len(messages) > 2:
+            report.repair("user turn without an answer dropped", place)
+        messages.pop()
+    if not messages or messages[-1]["role"] != "assistant":
+        raise _Skip("no assistant turn")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(message.get("supervised", True) for message in answers):
+        raise _Skip("no turn to learn: all have weight 0")
+    return messages
+
+
+def _join(message, text, supervised, report, place):
+    """Add a turn to the one before, which has the same role."""
+    role = message["role"]
+    if role == "system" and message["content"] == text:
+        return
+    report.repair(f"two {role} turns running joined", place)
+    message["content"] += "\n" + text
+    if role == "assistant" and supervised != message.get("supervised", True):
+        report.repair("joined with a turn of weight 0: not learned", place)
+        supervised = False
+    if role == "assistant" and not supervised:
+        message["supervised"] = False
+
+
+def mend(text, report, place):
+    """Replace lone surrogates, which no UTF-8 can hold (JSON's \\ud800 makes them), by U+FFFD."""
+    if text.isascii() or not LONE_SURROGATE.search(text):
+        return text
+    report.repair("lone surrogate replaced by U+FFFD", place)
+    return LONE_SURROGATE.sub("\ufffd", text)

@@ -1,0 +1,167 @@
+"""Encoding on all cores, in the order of the input: the same result for any number of processes.
+
+    for result in encode_ahead(encode, blocks, processes=16): …
+
+One process: `blocks` are read on a thread of their own and two calls of `encode` are under way at a
+time, so that the library's threads have work while Python packs the ids of the block before. More
+processes: each has a copy of `encode` (anything that pickle takes) and one thread. Threads of one
+process share an allocator and stop being faster at some 16 cores; processes do not.
+
+The processes end with this one, however it ends: by an error, Ctrl-C, or SIGKILL.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+
+from minillm.errors import UserError
+
+AHEAD = 2                    # blocks per process that are under way; memory is a few blocks for each
+SMALL = 32 << 20             # bytes of input that one process encodes before others would have started
+
+
+def default_processes(size):
+    """How many processes to use for `size` bytes of input: one per core, or one where that is enough."""
+    return 1 if size < SMALL else available_cores()
+
+
+def available_cores():
+    if hasattr(os, "sched_getaffinity"):                 # Linux: a container may have fewer
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def encode_ahead(encode, blocks, processes=1):
+    """Yield encode(block) for every block, in order, reading and encoding ahead."""
+    with _pool(encode, processes) as (submit, workers):
+        futures, late_error = collections.deque(), None
+        try:
+            try:
+                for block in in_background(blocks, depth=2):
+                    futures.append(submit(block))
+                    if len(futures) > AHEAD * workers - 1:
+                        yield futures.popleft().result()
+            except Exception as error:                   # of the reader; what was read before it comes first
+                late_error = error
+            while futures:
+                yield futures.popleft().result()
+            if late_error:
+                raise late_error
+        except concurrent.futures.BrokenExecutor:
+            raise UserError("a process that encodes was killed, perhaps for memory: "
+                            f"--processes={max(1, workers // 2)} takes less") from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _pool(encode, processes):
+    """Yield (submit, workers): submit(block) gives a future of encode(block)."""
+    if processes == 1:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            yield lambda block: pool.submit(encode, block), 2
+        return
+    # spawned, not forked: a fork would inherit the locks of the library's threads
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _begin_worker, (encode,))
+    try:
+        with _signals_held(), _one_thread_each():
+            pool.submit(os.getpid)                       # starts all processes
+        yield lambda block: pool.submit(_encode_in_worker, block), processes
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """Hold Ctrl-C back while processes start: they inherit that, and only this one hears it later."""
+    if not hasattr(signal, "pthread_sigmask"):           # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _one_thread_each():
+    """An environment in which the libraries of a new process use one thread."""
+    names = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_encode = None               # of a worker process
+
+
+def _begin_worker(encode):
+    """The first call in a worker process."""
+    global _encode
+    _encode = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """End this process as soon as its parent has, even by SIGKILL."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(block):
+    return _encode(block)
+
+
+def in_background(iterable, depth=4):
+    """Iterate `iterable` on a thread of its own, at most `depth` items ahead.
+
+    Its exceptions come out here.
+    """
+    items, stop = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def produce():
+        try:
+            for item in iterable:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

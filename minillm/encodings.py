@@ -1,0 +1,131 @@
+"""Which bytes are which characters: byte order marks, transcoding of whole streams, a proposal where nothing fits.
+
+Nothing is guessed silently: a byte order mark decides, else --encoding does; guess_encoding() only
+makes a message more helpful.
+"""
+import codecs
+import io
+import unicodedata
+
+from minillm.errors import UserError
+
+# the longest first: the mark of UTF-32-LE begins with that of UTF-16-LE
+MARKS = [
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+]
+WIDE = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}      # without a mark: what Windows writes
+
+
+def known_encoding(name):
+    """The codec's own name. UserError if there is none, or if its text cannot be cut into lines."""
+    try:
+        encoding = codecs.lookup(name).name
+        line_end = "\n".encode(encoding)
+    except (LookupError, ValueError):
+        raise UserError(f"unknown encoding {name!r}; utf-8 and gb18030 are usual") from None
+    encoding = WIDE.get(encoding, encoding).replace("utf-8-sig", "utf-8")
+    if line_end == b"\n" or encoding.startswith(("utf-8", "utf-16", "utf-32")):
+        return encoding
+    fix = f"`iconv -f {name} -t utf-8`"
+    raise UserError(f"text in {name!r} cannot be cut into lines: make it utf-8 first, as {fix} does")
+
+
+def marked_encoding(head):
+    """(bytes of the byte order mark, encoding) of a file that begins with `head`; (0, None) without."""
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return len(mark), encoding
+    return 0, None
+
+
+def is_wide(encoding):
+    """Whether its line end is not the one byte \\n."""
+    return encoding.startswith(("utf-16", "utf-32"))
+
+
+class Transcoded(io.RawIOBase):
+    """A stream of bytes in `encoding`, read as UTF-8. What does not decode becomes U+FFFD.
+
+    `translate` maps text to text, as for other line ends; `broken` says whether anything was replaced.
+    """
+
+    def __init__(self, stream, encoding, translate=None):
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+        self._lenient = codecs.getincrementaldecoder(encoding)("replace")
+        self._translate = translate
+        self._ready = b""
+        self.broken = False
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._ready:
+            data = self._stream.read(1 << 16)
+            text = self._decode(data)
+            if self._translate:
+                text = self._translate(text)
+            self._ready = text.encode("utf-8", "replace")
+            if not data:
+                break
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decode(self, data):
+        if not self.broken:
+            state = self._decoder.getstate()
+            try:
+                return self._decoder.decode(data, not data)
+            except UnicodeDecodeError:
+                self.broken = True
+                self._lenient.setstate(state)
+        return self._lenient.decode(data, not data)
+
+
+def guess_encoding(sample):
+    """The encoding that fits some bytes best, or None where none does."""
+    best, best_score = None, 0.6
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
+                     "gb18030", "big5", "shift_jis", "euc_kr", "cp1252"):
+        if is_wide(encoding) and b"\0" not in sample:
+            continue
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(sample)
+        score = _plausible(text, encoding)
+        if score > best_score + 0.02:                # in doubt, the one that stands first
+            best, best_score = encoding, score
+    return best
+
+
+def _plausible(text, encoding):
+    """The share of its characters that usual text has; ASCII counts only where there is nothing else."""
+    other = [char for char in text if not " " <= char <= "~" and char not in "\t\r\n"]
+    if not other:
+        return 1.0
+    return sum(map(lambda char: _usual(char, encoding), other)) / len(other)
+
+
+def _usual(char, encoding):
+    if char in "，。、；：？！“”‘’（）《》「」『』…—·　":
+        return True
+    if encoding == "cp1252":
+        return char in "‘’“”–—…€£°§©®«»·" or "LATIN" in unicodedata.name(char, "")
+    if encoding == "shift_jis" and "\u3040" <= char <= "\u30ff":
+        return True
+    if encoding == "euc_kr":
+        return "\uac00" <= char <= "\ud7a3"
+    # the first level of GB 2312 and of Big5: the some four thousand characters of daily use
+    return _lead_byte(char, "gb2312", 0xB0, 0xD7) or _lead_byte(char, "big5", 0xA4, 0xC6)
+
+
+def _lead_byte(char, encoding, first, last):
+    try:
+        return first <= char.encode(encoding)[0] <= last
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,122 @@
+"""Files and directories opened as streams of bytes, decompressed, whatever they are called.
+
+    for path in find_files("raw/"):
+        with open(path, "rb") as raw:
+            for name, kind, stream in open_streams(path, raw): …
+
+A directory stands for the files of a known kind below it, in the order of their paths; what begins
+with a dot is not looked at. A file's suffix says what it holds, its first bytes how it is compressed.
+"""
+import bz2
+import gzip
+import io
+import lzma
+import os
+import tarfile
+
+from minillm.errors import UserError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+TAR_SUFFIXES = (".tar", ".tgz", ".tbz2", ".txz", *(".tar" + suffix for suffix in COMPRESSED))
+KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".txt": "txt", ".parquet": "parquet"}
+KNOWN = ".jsonl, .json, .ndjson, .txt (plain, .gz, .bz2, .xz, .zst or in a tar) or .parquet"
+
+
+class Rewound(io.RawIOBase):
+    """A stream that begins with bytes that were read from it before; `line_end` becomes \\n."""
+
+    def __init__(self, head, stream, line_end=None):
+        self._head, self._stream, self._line_end = memoryview(head), stream, line_end
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if len(self._head):
+            data = self._head[: len(buffer)]
+            self._head = self._head[len(data):]
+        else:
+            data = self._stream.read1(len(buffer))
+        if self._line_end:
+            data = bytes(data).replace(self._line_end, b"\n")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def look_ahead(stream, size):
+    """(the first `size` bytes of a stream, the stream with them)."""
+    head = stream.read(size)
+    return head, io.BufferedReader(Rewound(head, stream), 1 << 18)
+
+
+def find_files(path):
+    """The files that `path` stands for: itself, or those of a known kind below a directory."""
+    if os.path.isdir(path):
+        found = []
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(folder, name) for name in names
+                      if kind_of(name) and not name.startswith(".")]
+        if not found:
+            raise UserError(f"{path} holds no file of a known kind: {KNOWN}")
+        return sorted(found)
+    if not os.path.exists(path):
+        raise UserError(f"no such file or directory: {path}")
+    if not kind_of(path):
+        raise UserError(f"{path} is of no known kind: {KNOWN}")
+    return [path]
+
+
+def kind_of(name):
+    """ "tar", "json", "txt", "parquet" or None, by the suffix."""
+    name = name.lower()
+    if name.endswith(TAR_SUFFIXES):
+        return "tar"
+    stem, suffix = os.path.splitext(name)
+    if suffix in COMPRESSED:
+        suffix = os.path.splitext(stem)[1]
+        return None if suffix == ".parquet" else KINDS.get(suffix)
+    return KINDS.get(suffix)
+
+
+def open_streams(path, raw):
+    """Yield (name, kind, binary stream) of the file, or of each text file inside a tar."""
+    stream = _decompressed(raw, path)
+    if kind_of(path) != "tar":
+        yield path, kind_of(path), stream
+        return
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            name = os.path.basename(member.name)
+            if member.isfile() and kind_of(name) in ("json", "txt") and not name.startswith("."):
+                inside = f"{path}/{member.name}"
+                yield inside, kind_of(name), _decompressed(archive.extractfile(member), inside)
+
+
+def _decompressed(stream, name):
+    """The stream as it was before it was compressed; its first bytes say how, whatever its name."""
+    head, stream = look_ahead(stream, 1 << 10)
+    if head.startswith(b"\x1f\x8b"):
+        opened = gzip.open(stream)
+    elif head.startswith(b"BZh"):
+        opened = bz2.open(stream)
+    elif head.startswith(b"\xfd7zXZ\0"):
+        opened = lzma.open(stream)
+    elif head.startswith(b"\x28\xb5\x2f\xfd"):
+        opened = _zstd(name).open(stream)
+    else:
+        return stream
+    return io.BufferedReader(opened, 1 << 18)
+
+
+def _zstd(name):
+    # optional, and part of Python from 3.14 on
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise UserError(f"{name} is compressed with zstd: `pip install backports.zstd`, "
+                            "or `unzstd` it first") from None
+    return zstd

@@ -1,0 +1,99 @@
+"""Packing conversations into rows of equal length, and writing the rows.
+
+    payload = to_payload(tokens, mask, learned_bytes)    # of one conversation
+    writer = RowWriter("data/sft", "train", capacity=513)
+    writer.add(document)                                 # with that payload
+    writer.close()
+"""
+import os
+import struct
+from itertools import chain
+
+import numpy as np
+
+from minillm.tokenizer import END_OF_TEXT
+
+COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
+POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
+_LEARNED = struct.Struct("<Q")       # UTF-8 bytes of the supervised contents, before tokens and mask
+
+
+def to_payload(tokens, mask, learned_bytes):
+    """The bytes of a conversation. tokens: lists of ids; mask: bytes objects of the same lengths."""
+    ids = np.fromiter(chain(*tokens, (END_OF_TEXT,)), "<u2").tobytes()
+    return b"".join([_LEARNED.pack(learned_bytes), ids, *mask, b"\0"])
+
+
+def pack(lengths, capacity):
+    """Best-fit decreasing (Johnson 1974) of items into rows: lists of item indices.
+
+    Every item, the longest first, goes into the fullest row with room for it. The rows are kept by
+    the room they have left, which is a small integer, and a bit set says which rooms there are; so the
+    time is linear in the number of items, and the same lengths always give the same rows.
+    """
+    rows, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    for item in order:
+        length = lengths[item]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, []
+            rows.append(row)
+        row.append(item)
+        room -= length
+        by_room[room].append(row)
+        rooms |= 1 << room
+    return rows
+
+
+class RowWriter:
+    """One split: collects conversations into a pool, packs it, and writes its rows."""
+
+    def __init__(self, folder, name, capacity):
+        self._tokens = open(os.path.join(folder, f"{name}.bin"), "wb", 1 << 20)
+        self._mask = open(os.path.join(folder, f"{name}_mask.bin"), "wb", 1 << 20)
+        self._capacity = capacity
+        self._pool, self._pool_tokens = [], 0
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def add(self, document):
+        body = bytes(document.payload[_LEARNED.size:])   # a copy, so that its bucket can go
+        length = len(body) // 3
+        tokens = np.frombuffer(body, "<u2", length)
+        mask = np.frombuffer(body, "u1", length, 2 * length)
+        self._pool.append((tokens, mask))
+        self._pool_tokens += length
+        self.counts["documents"] += 1
+        self.counts["bytes"] += document.size
+        self.counts["learned_bytes"] += _LEARNED.unpack_from(document.payload)[0]
+        if self._pool_tokens >= POOL_TOKENS:
+            self._write_pool()
+
+    def _write_pool(self):
+        rows = pack([len(tokens) for tokens, _ in self._pool], self._capacity)
+        for row in rows:
+            tokens = np.full(self._capacity, END_OF_TEXT, "<u2")
+            mask = np.zeros(self._capacity, "u1")
+            at = 0
+            for item in row:
+                item_tokens, item_mask = self._pool[item]
+                tokens[at: at + len(item_tokens)] = item_tokens
+                mask[at: at + len(item_mask)] = item_mask
+                at += len(item_tokens)
+            self._tokens.write(tokens.tobytes())
+            self._mask.write(mask.tobytes())
+            self.counts["tokens"] += self._capacity
+            self.counts["learned_tokens"] += int(mask.sum())
+            self.counts["rows"] += 1
+            self.counts["padding_tokens"] += self._capacity - at
+        self._pool, self._pool_tokens = [], 0
+
+    def close(self):
+        self._write_pool()
+        self._tokens.close()
+        self._mask.close()

@@ -1,0 +1,87 @@
+"""What was read and not used as it stands: skipped, repaired, left out. Counted, and said.
+
+    report = Report()
+    report.skip("malformed JSON", "corpus.jsonl:17")      # with strict=True this raises UserError
+    report.merge(report_of_another_process)               # in the order of the input
+    print(*report.lines(), sep="\\n")
+"""
+from collections import Counter
+
+from minillm.errors import UserError
+
+KEYS_KEPT = 1000             # different unknown keys that are counted; a file of random keys has no more
+SAMPLE_BYTES = 1 << 14       # of undecodable lines, from which guess_encoding() proposes an encoding
+
+
+class Report:
+    """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
+
+    `left_out` counts, for each key that is left out on purpose, the records that have it. `unknown`
+    does so for keys that no rule knows.
+    """
+
+    def __init__(self, strict=False):
+        self.strict = strict
+        self.skipped = {}
+        self.repaired = {}
+        self.left_out = Counter()
+        self.unknown = Counter()
+        self.records = 0
+        self.undecodable = b""
+        self.keys_seen = ()              # of the first record in which nothing was understood
+
+    def skip(self, reason, place, count=1):
+        if self.strict:
+            hint = "without --strict such lines are skipped and counted"
+            raise UserError(f"{place}: {reason}; {hint}")
+        _count(self.skipped, reason, place, count)
+
+    def repair(self, reason, place, count=1):
+        _count(self.repaired, reason, place, count)
+
+    def undecodable_line(self, line, encoding, place):
+        self.skip(f"not {encoding}", place)
+        self.undecodable = (self.undecodable + line)[:SAMPLE_BYTES]
+
+    def merge(self, other):
+        """Add what `other` counted, which comes later in the input."""
+        for mine, theirs in ((self.skipped, other.skipped), (self.repaired, other.repaired)):
+            for reason, entry in theirs.items():
+                _count(mine, reason, entry["first"], entry["count"])
+        self.left_out.update(other.left_out)
+        for key, count in other.unknown.items():
+            if key in self.unknown or len(self.unknown) < KEYS_KEPT:
+                self.unknown[key] += count
+        self.records += other.records
+        self.undecodable = (self.undecodable + other.undecodable)[:SAMPLE_BYTES]
+        self.keys_seen = self.keys_seen or other.keys_seen
+
+    def lines(self):
+        """The report as lines of text for the terminal; none where all was well."""
+        lines = []
+        for verb, table in (("repaired", self.repaired), ("skipped", self.skipped)):
+            for reason, entry in sorted(table.items(), key=lambda item: -item[1]["count"]):
+                lines.append(f"  {verb} {entry['count']:,}: {reason} (first: {entry['first']})")
+        for key, count in self.left_out.most_common():
+            lines.append(f"  left out: {key} in {count:,} records")
+        unknown = self.frequent_unknown()
+        if unknown:
+            lines.append(f"  not used, because no rule knows these keys: {', '.join(unknown)}")
+        return lines
+
+    def frequent_unknown(self):
+        """Keys that no rule knows, in more than 1% of the records."""
+        return [key for key, count in self.unknown.most_common(20) if count > 0.01 * self.records]
+
+    def summary(self):
+        """What meta.json says of it."""
+        return {
+            "skipped": self.skipped,
+            "repaired": self.repaired,
+            "left_out": dict(self.left_out),
+            "unknown_keys": self.frequent_unknown(),
+        }
+
+
+def _count(table, reason, place, count):
+    table.setdefault(reason, {"count": 0, "first": place})["count"] += count

@@ -1,0 +1,206 @@
+"""Files and directories as blocks of raw records: many formats in, nothing read whole.
+
+    source = Source(["raw/", "corpus.tar.bz2"], report, encoding="utf-8", document="file")
+    for block in source.blocks(): …              # to text_reader.py, in this process or in another
+
+Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz .zst)
+or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
+directory stands for such files below it, in the order of their paths; what begins with a dot is not
+looked at. A byte order mark decides the encoding, else `encoding` does.
+
+Memory is one line (at most MAX_LINE bytes), one block, and the decompressor's buffers.
+"""
+import gzip
+import io
+import lzma
+import os
+import tarfile
+import zlib
+from typing import NamedTuple
+
+from minillm.encodings import Transcoded, guess_encoding, is_wide, known_encoding, marked_encoding
+from minillm.errors import UserError
+from minillm.json_stream import MAX_LINE, form_of, json_values
+from minillm.open_files import Rewound, find_files, kind_of, look_ahead, open_streams
+from minillm.txt_documents import txt_documents
+
+BLOCK = 1 << 20              # bytes of a block
+HEAD = 64 << 10              # bytes of a file that are looked at to tell what it is
+LONG_HEAD = 4 << 20          # … where the first record is longer than that
+
+
+class Block(NamedTuple):
+    """Some records that follow one another in a file.
+
+    kind "lines": data is bytes, whole lines of JSON, the first of them number `first`;
+    "records": data is [(place, JSON value)]; "texts": data is [(place, text of a .txt document)].
+    """
+    kind: str
+    name: str
+    first: int
+    data: object
+    encoding: str = "utf-8"
+
+
+class Source:
+    """Files and directories as one stream of blocks.
+
+    `size` is the number of bytes on disk in all files, `position` how many of them have been read:
+    the two ends of a progress bar, compressed or not. `document` says what a document of a .txt is:
+    "file", "paragraph" (up to a blank line) or "line". Raises UserError for a path that is not
+    there, not of a known kind, or damaged.
+    """
+
+    def __init__(self, paths, report, encoding="utf-8", document="file"):
+        self.report = report
+        self.encoding = known_encoding(encoding)
+        self.document = document
+        self.files = [file for path in paths for file in find_files(path)]
+        self.size = sum(map(os.path.getsize, self.files))
+        self.position = 0                # set by the thread that reads; others only look at it
+
+    def has_txt(self):
+        return next((path for path in self.files if kind_of(path) == "txt"), None)
+
+    def blocks(self, size=BLOCK):
+        """Yield the Blocks of all files, of about `size` bytes each."""
+        finished = 0
+        for path in self.files:
+            try:
+                with open(path, "rb") as raw:
+                    for block, share in self._blocks_of(path, raw, size):
+                        at = raw.tell() if share is None else share * os.path.getsize(path)
+                        self.position = finished + int(at)
+                        yield block
+                self.position = finished = finished + os.path.getsize(path)
+            except (EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
+                raise UserError(f"{path} is damaged or cut short ({error}): fetch it again") from None
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(f"cannot read {path}: {reason}") from None
+
+    def _blocks_of(self, path, raw, size):
+        """Yield (block, share of the file that has been read, or None) of one file."""
+        if kind_of(path) == "parquet":
+            yield from _parquet_blocks(path, size)
+            return
+        for name, kind, stream in open_streams(path, raw):
+            stream, encoding = self._as_text(name, kind, stream)
+            blocks = self._json_blocks if kind == "json" else self._txt_blocks
+            for block in blocks(name, stream, encoding, size):
+                yield block, None
+
+    def _as_text(self, name, kind, stream):
+        """(stream, encoding) of a file's text, without its byte order mark, its lines ending in \\n."""
+        encoding = self.encoding
+        head, stream = look_ahead(stream, HEAD)
+        mark, marked = marked_encoding(head)
+        if marked:
+            self.report.repair("byte order mark removed", f"{name}:1")
+            stream.read(mark)
+            encoding = marked
+        if is_wide(encoding):
+            stream = io.BufferedReader(_Watched(stream, encoding, self.report, name), HEAD)
+            encoding = "utf-8"
+        head, stream = look_ahead(stream, HEAD)
+        self._refuse_nuls(name, kind, head)
+        if kind == "txt" and b"\r" in head and b"\n" not in head:
+            self.report.repair("CR line ends made LF", f"{name}:1")
+            stream = io.BufferedReader(Rewound(b"", stream, b"\r"), HEAD)
+        return stream, encoding
+
+    def _refuse_nuls(self, name, kind, head):
+        """UserError where a file is UTF-16 or UTF-32 without a mark, or no text at all."""
+        nuls = head.count(b"\0")
+        if not nuls or kind == "json" and nuls < len(head) / 8:
+            return
+        fits = guess_encoding(head[: 1 << 12])
+        if fits:
+            raise UserError(f"{name} holds NUL bytes: it looks like {fits}, so try --encoding={fits}")
+        raise UserError(f"{name} holds NUL bytes: it is not plain text")
+
+    def _json_blocks(self, name, stream, encoding, size):
+        head, stream = look_ahead(stream, HEAD)
+        form = form_of(head.decode(encoding, "ignore"), len(head) < HEAD)
+        if form is None:
+            head, stream = look_ahead(stream, LONG_HEAD)
+            form = form_of(head.decode(encoding, "ignore"), True)
+        if form == "lines":
+            yield from self._line_blocks(name, stream, encoding, size)
+            return
+        records, total = [], 0
+        for place, value, length in json_values(stream, encoding, name, form, self.report):
+            records.append((place, value))
+            total += length
+            if total >= size:
+                yield Block("records", name, 1, records)
+                records, total = [], 0
+        if records:
+            yield Block("records", name, 1, records)
+
+    def _line_blocks(self, name, stream, encoding, size):
+        first = 1
+        while data := stream.read(size):
+            count = data.count(b"\n")
+            if not data.endswith(b"\n"):
+                last_start = data.rfind(b"\n") + 1
+                rest = stream.readline(MAX_LINE + 1)
+                count += 1
+                if len(data) - last_start + len(rest) > MAX_LINE:
+                    place = f"{name}:{first + count - 1}"
+                    self.report.skip(f"line longer than {MAX_LINE >> 20} MiB", place)
+                    while rest and not rest.endswith(b"\n"):
+                        rest = stream.readline(1 << 20)
+                    data, rest = data[:last_start], b""
+                data += rest
+            yield Block("lines", name, first, data, encoding)
+            first += count
+
+    def _txt_blocks(self, name, stream, encoding, size):
+        texts, total = [], 0
+        documents = txt_documents(name, stream, encoding, self.document, self.report)
+        for place, text in documents:
+            texts.append((place, text))
+            total += len(text)
+            if total >= size // 2:                   # characters, of one to four bytes
+                yield Block("texts", name, 1, texts)
+                texts, total = [], 0
+        if texts:
+            yield Block("texts", name, 1, texts)
+
+
+class _Watched(Transcoded):
+    """Transcoded, with a word in the report where something did not decode."""
+
+    def __init__(self, stream, encoding, report, name):
+        super().__init__(stream, encoding)
+        self._report, self._reason, self._name = report, f"not {encoding}, made U+FFFD", name
+
+    def readinto(self, buffer):
+        before = self.broken
+        count = super().readinto(buffer)
+        if self.broken and not before:
+            self._report.repair(self._reason, self._name)
+        return count
+
+
+def _parquet_blocks(path, size):
+    try:
+        import pyarrow                                   # optional: 50 MB that few need
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"reading {path} needs pyarrow: `pip install pyarrow`") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number, rows = 0, max(1, file.metadata.num_rows)
+            row_bytes = max(1, sum(file.metadata.row_group(group).total_byte_size
+                                   for group in range(file.num_row_groups)) // rows)
+            for batch in file.iter_batches(batch_size=max(1, min(1 << 16, size // row_bytes))):
+                records = []
+                for record in batch.to_pylist():
+                    number += 1
+                    records.append((f"{path}, record {number}", record))
+                yield Block("records", path, 1, records), number / rows
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged or cut short ({reason}): fetch it again") from None
