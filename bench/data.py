@@ -106,7 +106,6 @@ def _measure(arguments):
 
 def _bare(stage, path, folder):
     from minillm.text_reader import Report, Source, conversations, documents
-    from minillm.token_files import in_batches
     from minillm.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(folder)
     source = Source([path], Report())
@@ -114,7 +113,12 @@ def _bare(stage, path, folder):
         texts = [text for _, text in documents(source)]
     else:
         texts = [message["content"] for _, messages in conversations(source) for message in messages]
-    batches = list(in_batches(texts, len, BATCH))
+    batches, total = [[]], 0
+    for text in texts:
+        batches[-1].append(text)
+        total += len(text)
+        if total >= BATCH * len(batches):
+            batches.append([])
     begun, tokens = time.perf_counter(), 0
     for batch in batches:
         tokens += sum(map(len, tokenizer.encode_batch(batch)))

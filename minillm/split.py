@@ -30,6 +30,7 @@ class ValidationSplit:
         self._bound = fraction * 2**64           # a digest's number below it: for validation
         self._below = Counter()                  # bytes of those documents, by size.bit_length()
         self._lowest = {}                        # the lowest numbers -> bytes
+        self._giant = (0, None)                  # bytes and number of the largest document
         self._largest = None                     # bit length from which on sizes are for training
         self._whole = set()                      # numbers of further documents for validation
         self._cut = {}                           # number -> bytes from its end for validation
@@ -43,9 +44,13 @@ class ValidationSplit:
             bound = 2.0**64
         else:
             bound = max(bound, max(self._lowest))
-        self.total += sum(document.size for document in documents)
+        sizes = [document.size for document in documents]
+        self.total += sum(sizes)
+        if sizes and max(sizes) > self._giant[0]:
+            largest = sizes.index(max(sizes))
+            self._giant = (max(sizes), int(numbers[largest]))
         for index in np.flatnonzero(numbers <= bound).tolist():
-            self._count_low(int(numbers[index]), documents[index].size)
+            self._count_low(int(numbers[index]), sizes[index])
 
     def _count_low(self, number, size):
         if number < self._bound:
@@ -73,7 +78,9 @@ class ValidationSplit:
             elif self.may_cut:
                 self._cut[number] = wanted - chosen
                 return
-        if not chosen and self.fraction and self._lowest:
+        if self.may_cut and chosen < wanted / 2:
+            self._cut[self._giant[1]] = wanted - chosen
+        elif not chosen and self.fraction and self._lowest:
             self._whole.add(min(self._lowest))   # of a few conversations, one
 
     def _is_low(self, number, size):

@@ -115,9 +115,11 @@ class Source:
         if not nuls or kind == "json" and nuls < len(head) / 8:
             return
         fits = guess_encoding(head[: 1 << 12])
-        if fits:
-            raise UserError(f"{name} holds NUL bytes: it looks like {fits}, so try --encoding={fits}")
-        raise UserError(f"{name} holds NUL bytes: it is not plain text")
+        if fits and is_wide(fits):
+            raise UserError(f"{name} holds NUL bytes: it looks like {fits}, "
+                            f"so try --encoding={fits}")
+        if kind == "txt":
+            raise UserError(f"{name} holds NUL bytes: it is not plain text")
 
     def _json_blocks(self, name, stream, encoding, size):
         head, stream = look_ahead(stream, HEAD)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import prepare_sft
-from minillm import token_files
-from prepare_sft import pack
-from minillm.token_files import Spool, digest
+from minillm import packing, shuffle
+from minillm.packing import pack
+from minillm.report import Report
+from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.split import ValidationSplit
 from minillm.tokenizer import Tokenizer
 from support.preparation_runs import (chats, command, fingerprint, finish, meta, read_documents,
                                       read_rows, refused, texts, write_chats, write_lines, write_texts)
@@ -53,7 +55,7 @@ PINNED_SFT = {"train.bin": "e4f93fc33842992b", "train_mask.bin": "ab549271ebb96b
 
 def test_bytes_are_pinned(folder, tmp_path):
     pretrain(folder, tmp_path / "p")
-    sft(folder, tmp_path / "s")
+    sft(folder, tmp_path / "s", "--long=truncate")
     for out, pinned in (("p", PINNED_PRETRAIN), ("s", PINNED_SFT)):
         found = {name: value[:16] for name, value in fingerprint(tmp_path / out).items() if name != "meta.json"}
         assert found == pinned
@@ -110,23 +112,53 @@ def test_split_is_by_content(folder, tmp_path, tokenizer):
     assert both < larger and 40 < len(larger) < 80                               # 60 expected, standard deviation 6.5
 
 
-def test_split_fraction_over_many():
-    chosen = sum(token_files.place_in_split(digest(str(i).encode())) < 0.01 for i in range(100_000))
-    assert 850 < chosen < 1150                                                   # 1,000 expected, standard deviation 31
+def documents_of(sizes):
+    return [Document(content_digest(str(number).encode()), size, b"") for number, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("prepare, write", [(pretrain, write_texts), (sft, write_chats)])
-def test_few_documents_give_one_to_validation(folder, tmp_path, prepare, write):
+@pytest.mark.parametrize("sizes", [[100] * 100_000, [100] * 2000 + [10_000_000], [1000] * 5, [10, 10, 10_000]])
+def test_split_fraction_over_many(sizes):
+    """The share of bytes is within a factor of two of what was asked, for many documents, few, and huge ones."""
+    documents = documents_of(sizes)
+    split = ValidationSplit(0.01, may_cut=True)
+    split.count(documents[: len(documents) // 2])
+    split.count(documents[len(documents) // 2:])
+    split.decide()
+    chosen = sum(document.size for document in documents if split.in_validation(document))
+    chosen += sum(split.bytes_to_cut(document) or 0 for document in documents)
+    assert 0.005 * sum(sizes) <= chosen <= 0.02 * sum(sizes)
+    if len(sizes) == 100_000:                            # by the hash alone
+        assert all(split.in_validation(document) == (int.from_bytes(document.digest[:8], "little") < 0.01 * 2**64)
+                   for document in documents)
+
+
+def test_few_conversations_give_one_to_validation(folder, tmp_path):
     """The same one whatever the order; none if none was asked for."""
-    items = texts(5) if write is write_texts else chats(5)
-    write(folder / "few.jsonl", items)
-    write(folder / "few2.jsonl", items[::-1])
+    write_chats(folder / "few.jsonl", chats(5))
+    write_chats(folder / "few2.jsonl", chats(5)[::-1])
     bins = set()
     for out, file, fraction, val in [("1", "few.jsonl", 1e-4, 1), ("2", "few2.jsonl", 1e-4, 1), ("3", "few.jsonl", 0, 0)]:
-        _, meta = prepare(folder, tmp_path / out, files=(file,), fraction=fraction)
+        _, meta = sft(folder, tmp_path / out, files=(file,), fraction=fraction, block_size=1000)
         assert [meta["splits"][split]["documents"] for split in ("train", "val")] == [5 - val, val]
         bins.add((tmp_path / out / "val.bin").read_bytes() if val else b"")
     assert len(bins) == 2
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05])
+@pytest.mark.parametrize("lines", [1, 400])
+def test_a_book_gives_its_share_to_validation(folder, tmp_path, tokenizer, fraction, lines):
+    """A text of 40 KB: its end, cut at a line, or at a sentence where there is no line; nothing is lost."""
+    book = "".join(f"第{number}句，天地玄黄。" + ("\n" if lines > 1 else "") for number in range(1400))
+    (tmp_path / "book.txt").write_text(book)
+    _, made = pretrain(tmp_path, tmp_path / "p", f"--tokenizer={folder}/tokenizer", files=("book.txt",), fraction=fraction)
+    counts = made["splits"]
+    share = counts["val"]["bytes"] / len(book.encode())
+    assert fraction / 2 <= share <= 2 * fraction
+    assert counts["train"]["bytes"] + counts["val"]["bytes"] == len(book.encode())
+    end = tokenizer.decode(read_documents(tmp_path / "p", "val")[0])
+    assert end in book and end.startswith("第")
+    parts = [tokenizer.decode(ids) for split in ("train", "val") for ids in read_documents(tmp_path / "p", split)]
+    assert sorted("".join(parts)) == sorted(book)
 
 
 def test_duplicates(folder, tmp_path, tokenizer):
@@ -141,45 +173,50 @@ def test_duplicates(folder, tmp_path, tokenizer):
     assert "duplicate" in reason and entry["count"] == 22 and "skipped 22: duplicate" in output
     assert int(entry["first"].rsplit(":", 1)[1]) > 50                            # the first copy stays, the later ones go
     write_chats(folder / "d.jsonl", chats(20) + chats(5))
-    _, made = sft(folder, tmp_path / "3", "--dedup=True", files=("d.jsonl",))
+    _, made = sft(folder, tmp_path / "3", "--dedup=True", files=("d.jsonl",), block_size=1000)
     assert made["splits"]["train"]["documents"] + made["splits"]["val"]["documents"] == 20
     assert [entry["count"] for entry in made["skipped"].values()] == [5]
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_spool_with_buckets_over_the_limit(tmp_path, monkeypatch, dedup):
+def test_shuffle_with_buckets_over_the_limit(tmp_path, monkeypatch, dedup):
     """A bucket too large for memory is split again, and the order stays what it was."""
     def shuffled(name):
         (tmp_path / name).mkdir()
         dropped = []
-        spool = Spool(str(tmp_path / name), 3, dedup, dropped.append)
+        disk_shuffle = DiskShuffle(str(tmp_path / name), 3, dedup, dropped.append)
         for i in range(2000):
             content = str(i % 1000).encode()
-            spool.add(digest(content), content * 5, f"f:{i}")
-        result = [(record.digest, bytes(record.payload)) for record in spool.shuffled()]
+            disk_shuffle.add([Document(content_digest(content), len(content), content * 5, f"f:{i}")])
+        result = [(document.digest, bytes(document.payload)) for document in disk_shuffle.shuffled()]
         assert not (tmp_path / name).exists()
         return result, len(dropped)
     usual = shuffled("a")
-    monkeypatch.setattr(token_files, "BUCKET_BYTES", 300)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 300)
     assert shuffled("b") == usual
     assert len(usual[0]) == (1000 if dedup else 2000) and usual[1] == (1000 if dedup else 0)
 
 
-def expected_conversation(tokenizer, messages, capacity):
-    """By the contract, spelled out: the turns up to the last assistant turn that fits with one <|endoftext|>; None where none does."""
-    for count in range(len(messages), 0, -1):
-        if messages[count - 1]["role"] == "assistant":
-            ids, mask = tokenizer.encode_chat(messages[:count])
+def expected_parts(tokenizer, messages, capacity, long):
+    """By the contract, spelled out: [(ids, mask)] of the parts of a conversation without a system turn."""
+    parts, exchanges = [], [messages[start: start + 2] for start in range(0, len(messages), 2)]
+    while exchanges:
+        for count in range(len(exchanges), 0, -1):       # as many exchanges as fit, with one <|endoftext|>
+            ids, mask = tokenizer.encode_chat(sum(exchanges[:count], []))
             if len(ids) + 1 <= capacity:
-                return count, ids, mask
-    return None
+                parts.append((ids, mask))
+                break
+        exchanges = exchanges[count:]
+        if long == "truncate":
+            break
+    return parts
 
 
+@pytest.mark.parametrize("long", ["split", "truncate"])
 @pytest.mark.parametrize("block_size", [60, 100, 255, 1000])
-def test_rows_hold_whole_conversations(folder, tmp_path, tokenizer, block_size):
-    output, made = sft(folder, tmp_path / "s", block_size=block_size)
-    expected = [(messages, expected_conversation(tokenizer, messages, block_size + 1)) for messages in chats(120)]
-    kept = [(messages, fit) for messages, fit in expected if fit]
+def test_rows_hold_whole_exchanges(folder, tmp_path, tokenizer, block_size, long):
+    output, made = sft(folder, tmp_path / "s", f"--long={long}", block_size=block_size)
+    expected = [expected_parts(tokenizer, messages, block_size + 1, long) for messages in chats(120)]
     found = []
     for split in ("train", "val"):
         rows = read_rows(tmp_path / "s", split, block_size + 1)
@@ -190,17 +227,42 @@ def test_rows_hold_whole_conversations(folder, tmp_path, tokenizer, block_size):
         assert counts["padding_tokens"] == sum(padding for _, padding in rows)
         assert counts["learned_tokens"] == sum(sum(mask) for _, mask in conversations)
         found += conversations
-    assert sorted(found) == sorted((ids, mask) for _, (_, ids, mask) in kept)
-    text = lambda role: sum(len(m["content"].encode()) for messages, (count, _, _) in kept for m in messages[:count] if role in (None, m["role"]))
-    assert sum(counts["bytes"] for counts in made["splits"].values()) == text(None)
-    assert sum(counts["learned_bytes"] for counts in made["splits"].values()) == text("assistant")
-    truncated, dropped = sum(fit[0] < len(messages) for messages, fit in kept), len(expected) - len(kept)
-    if block_size == 60:
-        assert truncated > 10 and dropped > 10
-    assert sum(entry["count"] for entry in made["repaired"].values()) == truncated
-    assert sum(entry["count"] for entry in made["skipped"].values()) == dropped
-    if truncated:
-        assert f"repaired {truncated}: later turns cut off to fit a row" in output
+    assert sorted(found) == sorted((ids, mask) for parts in expected for ids, mask in parts)
+    repaired, skipped = made["repaired"], made["skipped"]
+    if long == "split":
+        lost = sum(len(messages) // 2 - sum(sum(ids.count(1) for ids, _ in parts) // 2 for parts in [parts])
+                   for messages, parts in zip(chats(120), expected))
+        continued = sum(len(parts) > 1 for parts in expected)
+        assert sum(entry["count"] for entry in skipped.values()) == lost
+        assert sum(entry["count"] for entry in repaired.values()) == continued
+        assert set(skipped) <= {"exchange longer than a row"}
+        assert block_size > 255 or continued > 5
+    else:
+        dropped = sum(not parts for parts in expected)
+        truncated = sum(bool(parts) and parts[0][0].count(1) < len(messages)
+                        for messages, parts in zip(chats(120), expected))
+        assert sum(entry["count"] for entry in skipped.values()) == dropped
+        assert sum(entry["count"] for entry in repaired.values()) == truncated
+        if truncated:
+            assert f"repaired {truncated}: later turns cut off to fit a row" in output
+
+
+def test_parts_of_a_conversation_share_system_turn_and_split(folder, tmp_path, tokenizer):
+    """Each part begins with the system turn; all of a conversation are on one side; every answer is learned once."""
+    conversations = [[{"role": "system", "content": f"善{number}"}] + messages
+                     for number, messages in enumerate(chats(40))]
+    write_chats(folder / "system.jsonl", conversations)
+    sft(folder, tmp_path / "s", "--dedup=True", files=("system.jsonl",), block_size=300, fraction=0.3)
+    sides, answers = {}, []
+    for split in ("train", "val"):
+        for row, _ in read_rows(tmp_path / "s", split, 301):
+            for ids, mask in row:
+                text = tokenizer.decode(ids, skip_special=False)
+                head = re.match(r"<\|im_start\|>system\n(善\d+)<\|im_end\|>\n<\|im_start\|>user\n", text)
+                sides.setdefault(head[1], set()).add(split)
+                answers += re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", text, re.S)
+    assert all(len(found) == 1 for found in sides.values()) and len(sides) == 40
+    assert sorted(answers) == sorted(m["content"] for messages in chats(40) for m in messages[1::2])
 
 
 def test_conversation_that_just_fits(folder, tmp_path, tokenizer):
@@ -209,29 +271,53 @@ def test_conversation_that_just_fits(folder, tmp_path, tokenizer):
     write_chats(folder / "one.jsonl", [messages])
     _, made = sft(folder, tmp_path / "s", files=("one.jsonl",), block_size=length - 1, fraction=0)
     assert made["splits"]["train"]["rows"] == 1 and made["splits"]["train"]["padding_tokens"] == 0
-    line = refused("prepare_sft", folder / "one.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/t",
-                   "--val_fraction=0", f"--block_size={length - 2}")
-    assert "too long for a row" in line and not (tmp_path / "t").exists()
+    for long, reason in (("split", "exchange longer than a row"), ("truncate", "too long for a row")):
+        line = refused("prepare_sft", folder / "one.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/t",
+                       "--val_fraction=0", f"--block_size={length - 2}", f"--long={long}")
+        assert reason in line and not (tmp_path / "t").exists()
 
 
-def test_conversation_far_too_long_is_not_encoded(tokenizer, monkeypatch):
+@pytest.mark.parametrize("long", ["split", "truncate"])
+def test_conversation_far_too_long_is_not_encoded(tokenizer, monkeypatch, long):
     """The part that cannot fit is not even encoded, and what is kept is the same."""
     short = [{"role": "user", "content": "的"}, {"role": "assistant", "content": "人"}]
     endless = short + [{"role": "user", "content": "在" * 5000}, {"role": "assistant", "content": "是"}]
     seen = []
-    inner = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: (seen.extend(texts), inner(self, texts))[1])
-    (_, a, payload, fit), (_, b, whole, _) = prepare_sft.encode_conversations(tokenizer, [("x", endless), ("y", short)], 64)
-    assert fit == "truncated" and payload == whole and a != b and not any(len(text) > 1000 for text in seen)
+    encode_batch = Tokenizer.encode_batch
+
+    def watched(self, texts):
+        seen.extend(texts)
+        return encode_batch(self, texts)
+    monkeypatch.setattr(Tokenizer, "encode_batch", watched)
+    report = Report()
+    chats = [("x", endless), ("y", short)]
+
+    first, second = prepare_sft.encode_conversations(tokenizer, chats, 64, long, report)
+
+    assert first.payload == second.payload and first.digest != second.digest
+    assert not any(len(text) > 1000 for text in seen)
+    counted = report.skipped if long == "split" else report.repaired
+    assert [entry["count"] for entry in counted.values()] == [1]
+
+
+def test_turns_of_weight_0_are_not_supervised(folder, tmp_path, tokenizer):
+    turns = [("user", "一", None), ("assistant", "不学", 0), ("user", "二", None), ("assistant", "要学", 1)]
+    messages = [{"role": role, "content": content, "weight": weight} for role, content, weight in turns]
+    write_lines(folder / "weight.jsonl", [{"messages": messages}])
+    _, made = sft(folder, tmp_path / "s", files=("weight.jsonl",), fraction=0)
+    (((ids, mask),), _), = read_rows(tmp_path / "s", "train", 256)
+    learned = tokenizer.decode([id for id, m in zip(ids, mask) if m], skip_special=False)
+    assert learned == "要学<|im_end|>" and "不学" in tokenizer.decode(ids)
+    assert made["splits"]["train"]["learned_bytes"] == 6
 
 
 def test_pools_are_packed_one_by_one(folder, tmp_path, tokenizer):
     def small_pools():
-        prepare_sft.POOL_TOKENS = 500
+        packing.POOL_TOKENS = 500
     finish("prepare_sft", folder / "chats.jsonl", f"--tokenizer={folder}/tokenizer", f"--out_dir={tmp_path}/s", "--val_fraction=0",
            "--block_size=255", before=small_pools)
     found = [ids for row, _ in read_rows(tmp_path / "s", "train", 256) for ids, _ in row]
-    assert sorted(found) == sorted(expected_conversation(tokenizer, messages, 256)[1] for messages in chats(120) if expected_conversation(tokenizer, messages, 256))
+    assert sorted(found) == sorted(ids for messages in chats(120) for ids, _ in expected_parts(tokenizer, messages, 256, "split"))
 
 
 def naive_best_fit_decreasing(lengths, capacity):
@@ -282,10 +368,10 @@ def test_packing_ten_million_conversations(tmp_path):
     for count in (1_000_000, 10_000_000):
         rng = np.random.default_rng(0)
         pool = bytes(3 * capacity)
-        writer = prepare_sft.RowWriter(str(tmp_path), "train", capacity)
+        writer = packing.RowWriter(str(tmp_path), "train", capacity)
         start = time.process_time()
         for length in np.minimum(capacity, 20 + rng.lognormal(4.6, 0.8, count)).astype(int).tolist():
-            writer.add(prepare_sft._SIZES.pack(1, 1) + pool[:3 * length])
+            writer.add(Document(b"", 1, packing._LEARNED.pack(1) + pool[:3 * length]))
         writer.close()
         seconds.append(time.process_time() - start)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -325,9 +411,8 @@ def test_nothing_is_written_for_what_cannot_be(folder, tmp_path):
         ("prepare_pretrain", [tmp_path / "empty.jsonl"], "no document"),
         ("prepare_pretrain", [tmp_path / "missing.jsonl"], "no such file"),
         ("prepare_pretrain", [folder / "a.jsonl", "--val_fraction=1.5"], "val_fraction"),
-        ("prepare_pretrain", [tmp_path / "bad.jsonl", "--val_fraction=1e-9"], "fall into validation"),
         ("prepare_pretrain", [folder / "a.jsonl", "--encoding=klingon"], "unknown encoding"),
-        ("prepare_pretrain", [folder / "a.jsonl", "--encoding=utf-16"], "cannot be cut into lines"),
+        ("prepare_pretrain", [folder / "a.jsonl", "--encoding=cp037"], "cannot be cut into lines"),
         ("prepare_pretrain", [folder / "a.jsonl", "--tokenizer=nowhere"], "train_tokenizer.py"),
         ("prepare_sft", [folder / "a.jsonl"], "no conversation"),
         ("prepare_sft", [folder / "chats.jsonl", "--block_size=4"], "block_size"),

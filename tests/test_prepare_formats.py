@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from minillm import text_reader
+from minillm import json_stream, text_files, txt_documents
 from minillm.errors import UserError
 from support import ROOT
 from support.preparation_runs import finish, meta, read_documents, refused, texts, write_lines
@@ -45,7 +45,7 @@ TEXT = {
     "CRLF": (A[:-1] + b"\r\n" + B[:-1] + b"\r\n", ["甲乙", "丙丁"], {}, {}),
     "CRLF inside a text is text": (line("甲\r\n乙"), ["甲\r\n乙"], {}, {}),
     "BOM": (b"\xef\xbb\xbf" + A + B, ["甲乙", "丙丁"], {}, {"byte order mark removed": 1}),
-    "BOM inside": (A + b"\xef\xbb\xbf" + B, ["甲乙", "丙丁"], {}, {}),
+    "BOM inside": (A + b"\xef\xbb\xbf" + B, ["甲乙", "丙丁"], {}, {"byte order mark removed": 1}),
     "BOM in a text is text": (line("\ufeff甲"), ["\ufeff甲"], {}, {}),
     "GB18030 unannounced": (A + '{"text": "甲乙"}\n'.encode("gb18030") + B, ["甲乙", "丙丁"], {"not utf-8": 1}, {}),
     "NUL, escaped and raw": (b'{"text": "a\\u0000b"}\n{"text": "a\x00b"}\n', ["a\0b", "a\0b"], {}, {}),
@@ -59,9 +59,10 @@ TEXT = {
     "numbers and lists as text": (b'{"text": 5}\n{"text": ["a"]}\n' + A, ["甲乙"], {"no text under 'text'": 2}, {}),
     "empty and blank": (line("") + line(" \n\u3000") + A, ["甲乙"], {"empty text": 2}, {}),
     "blank lines": (A + b"\n  \r\n" + B, ["甲乙", "丙丁"], {"blank line": 2}, {}),
-    "not an object": (A + b'"x"\n5\nnull\n[1]\ntrue\n', ["甲乙"], {"not a JSON object": 5}, {}),
+    "not an object": (A + b'5\nnull\n[1]\ntrue\n', ["甲乙"], {"not a JSON object": 4}, {}),
+    "a string is a text": (A + b'"x"\n["y", "z"]\n', ["甲乙", "x", "y", "z"], {}, {}),
     "half a line": (A + b'{"text": "x\n' + B, ["甲乙", "丙丁"], {"malformed JSON": 1}, {}),
-    "two objects on a line": (A[:-1] + B + A, ["甲乙"], {"malformed JSON": 1}, {}),
+    "two objects on a line": (A[:-1] + B + A, ["甲乙", "丙丁", "甲乙"], {}, {}),
     "nested without end": (b'{"text": ' + b"[" * 100_000 + b"\n" + A, ["甲乙"], {"malformed JSON": 1}, {}),
     "control tokens as text": (line("<|im_start|>user<|endoftext|>"), ["<|im_start|>user<|endoftext|>"], {}, {}),
     "surrounding space is text": (line("  甲\n"), ["  甲\n"], {}, {}),
@@ -100,7 +101,7 @@ CHAT = {
     "alpaca with input": ({"instruction": "译", "input": "甲", "output": "答"}, said(("user", "译\n甲"), ("assistant", "答")), {}, {}),
     "alpaca without an answer": ({"instruction": "问", "output": ""}, None, NONE, {"cut before an empty turn": 1}),
     "system": (turns(("system", "善"), *QA), said(("system", "善"), *SAID), {}, {}),
-    "system later": (turns(*QA, ("system", "善"), *QA), None, {"system message after the start": 1}, {}),
+    "system later": (turns(*QA, ("system", "善"), *QA), said(*SAID), {}, {"cut before a later system turn": 1}),
     "line ends and space are kept": (turns(("human", " 问\n"), ("assistant", "\n答 ")), said(("user", " 问\n"), ("assistant", "\n答 ")), {}, {}),
     "empty question": (turns(("human", ""), ("assistant", "答")), None, NONE, {"cut before an empty turn": 1}),
     "empty answer": (turns(("human", "问"), ("assistant", " \n")), None, NONE, {"cut before an empty turn": 1}),
@@ -117,10 +118,11 @@ CHAT = {
     "assistant alone": (turns(("assistant", "你好")), None, NONE, {"assistant turn before any user turn dropped": 1}),
     "human last": (turns(*QA, ("human", "又")), said(*SAID), {}, {"user turn without an answer dropped": 1}),
     "human alone": (turns(("human", "问")), None, NONE, {}),
-    "unknown role": (turns(*QA, ("tool", "x")), None, {"unknown role": 1}, {}),
+    "unknown role": (turns(*QA, ("narrator", "x")), None, {"unknown role": 1}, {}),
     "role in a list": (turns((["human"], "x")), None, {"unknown role": 1}, {}),
     "value a number": (turns(("human", 5), ("assistant", "答")), None, {"a turn is not text": 1}, {}),
-    "value a list": (turns(("human", ["问"]), ("assistant", "答")), None, {"a turn is not text": 1}, {}),
+    "value a list of text": (turns(("human", ["问"]), ("assistant", "答")), said(*SAID), {}, {}),
+    "value a list of numbers": (turns(("human", [5]), ("assistant", "答")), None, {"a turn is not text": 1}, {}),
     "alpaca's input a number": ({"instruction": "问", "input": 5, "output": "答"}, None, {"a turn is not text": 1}, {}),
     "a turn null": ({"conversations": [None]}, None, {"a turn is not an object": 1}, {}),
     "turns null": ({"conversations": None}, None, {"no conversation": 1}, {}),
@@ -233,12 +235,12 @@ def test_streams_one_after_the_other(tmp_path):
 
 def test_txt(tmp_path):
     (tmp_path / "c.txt").write_bytes("\ufeff甲\r\n乙\n\n<|endoftext|>\n \n<|endoftext|>\r\n丙<|endoftext|>".encode() + b"\n\xff\n")
-    assert read(tmp_path / "c.txt") == (["甲\n乙\n\n", "丙<|endoftext|>\n"], {"not utf-8": 1}, {"byte order mark removed": 1, "CRLF line end made LF": 1})
+    assert read(tmp_path / "c.txt") == (["甲\n乙\n\n", "丙<|endoftext|>\n"], {"not utf-8": 1}, {"byte order mark removed": 1, "CRLF line end made LF": 2})
     long = "".join(f"第{i}行\n" for i in range(20_000))
     (tmp_path / "c.txt").write_text(long)
     found, _, _ = read(tmp_path / "c.txt")
     assert "".join(found) == long and len(found) > 5
-    assert all(len(text.encode()) < text_reader.TXT_DOCUMENT + 100 and text.endswith("\n") for text in found)
+    assert all(len(text.encode()) < txt_documents.TXT_DOCUMENT + 100 and text.endswith("\n") for text in found)
 
 
 def test_directory_is_its_files_in_order(tmp_path):
@@ -251,15 +253,8 @@ def test_directory_is_its_files_in_order(tmp_path):
     assert read(tmp_path)[0] == ["一", "二", "三"]
 
 
-def test_json_array_is_told_from_json_lines(tmp_path):
-    for content in (b'[{"text": "x"}]', b'[\n{"text": "x"},\n{"text": "y"}\n]'):
-        (tmp_path / "c.json").write_bytes(content)
-        with pytest.raises(UserError, match="one JSON array.*one object a line"):
-            read(tmp_path / "c.json")
-
-
 def test_line_over_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_reader, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_LINE", 1 << 20)
     fits = "甲" * (((1 << 20) - 20) // 3)
     (tmp_path / "c.jsonl").write_bytes(A + line("乙" * (1 << 20)) + line(fits) + B + line("丙" * (1 << 20))[:-1])
     found, skipped, _ = read(tmp_path / "c.jsonl")
@@ -286,12 +281,12 @@ def test_position_seen_by_another_thread(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
         try:
-            for number, _ in enumerate(source.lines()):
-                if number % 100 == 0:
+            for number, _ in enumerate(source.blocks()):
+                if number % 30 == 0:
                     for _ in range(2):           # a look under way, and one that began since
                         looked.clear()
                         assert looked.wait(600)
-            assert number == 2999
+            assert number == 999
         finally:
             done.set()
         looking.result()

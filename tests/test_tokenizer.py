@@ -233,8 +233,7 @@ def test_sample_is_spread_over_the_input(corpus, tmp_path, suffix):
     total = len(corpus.read_bytes())
     settings = train_tokenizer.Settings(max_bytes=total // 4)
     report = Report()
-    from tqdm import tqdm
-    sample = train_tokenizer.Sample(Source([str(path)], report), settings, report, tqdm(disable=True))
+    sample = train_tokenizer.Sample(Source([str(path)], report), settings, report)
     texts = list(sample)
     size = sum(len(text.encode()) for text in texts)
     assert size == sample.bytes and 0.9 * settings.max_bytes < size <= settings.max_bytes
@@ -308,7 +307,7 @@ def test_nfkc_is_an_option(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["missing.jsonl"], "missing.jsonl"), (["--vocab_size=70000"], "65535"), (["--vocab_size=100"], "259"),
+    (["missing.jsonl"], "missing.jsonl"), (["--vocab_size=70000"], "65,535"), (["--vocab_size=100"], "259"),
     (["--max_bytes=0"], "max_bytes"), (["empty.jsonl"], "no text"), (["picture.png"], "kind"),
 ])
 def test_bad_input_is_one_line(tmp_path, arguments, word):
