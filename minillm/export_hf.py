@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 
 from minillm.errors import UserError
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, TRANSFORMERS_CONFIG, Tokenizer
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
 ARCHITECTURES = {
     "arcee": ("ArceeForCausalLM", "silu"),
@@ -69,9 +69,8 @@ def write_model(folder, config, weights, vocab_size, kind, dtype=torch.float32):
 def write_tokenizer(folder, source, block_size):
     """Copy the tokenizer in the folder `source`; the settings that transformers needs beside it."""
     shutil.copyfile(os.path.join(source, "tokenizer.json"), os.path.join(folder, "tokenizer.json"))
-    # rows of a batch must end together where the next token is made, so they are padded on the left
-    settings = {"padding_side": "left", "model_max_length": block_size}
-    _write_json(folder, "tokenizer_config.json", TRANSFORMERS_CONFIG | settings)
+    config = Tokenizer.load(source).transformers_config() | {"model_max_length": block_size}
+    _write_json(folder, "tokenizer_config.json", config)
 
 
 def import_safetensors():

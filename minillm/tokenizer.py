@@ -55,11 +55,13 @@ def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
 ESCAPE, ESCAPED = "<|", "<\ufdd0|"
 UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
 
+ESCAPING = f" | replace('{ESCAPE}', '{ESCAPED}')"
+
 # The markers {% generation %} tell transformers which tokens are supervised.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    f"{{% set content = message['content'] | replace('{ESCAPE}', '{ESCAPED}') %}}"
+    "{% set content = message['content']" + ESCAPING + " %}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ content + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ content + '<|im_end|>' }}{% endif %}"
@@ -135,6 +137,13 @@ class Tokenizer:
 
     def __reduce__(self):                                # for the processes that encode
         return Tokenizer, (self._data,)
+
+    def transformers_config(self):
+        """What tokenizer_config.json says for transformers, beside this tokenizer.json."""
+        config = dict(TRANSFORMERS_CONFIG)
+        if ESCAPED not in self._data.decode("utf-8"):    # of an older version: nothing takes it out
+            config["chat_template"] = CHAT_TEMPLATE.replace(ESCAPING, "")
+        return config
 
     def encode(self, text):
         """The ids of `text`; never a special token."""
