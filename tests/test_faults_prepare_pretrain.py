@@ -19,7 +19,7 @@ CASES = [
     Case("tokenizer is empty", PRETRAIN,
          "tok/tokenizer.json is damaged", put("tok/tokenizer.json", "")),
     Case("tokenizer isn't ours", PRETRAIN,
-         "tok/tokenizer.json is no tokenizer of ours",
+         "tok/tokenizer.json was not trained by train_tokenizer.py",
          put("tok/tokenizer.json", json.dumps(FOREIGN))),
     Case("tokenizer isn't UTF-8", PRETRAIN,
          "tok/tokenizer.json is damaged", put("tok/tokenizer.json", b"\xff\xfe\x00")),
