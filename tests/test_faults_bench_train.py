@@ -3,16 +3,14 @@ from support.bad_input import Case, check, common, parametrize
 from support.damage import no_gpu
 
 CASES = [
-    Case("unknown bench", "speed", "bench.train measures train, decode or data, not 'speed'"),
-    Case("no GPU", "train --device=cuda", "torch sees 0 GPUs", no_gpu),
-    Case("unknown dtype", "train --device=cpu --dtype=int8", "unknown dtype 'int8'"),
-    Case("negative batch", "train --device=cpu --batch_size=-4", "batch_size=-4"),
-    Case("no repeats", "train --device=cpu --repeats=0", "repeats=0"),
-    Case("no repeats of decoding", "decode --device=cpu --repeats=-1", "repeats=-1"),
-    Case("no token files", "train --device=cpu --data_dir=nowhere",
-         "cannot read nowhere/meta.json"),
-    Case("no tokens", "decode --device=cpu --new_tokens=0", "new_tokens=0"),
-    Case("no prompt", "decode --device=cpu --prompt=0", "prompt=0"),
+    Case("no GPU", "--device=cuda", "torch sees 0 GPUs", no_gpu),
+    Case("unknown dtype", "--device=cpu --dtype=int8", "unknown dtype 'int8'"),
+    Case("negative batch", "--device=cpu --batch_size=-4", "batch_size=-4"),
+    Case("no repeats", "--device=cpu --repeats=0", "repeats=0"),
+    Case("no token files", "--device=cpu --data_dir=nowhere", "cannot read nowhere/meta.json"),
+    Case("a vocabulary smaller than the tokenizer's", "--device=cpu --data_dir=pre --vocab_size=50",
+         "pre has 300 tokens: give --vocab_size=300"),
+    Case("a word", "decode", "unexpected argument 'decode'"),
 ]
 
 

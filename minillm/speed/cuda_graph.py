@@ -30,7 +30,7 @@ class GraphCache(KVCache):
         self.keys = like.new_zeros(n_layer, *shape)
         self.values = like.new_zeros(n_layer, *shape)
         # Attention sums v over its slots, so they lie side by side: 1.09 times the tokens/s (H200,
-        # `python -m bench.train decode`); in a batch it would be fewer
+        # `python -m bench.decode`); in a batch it would be fewer
         self.values = self.values.transpose(3, 4).contiguous().transpose(3, 4)
         self.k, self.v = list(self.keys), list(self.values)
 
@@ -52,7 +52,7 @@ def capture(function):
 def forward(model, cache, idx, position, end):
     """Twin of generation.cached_forward for prompts; idx and position are still on the host.
 
-    64 tokens took 10 to 20 ms one by one and 1 ms as a graph (H200, `python -m bench.train decode`).
+    64 tokens took 10 to 20 ms one by one and 1 ms as a graph (H200, `python -m bench.decode`).
     """
     B, n = idx.shape
     width = next_power_of_two(n)                 # few different widths, since each is captured once
@@ -83,7 +83,7 @@ def capture_forward(model, cache, batch, width, end):
 def decode_graph(model, cache, state, params, logits, steps, compile=False):
     """Twin of generation.decode_loop. The GPU is always one token ahead of what the host has read.
 
-    88,131 tokens/s with 64 rows (H200, `python -m bench.train decode --batch_size=64`).
+    88,131 tokens/s with 64 rows (H200, `python -m bench.decode --batch_size=64`).
     """
     sample_next(state, logits, params, topk_by_parts)
     # one row per step: into a column, torch would copy through memory that is not pinned, and wait

@@ -13,7 +13,7 @@ from minillm.attention import apply_rope
 def decode_one_token(model, cache, token, position, end):
     """Twin of generation.decode_one_token: vectors at batch size 1, the modules for more rows.
 
-    1.1 times the tokens/s in bfloat16 (Xeon, two cores, `python -m bench.train decode --device=cpu`).
+    1.1 times the tokens/s in bfloat16 (Xeon, two cores, `python -m bench.decode --device=cpu`).
     """
     if len(token) > 1:
         return generation.decode_one_token(model, cache, token, position, end)

@@ -2,7 +2,7 @@
 
 For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the MoE
 nine. 2,916 tokens/s at 171M where the modules in a CUDA graph make 815 (H100 and H200,
-`python -m bench.train decode`, with `--compile=False` for the latter).
+`python -m bench.decode`, with `--compile=False` for the latter).
 """
 import math
 
@@ -29,7 +29,7 @@ def flex_cached_attention(q, k, v, visible, position):
     """Twin of attention.cached_attention for one new token per row of a batch, to be compiled.
 
     A batch of 64 makes 55,430 tokens/s where SDPA with a mask made 47,019 (H200,
-    `python -m bench.train decode --batch_size=64`).
+    `python -m bench.decode --batch_size=64`).
     """
     # late: importing it takes 0.5 s, which chat on a CPU must not pay
     from torch.nn.attention.flex_attention import flex_attention

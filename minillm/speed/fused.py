@@ -28,7 +28,7 @@ def matvec(weight, x, norm=None):
     """weight @ x, or weight @ norm(x), in float32: (out,).
 
     The norm's scale is found in the same pass over the row. Decoding with it made 1.22 times the
-    tokens/s of one kernel per module (2,669, H100, `python -m bench.train decode`).
+    tokens/s of one kernel per module (2,669, H100, `python -m bench.decode`).
     """
     if norm is None:
         return row_terms(weight, x).sum(-1)

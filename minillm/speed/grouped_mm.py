@@ -53,7 +53,7 @@ def all_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
 
     Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic, but
     the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it: decoding
-    made 1,002 tokens/s instead of 796 (H200, `python -m bench.train decode --n_expert=8`).
+    made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8`).
     """
     dtype = _compute_dtype(x_TD)
     gate_TE = gate_TK.new_zeros(len(x_TD), len(w1_EDF)).scatter(1, expert_TK, gate_TK)
@@ -71,7 +71,7 @@ def generating_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
 def lay_out_for_decoding(moe):
     """Turn the experts' weights in memory, not in shape, so that a single row is summed along it.
 
-    Decoding makes 1.2 times the tokens/s (H200, `python -m bench.train decode --n_expert=8`), in
+    Decoding makes 1.2 times the tokens/s (H200, `python -m bench.decode --n_expert=8`), in
     bfloat16 on a CPU 2.5 times (Xeon, the same with `--device=cpu`).
     """
     moe.router.weight_DE.data = moe.router.weight_DE.data.t().contiguous().t()
