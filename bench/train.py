@@ -20,9 +20,12 @@ from bench.measure import (ModelShape, copy_ceiling, make_model, matmul_ceiling,
 from minillm.attention import document_mask
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.dataloader import TokenData, batch_windows
-from minillm.device import autocast, compile_for_training, peak_flops, pick_device, pick_dtype, to_device
+from minillm.device import (autocast, compile_for_training, peak_flops, pick_device, pick_dtype,
+                            to_device)
 from minillm.errors import UserError, run
 from minillm.speed.float8 import use_float8
+from train import Settings as TrainingSettings
+from train import make_optimizer
 
 # on a CPU, where nobody trains 171M parameters
 DEMO = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=192, vocab_size=1200, block_size=128)
@@ -76,7 +79,8 @@ def training_step(s, model, device, dtype):
 
     The host runs one step ahead of the device.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = make_optimizer(model, TrainingSettings(), device)
+    optimizer.set_rate(1e-4)
     step_model = compile_for_training(model, device) if s.compile else model
     flex = s.compile and device.type == "cuda"
     ends = []
@@ -91,10 +95,9 @@ def training_step(s, model, device, dtype):
             objective = objective + 0.05 * moe[0]
         objective.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.grad_scale = norm.clamp(min=1)
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.clip_to(norm, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if device.type == "cuda":
             ends.append(torch.cuda.Event())
             ends[-1].record()
