@@ -11,8 +11,8 @@ Any client of OpenAI's API works with the base URL http://127.0.0.1:8000/v1; top
 repetition_penalty are extra fields. The same seed gives the same text as chat.py. Requests are
 decoded together; when all rows and the queue are taken, the answer is 429 with Retry-After. SIGTERM
 or Ctrl-C stops taking requests and finishes those under way. The key may also stand in the
-environment's MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in front where
-that matters.
+environment's MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in front
+where that matters.
 Needs `pip install -r requirements-serve.txt`.
 """
 import os

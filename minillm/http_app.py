@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import hmac
 import os
-import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from minillm.batch_decoder import Busy
 from minillm.openai_api import no_such_model, read_chat, read_completion
 from minillm.request_fields import ApiError, to_json
 
-PAGE = os.path.join(os.path.dirname(__file__), "web", "chat.html")
+WEB = os.path.join(os.path.dirname(__file__), "web")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -99,18 +98,23 @@ async def show_bug(request, error):
 
 
 def read_page():
-    """The page, and a policy by which a browser runs nothing but its own script."""
-    with open(PAGE, encoding="utf-8") as file:
-        text = file.read()
+    """The page as one file, and a policy by which a browser runs nothing but its own script."""
+    text = read_file("chat.html")
     policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
               "form-action 'none'; frame-ancestors 'none'")
-    for tag in ("script", "style"):
-        content = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+    for tag, name in (("style", "chat.css"), ("script", "chat.js")):
+        content = read_file(name)
+        text = text.replace(f"<{tag}></{tag}>", f"<{tag}>{content}</{tag}>")
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff",
                "referrer-policy": "no-referrer", "cache-control": "no-cache"}
     return text, headers
+
+
+def read_file(name):
+    with open(os.path.join(WEB, name), encoding="utf-8") as file:
+        return file.read()
 
 
 async def page(request):
