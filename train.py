@@ -33,11 +33,12 @@ from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, 
                                 show_windows)
 from minillm.device import (autocast, compile_for_training, pick_device, pick_dtype, prepare,
                             to_device)
-from minillm.distributed import join, rank_and_world, sum_over_ranks
+from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
 from minillm.optimizer import Optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
 from minillm.speed.float8 import use_float8
+from minillm.speed.parts import compile_in_parts
 from minillm.stop_signal import StopSignal
 from minillm.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -258,12 +259,12 @@ def main():
     outcome = describe_run(s, model, train_data, device, dtype, world, first_step)
 
     step_model = model
+    if compiled and world > 1:
+        compile_in_parts(model, device)
+    elif compiled:
+        step_model = compile_for_training(model, device)
     if world > 1:
-        # the same constant everywhere: not worth a broadcast per step
-        model._ddp_params_and_buffers_to_ignore = ["rope"]
-        step_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if compiled:
-        step_model = compile_for_training(step_model, device)
+        step_model = data_parallel(model)
 
     def forward(x, y):
         """(sum of the cross-entropies, MoE statistics or None) of one micro-batch."""

@@ -61,6 +61,15 @@ def join(device, rank, world):
     return dist.new_group(backend="gloo")
 
 
+def data_parallel(model):
+    """The model in DDP: once its backward pass is done, gradients are means over the processes."""
+    # the same constant everywhere: not worth a broadcast per step
+    model._ddp_params_and_buffers_to_ignore = ["rope"]
+    # large buckets: each transfer takes multiprocessors from the matmuls that run beside it
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                     bucket_cap_mb=250)
+
+
 def sum_over_ranks(group, *numbers):
     """The sums over all processes of some whole numbers on the host."""
     numbers = torch.tensor(numbers)

@@ -1,0 +1,55 @@
+"""Training on several processes: the model in compiled parts, and DDP sends gradients in between.
+
+A model compiled as a whole has a single backward pass, and DDP would send all gradients at its end.
+torch's own answer cuts the graph at every bucket and compiles each piece by itself; with
+flex_attention the first step of config/sft.py then came after 85 s (two H200, torch 2.11, nothing
+cached). Parts of the same shape are compiled once: 44 s, with parts of one block.
+"""
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from minillm.device import compile_for_training
+
+BLOCKS = 4        # per part: with more, gradients leave later; with fewer, less is fused
+
+
+def compile_in_parts(model, device):
+    """Compile the embedding, every BLOCKS blocks, the last norm and the loss, each by itself.
+
+    The model itself stays an ordinary module, and DDP goes around it.
+    """
+    parts = [compile_for_training(part, device) for part in (embed, run_blocks, model.norm)]
+    model.trunk = partial(trunk, model, *parts)
+    model.cross_entropy = compile_for_training(model.cross_entropy, device)
+
+
+def trunk(model, embed, run_blocks, norm, idx, rope, attend):
+    """Twin of GPT.trunk for training, where attention does not depend on the layer."""
+    x = embed(model.wte, idx, model.config.dropout, model.training)
+    attend = partial(attend, layer=None)
+    blocks, stats = list(model.blocks), []
+    for first in range(0, len(blocks), BLOCKS):
+        x, more = run_blocks(blocks[first: first + BLOCKS], x, rope, attend)
+        stats += more
+    x = norm(x)
+    if not model.config.n_expert:
+        return x, None
+    balance, load = zip(*stats)
+    return x, (torch.stack(balance).mean(), torch.stack(load))
+
+
+def embed(wte, idx, dropout, training):
+    x = F.dropout(wte(idx), dropout, training)
+    if torch.is_autocast_enabled(idx.device.type):
+        x = x.to(torch.get_autocast_dtype(idx.device.type))
+    return x
+
+
+def run_blocks(blocks, x, rope, attend):
+    stats = []
+    for block in blocks:
+        x, stat = block(x, rope, attend)
+        stats.append(stat)
+    return x, stats

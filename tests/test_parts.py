@@ -1,0 +1,65 @@
+"""A model compiled in parts, as several processes train it, computes what the plain one does."""
+import pytest
+import torch
+
+from minillm.attention import document_mask
+from minillm.speed import parts
+from model import GPT, GPTConfig
+from support.training_runs import TINY, finish, make_data, numbers, ranks
+
+SHAPE = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, block_size=32, vocab_size=300)
+EXPERTS = dict(n_expert=4, n_expert_per_tok=2, n_inner=48)
+
+
+def loss_and_gradients(model, idx):
+    loss, stats = model(idx, idx, document_mask(idx))
+    objective = loss
+    if stats:
+        objective = objective + stats[0]
+    objective.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return loss, gradients
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE | EXPERTS], ids=["dense", "MoE"])
+def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
+    """Also on a second batch, whose mask is another; and parts of the same shape share a graph."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=count))
+    monkeypatch.setattr(parts, "BLOCKS", 2)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape)).eval()       # eval: the router draws no noise
+    batches = torch.randint(1, 300, (2, 2, 32))
+    batches[0, :, 10] = batches[1, 0, 20] = 0
+    expected = [loss_and_gradients(model, idx) for idx in batches]
+
+    parts.compile_in_parts(model, torch.device("cpu"))
+    found = [loss_and_gradients(model, idx) for idx in batches]
+
+    torch.testing.assert_close(found, expected)
+    assert len(graphs) == 4                      # embedding, blocks, norm, loss
+
+
+def losses(records):
+    return [record.get("loss", record.get("val_loss")) for record in records]
+
+
+def test_two_processes_compile_sft_and_learn_what_one_learns(tmp_path):
+    """SFT inside documents, validation, DDP and torch.compile together: a plain run's curve."""
+    data = make_data(tmp_path / "data", "sft")
+    argv = [*TINY, "--doc_mask=True", "--dropout=0", "--max_iters=4", "--eval_interval=2",
+            f"--data_dir={data}"]
+    finish([*argv, f"--out_dir={tmp_path}/plain"])
+
+    children = ranks(2, [*argv, "--compile=True", f"--out_dir={tmp_path}/compiled"])
+    assert [child.wait(300) for child in children] == [0, 0], children[0].output
+
+    plain, compiled = numbers(tmp_path / "plain"), numbers(tmp_path / "compiled")
+    assert [r["step"] for r in compiled] == [r["step"] for r in plain]
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
