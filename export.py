@@ -3,11 +3,13 @@
     python export.py                                    # the demo, for Hugging Face transformers
     python export.py --out_dir=out/sft --dtype=bfloat16
     python export.py --out_dir=out/sft --stock=llama    # dense, for engines that refuse Arcee
+    python export.py --out_dir=out/sft --format=gguf --dtype=q8_0    # llama.cpp and Ollama
     python train.py --init_from=hf:out/sft/hf           # an exported folder trains on
 
-The folder holds config.json, model.safetensors, the tokenizer and a model card (README.md);
-transformers 4.57 and 5 open it with AutoModelForCausalLM and AutoTokenizer. In float32 the logits
-are ours up to rounding. Needs the package safetensors.
+--format=hf writes config.json, model.safetensors and the tokenizer; transformers 4.57 and 5 open
+the folder. --format=gguf writes model.gguf and a Modelfile for `ollama create`. Both write a model
+card (README.md) that says what to know. In float32 the logits are ours up to rounding. The packages
+that export needs: pip install -r requirements-export.txt
 """
 import os
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from minillm import export_hf
+from minillm import export_gguf, export_hf
 from minillm.atomic_folder import replaced_folder
 from minillm.run_folder import read_settings
 from minillm.configurator import configure
@@ -23,37 +25,65 @@ from minillm.errors import UserError, run
 from minillm.model_card import write_card
 from model import GPT
 
+Dtype = Literal["float32", "float16", "bfloat16", "q8_0", "f32", "f16", "bf16"]
+SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
 
 @dataclass
 class Settings:
     out_dir: str = "out/demo_sft"             # folder of the model, as train.py leaves it
-    checkpoint: str = "newest"                # which of its checkpoints: newest or best
-    export_dir: str = ""                      # where the export goes; empty: out_dir/hf
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"    # of the weights in the file
-    stock: Literal["auto", "llama"] = "auto"  # llama: a dense model as LlamaForCausalLM, not Arcee
+    checkpoint: str = "newest"                # which of its checkpoints: newest, best or a step
+    format: Literal["hf", "gguf"] = "hf"      # hf: transformers; gguf: llama.cpp, Ollama
+    export_dir: str = ""                      # where the export goes; empty: hf or gguf in out_dir
+    dtype: Dtype = "float32"                  # of the matrices; q8_0 (8 bits) only with gguf
+    stock: Literal["auto", "llama"] = "auto"  # hf: llama writes a dense model as Llama, not Arcee
 
 
 def main():
     s = configure(Settings)
-    folder = s.export_dir or os.path.join(s.out_dir, "hf")
+    dtype = SHORT.get(s.dtype, s.dtype)
+    if s.format == "hf" and dtype == "q8_0":
+        raise UserError("--dtype=q8_0 is for --format=gguf")
+    folder = s.export_dir or os.path.join(s.out_dir, s.format)
     model = GPT.from_checkpoint(s.out_dir, device="cpu", dtype="float32", which=s.checkpoint)
-    kind = export_hf.pick_kind(model.config, s.stock)
-    export_hf.import_safetensors()
-    document_masks = trained_with_document_masks(s.out_dir)
-    with replaced_folder(folder, {*export_hf.FILES, "README.md"}) as new:
-        export_hf.write_model(new, model.config, model.state_dict(), model.tokenizer.vocab_size,
-                              kind, getattr(torch, s.dtype))
-        tokenizer_dir = os.path.join(s.out_dir, "tokenizer")
-        export_hf.write_tokenizer(new, tokenizer_dir, model.config.block_size)
-        write_card(new, model, kind, document_masks, s.dtype, folder)
+    if s.format == "hf":
+        to_hf(s, model, folder, getattr(torch, dtype))
+    else:
+        to_gguf(s, model, folder, dtype)
     print(f"wrote {folder}: {', '.join(sorted(os.listdir(folder)))}")
 
 
-def trained_with_document_masks(out_dir):
-    """Whether attention was kept inside a document while training; False if nothing says so."""
+def to_hf(s, model, folder, dtype):
+    kind = export_hf.pick_kind(model.config, s.stock)
+    export_hf.import_safetensors()
+    notes = ["control", "document", kind, *notes_on_training(s.out_dir)]
+    with replaced_folder(folder, {*export_hf.FILES, "README.md"}) as new:
+        vocab_size = model.tokenizer.vocab_size
+        export_hf.write_model(new, model.config, model.state_dict(), vocab_size, kind, dtype)
+        tokenizer_dir = os.path.join(s.out_dir, "tokenizer")
+        export_hf.write_tokenizer(new, tokenizer_dir, model.config.block_size)
+        write_card(new, model, "hf", folder, s.dtype, notes)
+
+
+def to_gguf(s, model, folder, dtype):
+    if s.stock != "auto":
+        raise UserError("--stock is for --format=hf")
+    export_gguf.check(model.config)
+    tokenizer_json = export_gguf.read_tokenizer(os.path.join(s.out_dir, "tokenizer"))
+    notes = ["control", "document", "gguf", *notes_on_training(s.out_dir)]
+    if export_gguf.shortest_cap(tokenizer_json) < export_gguf.LONG_RUN:
+        notes.append("runs")
+    with replaced_folder(folder, {*export_gguf.FILES, "README.md"}) as new:
+        name = os.path.basename(os.path.abspath(s.out_dir))
+        export_gguf.write_model(new, model.config, model.state_dict(), tokenizer_json, dtype, name)
+        write_card(new, model, "gguf", folder, s.dtype, notes)
+
+
+def notes_on_training(out_dir):
+    """The notes for the model card that follow from how the model was trained."""
     if not os.path.exists(os.path.join(out_dir, "config.py")):
-        return False
-    return read_settings(out_dir, "doc_mask")["doc_mask"]
+        return []
+    return ["masks"] if read_settings(out_dir, "doc_mask")["doc_mask"] else []
 
 
 if __name__ == "__main__":

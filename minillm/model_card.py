@@ -2,10 +2,9 @@
 import os
 
 CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
+{header}pipeline_tag: text-generation
 language: zh
-tags: [{tags}]
+tags: [mini-llm]
 ---
 # A {kind} language model of {millions:,.1f}M parameters
 
@@ -19,7 +18,14 @@ Trained with mini-llm, {step:,} steps.
 | vocabulary | {vocab_size:,} tokens |
 | weights in this folder | {dtype} |
 
-```python
+{usage}
+## Know before you use it
+
+{notes}
+"""
+
+HEADERS = {"hf": "library_name: transformers\n", "gguf": ""}
+USAGES = {"hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
@@ -30,11 +36,11 @@ inputs = tokenizer.apply_chat_template(
 output = model.generate(**inputs, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
-
-## Know before you use it
-
-{notes}
-"""
+""", "gguf": """```
+llama-cli -m {name}/model.gguf
+ollama create town -f {name}/Modelfile && ollama run town
+```
+"""}
 
 NOTES = {
     "document": (
@@ -42,8 +48,7 @@ NOTES = {
         "the text. The tokenizer adds nothing by itself."),
     "control": (
         "Text that spells `<|im_start|>`, `<|im_end|>` or `<|endoftext|>` becomes a control token "
-        "in transformers (mini-llm encodes it as plain text). Remove these strings from what "
-        "users type."),
+        "there (mini-llm encodes it as plain text). Remove these strings from what users type."),
     "masks": (
         "It was trained with document masks: attention never crossed `<|endoftext|>`. Programs "
         "that know no such mask score it otherwise where documents are packed into one row. Give "
@@ -57,6 +62,13 @@ NOTES = {
         "It is stored as Llama, whose FFN has a gate. The up projection is the constant 1 (weight "
         "0, bias 1), so it computes silu(x·W1)W2, the FFN of two matrices that was trained. The "
         "extra matrix takes half as much again for the FFN."),
+    "gguf": (
+        "The architecture is `llama` with experts that have no gate, so they compute silu(x·W1)W2. "
+        "A dense model has one expert. llama.cpp's own converter can't write this file: it takes "
+        "the FFN for relu²."),
+    "runs": (
+        "Its tokenizer cuts long runs of spaces, signs or letters, llama.cpp doesn't: a line that "
+        "is indented very deeply may get other tokens there."),
     "arcee": (
         "It is stored as Arcee with `hidden_act=\"silu\"`. Programs that take relu² for every "
         "Arcee model compute something else, without a word. llama.cpp's converter is one: use "
@@ -64,22 +76,22 @@ NOTES = {
 }
 
 
-def write_card(folder, model, kind, document_masks, dtype, name):
+def write_card(folder, model, format, name, dtype, notes):
     """Write `folder`/README.md.
 
-    kind: a key of export_hf.ARCHITECTURES; dtype: of the weights; name: what the example opens.
+    format: hf or gguf; name: what the example opens; dtype: as said; notes: keys of NOTES.
     """
     config = model.config
     total, active = model.n_params()
     experts, per_token = "", config.n_expert_per_tok
     if config.n_expert:
         experts = f"| experts, of these per token | {config.n_expert}, {per_token} |\n"
-    notes = ["control", "document", kind] + ["masks"] * document_masks
     text = CARD.format(
-        tags="mini-llm", kind="MoE" if config.n_expert else "dense", millions=total / 1e6,
+        header=HEADERS[format], kind="MoE" if config.n_expert else "dense", millions=total / 1e6,
         step=model.step, n_layer=config.n_layer, n_embd=config.n_embd, n_inner=config.n_inner,
-        n_head=config.n_head, n_kv_head=config.n_kv_head, experts=experts, name=name, dtype=dtype,
+        n_head=config.n_head, n_kv_head=config.n_kv_head, experts=experts, dtype=dtype,
         block_size=config.block_size, vocab_size=model.tokenizer.vocab_size,
+        usage=USAGES[format].format(name=name),
         notes="\n".join(f"- {NOTES[note]}" for note in notes))
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write(text)

@@ -7,17 +7,16 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import export
 from minillm.errors import UserError
 from minillm.export_hf import read_model
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from support import training_runs
+from support.exports import LONG, export_folder, lively_model
 from support.tiny_models import talkative, tiny_model, write_folder
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-LONG = dict(block_size=256, rope_theta=5e5)
 MODELS = {
     "dense": (LONG, []),
     "dense with biases": (LONG | {"bias": True}, []),
@@ -29,30 +28,6 @@ MODELS = {
 }
 CHAT = [{"role": "system", "content": "你好"}, {"role": "user", "content": "一二  三\n四"},
         {"role": "assistant", "content": "The cat"}, {"role": "user", "content": "天气？ "}]
-
-
-def lively_model(**shape):
-    """A tiny model that doesn't repeat itself: of 200 greedy tokens more than 15 are different."""
-    model = tiny_model(seed=1, **shape)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:         # norms of 1 and biases of 0 would hide one forgotten
-            parameter.uniform_(0.5, 1.5)
-        elif "noise" in name:
-            parameter.normal_()
-        elif name.startswith("blocks") and "router" not in name:
-            parameter.mul_(3)
-    return model
-
-
-def export_folder(folder, argv=()):
-    """Run export.py on the model in `folder`; returns the folder it wrote."""
-    target = os.path.join(folder, "exported")
-    old, sys.argv = sys.argv, ["export.py", f"--out_dir={folder}", f"--export_dir={target}", *argv]
-    try:
-        export.main()
-    finally:
-        sys.argv = old
-    return target
 
 
 @pytest.fixture(scope="module", params=MODELS)
