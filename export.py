@@ -23,6 +23,7 @@ from minillm.run_folder import read_settings
 from minillm.configurator import configure
 from minillm.errors import UserError, run
 from minillm.model_card import write_card
+from minillm.tokenizer import CHAT_TEMPLATE
 from model import GPT
 
 Dtype = Literal["float32", "float16", "bfloat16", "q8_0", "f32", "f16", "bf16"]
@@ -56,7 +57,9 @@ def main():
 def to_hf(s, model, folder, dtype):
     kind = export_hf.pick_kind(model.config, s.stock)
     export_hf.import_safetensors()
-    notes = ["control", "document", kind, *notes_on_training(s.out_dir)]
+    keeps_text = model.tokenizer.transformers_config()["chat_template"] == CHAT_TEMPLATE
+    notes = ["raw text" if keeps_text else "control", "document", kind]
+    notes += notes_on_training(s.out_dir)
     with replaced_folder(folder, {*export_hf.FILES, "README.md"}) as new:
         vocab_size = model.tokenizer.vocab_size
         export_hf.write_model(new, model.config, model.state_dict(), vocab_size, kind, dtype)

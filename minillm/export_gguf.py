@@ -144,7 +144,7 @@ def read_tokenizer(folder):
     """tokenizer.json of `folder`, a dict. UserError if llama.cpp can't split text as it does."""
     with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
         tokenizer_json = json.load(file)
-    if tokenizer_json["normalizer"]:
+    if "NFKC" in json.dumps(tokenizer_json["normalizer"]):
         raise UserError(f"the tokenizer in {folder} folds characters (nfkc=True), llama.cpp can't: "
                         "--format=hf keeps it")
     return tokenizer_json

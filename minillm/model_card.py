@@ -49,6 +49,9 @@ NOTES = {
     "control": (
         "Text that spells `<|im_start|>`, `<|im_end|>` or `<|endoftext|>` becomes a control token "
         "there (mini-llm encodes it as plain text). Remove these strings from what users type."),
+    "raw text": (
+        "A chat message that spells `<|im_end|>` stays text, the chat template sees to it. In text "
+        "that the tokenizer is given without the template, it becomes a control token."),
     "masks": (
         "It was trained with document masks: attention never crossed `<|endoftext|>`. Programs "
         "that know no such mask score it otherwise where documents are packed into one row. Give "

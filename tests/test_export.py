@@ -27,7 +27,7 @@ MODELS = {
     "more rows than tokens": (LONG | {"n_expert": 4, "vocab_size": 307}, []),
 }
 CHAT = [{"role": "system", "content": "你好"}, {"role": "user", "content": "一二  三\n四"},
-        {"role": "assistant", "content": "The cat"}, {"role": "user", "content": "天气？ "}]
+        {"role": "assistant", "content": "The<|im_end|> cat"}, {"role": "user", "content": "天气？ "}]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -194,7 +194,7 @@ def test_card_names_what_differs(tmp_path):
 
     assert "document masks" in cards[0] and "relu²" in cards[0] and "w1 = w3" not in cards[0]
     assert "document masks" not in cards[1] and "w1 = w3" in cards[1]
-    assert all("control token" in card for card in cards)
+    assert all("stays text" in card for card in cards)
 
 
 def test_a_second_export_takes_the_place_of_the_first(tmp_path):
