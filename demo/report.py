@@ -8,35 +8,55 @@ import sys
 
 from minillm.errors import UserError, run
 
+TITLES = {"pretrain": "pretraining", "sft": "SFT", "control": "control: SFT alone"}
+HEAD = ["", "parameters", "tokens", "seconds", "loss", "val loss", "exact match"]
+ROW = "{:20}{:>12}{:>12}{:>9}{:>9}{:>10}{:>13}"
+END = """
+Exact match: greedy answers to questions about people that SFT never mentioned. Only the pretraining
+text says who they are; without pretraining the same SFT can only guess.
 
-def last_record(folder):
-    """The closing record of a run's metrics.jsonl and its last training and validation losses."""
+Talk to it:        .venv/bin/python chat.py --out_dir=out/{name}_sft
+Let it continue:   .venv/bin/python sample.py --out_dir=out/{name}_pretrain --prompt=沈琴明
+Start over:        make clean-demo demo
+"""
+
+
+def read_run(folder):
+    """The last value of every key in a run's metrics.jsonl."""
+    path = os.path.join(folder, "metrics.jsonl")
     try:
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
     except OSError as error:
-        raise UserError(f"cannot read {folder}/metrics.jsonl: {error.strerror}; make demo writes it") from None
-    end = next((r for r in reversed(records) if "seconds" in r), {})
-    return end | {key: next((r[key] for r in reversed(records) if key in r), None) for key in ("loss", "val_loss")}
+        raise UserError(f"cannot read {path}: {error.strerror}; make demo writes it") from None
+    last = {}
+    for record in records:
+        last |= record
+    if "seconds" not in last:
+        raise UserError(f"{folder} has not ended: make demo trains it")
+    return last
+
+
+def exact_match(folder):
+    """The share of right answers, empty for a folder that was not evaluated."""
+    try:
+        with open(os.path.join(folder, "eval.json"), encoding="utf-8") as file:
+            return f"{json.load(file)['exact_match']:.1%}"
+    except (OSError, KeyError):
+        return ""
 
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    stages = [(f"out/{name}_pretrain", "pretraining"), (f"out/{name}_sft", "SFT"), (f"out/{name}_control", "control: SFT alone")]
-    print(f"\n{'':20}{'parameters':>12}{'tokens':>12}{'seconds':>9}{'loss':>9}{'val loss':>10}{'exact match':>13}")
-    for folder, title in stages:
-        end = last_record(folder)
-        try:
-            with open(os.path.join(folder, "eval.json"), encoding="utf-8") as file:
-                match = f"{json.load(file)['exact_match']:.1%}"
-        except (OSError, KeyError):
-            match = ""
-        print(f"{title:20}{end['active_parameters']:>12,}{end['tokens']:>12,}{end['seconds']:>9.0f}{end['loss']:>9.4f}{end['val_loss']:>10.4f}{match:>13}")
-    print("\nExact match: greedy answers to questions about people that SFT never mentioned. What they are, only the\n"
-          "pretraining text says; without pretraining the same SFT can but guess.\n\n"
-          f"Talk to it:        .venv/bin/python chat.py --out_dir=out/{name}_sft\n"
-          f"Let it go on:      .venv/bin/python sample.py --out_dir=out/{name}_pretrain --prompt=沈琴明\n"
-          "Start over:        make clean-demo demo\n")
+    print()
+    print(ROW.format(*HEAD))
+    for stage, title in TITLES.items():
+        folder = f"out/{name}_{stage}"
+        last = read_run(folder)
+        print(ROW.format(title, f"{last['active_parameters']:,}", f"{last['tokens']:,}",
+                         f"{last['seconds']:.0f}", f"{last['loss']:.4f}", f"{last['val_loss']:.4f}",
+                         exact_match(folder)))
+    print(END.format(name=name))
 
 
 if __name__ == "__main__":

@@ -1,90 +1,166 @@
 """Draw metrics.jsonl, the record that every run leaves in its folder (needs matplotlib).
 
-    python scripts/plot.py out/pretrain                                  # loss over tokens
+    python scripts/plot.py out/pretrain                        # loss over tokens
+    python scripts/plot.py out/pretrain --watch                # again and again while it trains
     python scripts/plot.py dense=out/pretrain moe=out/moe_pretrain --x=flops --bytes_per_token=4.23
-    python scripts/plot.py out/moe_pretrain --what=load                  # how the experts share the work
+    python scripts/plot.py out/moe_pretrain --what=load        # how the experts share the work
 
-A run is a folder or a .jsonl file, with a label and = before it if the label is not to be its name. Training losses are
-drawn thin, validation losses thick. With bytes_per_token (bytes / tokens of the split in meta.json) losses become bits a byte.
+A run is a folder or a .jsonl file, with label= before it where the folder's name will not do. It
+may still be going on, or have been killed. Training losses are thin lines, validation losses thick
+ones. With bytes_per_token (bytes / tokens of the split in meta.json) losses are bits per byte.
 """
 import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from minillm.configurator import configure, positional
+from minillm.configurator import NonNegativeFloat, configure, positional
 from minillm.errors import UserError, run
+
+X_LABELS = {"step": "step", "tokens": "training tokens", "flops": "training FLOPs"}
+PAUSE = 5                             # seconds between two looks at a run that goes on
 
 
 @dataclass
 class Settings:
     runs: list[str] = positional()    # folders or .jsonl files, each perhaps as label=PATH
     out: str = "loss.png"             # the picture
-    what: str = "loss"                # loss, or load: shares of a mixture's experts
-    x: str = "tokens"                 # step, tokens or flops (6 × active parameters × tokens)
-    bytes_per_token: float = 0.0      # above 0: bits per byte in place of nats per token
+    what: Literal["loss", "load"] = "loss"               # load: tokens of each expert of an MoE
+    x: Literal["step", "tokens", "flops"] = "tokens"     # flops: 6 × active parameters × tokens
+    bytes_per_token: NonNegativeFloat = 0.0              # above 0: draw bits per byte
     title: str = ""                   # above the picture
+    watch: bool = False               # draw it anew whenever there is more, until the runs end
 
 
-def read(argument):
-    """(label, records, the closing record) of a run."""
-    label, _, path = argument.rpartition("=")
-    file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
+class Run:
+    """The records of one run, and what they say of it as a whole."""
+
+    def __init__(self, argument):
+        label, _, path = argument.rpartition("=")
+        self.label = label or os.path.basename(path.rstrip("/")).removesuffix(".jsonl")
+        self.file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
+        self.records = read_records(self.file)
+        self.has_ended = bool(self.records) and "seconds" in self.records[-1]
+
+    def last_with(self, key):
+        """The last record after the first step that has this key."""
+        for record in reversed(self.records):
+            if key in record and record["step"] > 0:
+                return record
+        raise UserError(f"{self.file} does not count {key} yet: give --x=step")
+
+    def tokens_at(self, record):
+        """Training tokens up to a record. Older runs count them only at their end."""
+        if "tokens" in record:
+            return record["tokens"]
+        counted = self.last_with("tokens")
+        return record["step"] * counted["tokens"] / counted["step"]
+
+    def active_parameters(self):
+        """Those that a token passes through: in a run's first record, and in its last."""
+        for record in self.records:
+            if "active_parameters" in record:
+                return record["active_parameters"]
+        raise UserError(f"{self.file} does not count parameters: give --x=tokens")
+
+    def points(self, key, x):
+        """[(x, value)] of every record after the first step that has this key."""
+        records = [r for r in self.records if r.get(key) is not None and r["step"] > 0]
+        if x == "step":
+            places = [record["step"] for record in records]
+        else:
+            places = [self.tokens_at(record) for record in records]
+        if x == "flops":
+            places = [6 * self.active_parameters() * tokens for tokens in places]
+        return list(zip(places, (record[key] for record in records)))
+
+
+def read_records(path):
+    """The records of a file; half a line at its end is still being written."""
     try:
-        with open(file, encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines]
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError:
+        raise UserError(f"cannot read {path}: it is not JSON lines") from None
+    for record in records:
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UserError(f"{path} is not the metrics.jsonl of a run: a line has no step")
+    return records
+
+
+def draw_loss(axes, run, colour, s):
+    factor = 1 / math.log(2) / s.bytes_per_token if s.bytes_per_token else 1.0
+    for key, style in (("loss", {"linewidth": 0.7, "alpha": 0.45}),
+                       ("val_loss", {"linewidth": 2, "label": run.label})):
+        points = run.points(key, s.x)
+        axes.plot([x for x, _ in points], [loss * factor for _, loss in points], colour, **style)
+    axes.set_ylabel("bits per byte" if s.bytes_per_token else "loss, nats per token")
+    axes.legend()
+
+
+def draw_load(axes, run, colour, s):
+    points = run.points("load", s.x)
+    if not points:
+        raise UserError(f"{run.file} has no load: it is not of an MoE, or has not begun")
+    for layer in range(len(points[0][1])):
+        experts = len(points[0][1][layer])
+        for expert in range(experts):
+            shares = [load[layer][expert] * experts for _, load in points]
+            axes.plot([x for x, _ in points], shares, colour, linewidth=0.5, alpha=0.4)
+    axes.set_ylabel("tokens of an expert / fair share")
+
+
+def draw(runs, s):
+    """Write the picture; who looks at it never sees half of it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg     # optional, named in main
+    from matplotlib.figure import Figure                            # optional, named in main
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, run in enumerate(runs):
+        if s.what == "load":
+            draw_load(axes, run, f"C{number}", s)
+        else:
+            draw_loss(axes, run, f"C{number}", s)
+    axes.set_xlabel(X_LABELS[s.x])
+    axes.set_title(s.title)
+    axes.grid(alpha=0.3)
+    kind = os.path.splitext(s.out)[1].removeprefix(".") or "png"
+    try:
+        figure.savefig(s.out + ".tmp", dpi=110, format=kind)
+        os.replace(s.out + ".tmp", s.out)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not JSON lines'}") from None
-    closing = next((r for r in reversed(records) if "tokens" in r), None)
-    if closing is None:
-        raise UserError(f"{file} has no closing record; a run writes it when it ends")
-    return label or os.path.basename(path.rstrip("/")).removesuffix(".jsonl"), records, closing
+        raise UserError(f"cannot write {s.out}: {error}") from None
 
 
 def main():
     s = configure(Settings)
     if not s.runs:
         raise UserError("name a run to draw, for instance out/demo_pretrain")
-    if s.x not in ("step", "tokens", "flops") or s.what not in ("loss", "load"):
-        raise UserError(f"x={s.x} must be step, tokens or flops, and what={s.what} loss or load")
     try:
-        import matplotlib
+        import matplotlib             # optional: only drawing needs it
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, argument in enumerate(s.runs):
-        label, records, closing = read(argument)
-        scale = 1.0
-        if s.x != "step":
-            scale = closing["tokens"] / closing["step"] * (6 * closing["active_parameters"] if s.x == "flops" else 1)
-        colour = f"C{number}"
-        if s.what == "load":
-            rows = [r for r in records if "load" in r]
-            if not rows:
-                raise UserError(f"{argument} is no mixture of experts: its records have no load")
-            for layer in range(len(rows[0]["load"])):
-                for expert in range(len(rows[0]["load"][0])):
-                    axes.plot([r["step"] * scale for r in rows], [r["load"][layer][expert] * len(r["load"][layer]) for r in rows],
-                              colour, linewidth=0.5, alpha=0.4)
-            continue
-        factor = 1 / math.log(2) / s.bytes_per_token if s.bytes_per_token else 1.0
-        for key, width, alpha, name in (("loss", 0.7, 0.45, None), ("val_loss", 2, 1, label)):
-            points = [(r["step"] * scale, r[key] * factor) for r in records if r.get(key) is not None and r["step"] > 0]
-            axes.plot(*zip(*points), colour, linewidth=width, alpha=alpha, label=name)
-    axes.set_xlabel({"step": "step", "tokens": "training tokens", "flops": "training FLOPs"}[s.x])
-    axes.set_ylabel("tokens of an expert / fair share" if s.what == "load" else "bits per byte" if s.bytes_per_token else "loss, nats per token")
-    axes.grid(alpha=0.3)
-    if s.title:
-        axes.set_title(s.title)
-    if s.what == "loss":
-        axes.legend()
-    figure.savefig(s.out, dpi=110)
-    print(f"wrote {s.out}")
+    runs = [Run(argument) for argument in s.runs]
+    draw(runs, s)
+    print(f"wrote {s.out}", flush=True)
+    while s.watch and not all(run.has_ended for run in runs):
+        time.sleep(PAUSE)
+        before = runs
+        runs = [Run(argument) for argument in s.runs]
+        if [run.records for run in runs] != [run.records for run in before]:
+            draw(runs, s)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""The table at the end of `make demo`."""
+import json
+
+import pytest
+
+from support.processes import finish, refused
+
+STEPS = [{"step": 0, "parameters": 90, "active_parameters": 70}, {"step": 9, "loss": 1.5}]
+END = {"step": 10, "seconds": 61.2, "tokens": 5120, "active_parameters": 70}
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Three finished runs, of which two were evaluated."""
+    for stage in ("pretrain", "sft", "control"):
+        folder = tmp_path / "out" / f"demo_{stage}"
+        folder.mkdir(parents=True)
+        records = [*STEPS, {"step": 10, "val_loss": 1.25}, END]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for stage, share in (("sft", 0.987), ("control", 0.02)):
+        (tmp_path / f"out/demo_{stage}/eval.json").write_text(json.dumps({"exact_match": share}))
+    return tmp_path
+
+
+def test_a_row_for_each_run(demo):
+    rows = [line.split() for line in finish("demo.report", ["demo"], folder=demo).splitlines()]
+
+    assert ["pretraining", "70", "5,120", "61", "1.5000", "1.2500"] in rows
+    assert ["SFT", "70", "5,120", "61", "1.5000", "1.2500", "98.7%"] in rows
+    assert ["control:", "SFT", "alone", "70", "5,120", "61", "1.5000", "1.2500", "2.0%"] in rows
+
+
+def test_a_demo_that_has_not_ended(demo):
+    (demo / "out/demo_sft/metrics.jsonl").write_text(json.dumps(STEPS[1]) + "\n")
+    assert "out/demo_sft has not ended" in refused("demo.report", [], folder=demo)
+    line = refused("demo.report", ["demo_moe"], folder=demo)
+    assert "cannot read out/demo_moe_pretrain/metrics.jsonl" in line
