@@ -1,7 +1,7 @@
 """A small town, invented from a seed: the text of the demo.
 
     python -m demo.town                    # print some of everything
-    python -m demo.town --out_dir=DIR      # write pretrain.jsonl, sft.jsonl and held_out.jsonl
+    python -m demo.town --out_dir=DIR      # write them as JSON lines
 
 Each of its people has a name and five attributes: street, work, favourite food, pet, year of birth.
 Pretraining text: short biographies, every person's many times, each time with the sentences in
@@ -141,6 +141,22 @@ def held_out_questions(seed=1337):
             yield dialogue((fill(rng.choice(QUESTIONS[key]), person, key), fill(ANSWERS[key], person, key)))
 
 
+def choice_questions(seed=1337, wrong=3):
+    """Yield the held-out facts as multiple choice: {"question", "choices", "answer"}.
+
+    The wrong choices are other values of the same attribute; "answer" is the right one's index.
+    """
+    rng = random.Random(f"choices {seed}")
+    _, held_out = taught_and_held_out(seed)
+    for person in held_out:
+        for key, values in ATTRIBUTES.items():
+            others = [value for value in values if value != person[key]]
+            offered = rng.sample([*rng.sample(others, wrong), person[key]], wrong + 1)
+            yield {"question": fill(rng.choice(QUESTIONS[key]), person, key),
+                   "choices": [fill(ANSWERS[key], person | {key: value}, key) for value in offered],
+                   "answer": offered.index(person[key])}
+
+
 def main():
     s = configure(Settings)
     if not s.out_dir:
@@ -151,7 +167,8 @@ def main():
                 print(item if isinstance(item, str) else " / ".join(message["value"] for message in item["conversations"]))
         return
     os.makedirs(s.out_dir, exist_ok=True)
-    for name, items in (("pretrain", biographies(s.seed)), ("sft", conversations(s.seed)), ("held_out", held_out_questions(s.seed))):
+    for name, items in (("pretrain", biographies(s.seed)), ("sft", conversations(s.seed)), ("held_out", held_out_questions(s.seed)),
+                        ("choices", choice_questions(s.seed))):
         with open(os.path.join(s.out_dir, f"{name}.jsonl"), "w", encoding="utf-8") as file:
             for item in items:
                 file.write(json.dumps({"text": item} if isinstance(item, str) else item, ensure_ascii=False) + "\n")

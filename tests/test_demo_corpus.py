@@ -123,7 +123,7 @@ def test_command_line(tmp_path):
     assert shown.returncode == 0 and next(corpus.biographies()) in shown.stdout
     assert run(f"--out_dir={tmp_path}/town", "--seed=5").returncode == 0
     for name, items in (("pretrain", ({"text": text} for text in corpus.biographies(5))), ("sft", corpus.conversations(5)),
-                        ("held_out", corpus.held_out_questions(5))):
+                        ("held_out", corpus.held_out_questions(5)), ("choices", corpus.choice_questions(5))):
         with open(tmp_path / "town" / f"{name}.jsonl", encoding="utf-8") as file:
             assert [json.loads(line) for line in file] == list(items)
     wrong = run("--sead=5")

@@ -1,0 +1,69 @@
+"""Questions answered greedily; an answer counts if it is the expected one to the character."""
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from minillm.chat_records import clean_conversation
+from minillm.errors import UserError
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import conversations
+from minillm.tokenizer import IM_END
+
+
+class Question(NamedTuple):
+    location: str                # file:line
+    messages: list
+    expected: str
+
+
+def read_questions(path):
+    """(questions, lines that say what was skipped) of a file of chats that end with the answer."""
+    report = Report()
+    chats = conversations(Source([path], report, "utf-8"))
+    return questions_of(chats, path), report.lines()
+
+
+def demo_questions(records):
+    """The questions among the demo town's conversations, in Belle's format."""
+    chats = ((f"demo:{i}", clean_conversation(record, Report(), f"demo:{i}"))
+             for i, record in enumerate(records, 1))
+    return questions_of(chats, "demo")
+
+
+def questions_of(chats, name):
+    """The questions among (location, messages) pairs. UserError if there is none."""
+    questions = []
+    for location, messages in chats:
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            questions.append(Question(location, messages[:-1], messages[-1]["content"]))
+    if not questions:
+        raise UserError(f"{name} holds no chat that ends with an answer")
+    return questions
+
+
+def answer_all(model, questions, batch_size, max_new_tokens):
+    """The greedy answers, `batch_size` at a time: texts.
+
+    None stands for a question that is longer than the context.
+    """
+    prompts = [model.tokenizer.encode_chat(question.messages, add_generation_prompt=True)[0]
+               for question in questions]
+    answers = [None] * len(questions)
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.block_size]
+    for start in tqdm(range(0, len(fit), batch_size), unit="batch", disable=None):
+        batch = fit[start: start + batch_size]
+        texts = answer(model, [prompts[i] for i in batch], max_new_tokens)
+        for i, text in zip(batch, texts):
+            answers[i] = text
+    return answers
+
+
+def answer(model, prompts, max_new_tokens):
+    """Greedy answers to a batch of prompts: a list of texts."""
+    ids = [[] for _ in prompts]
+    for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,)):
+        for made, token in zip(ids, row):
+            if token is not None and token != IM_END:
+                made.append(token)
+    return [model.tokenizer.decode(made) for made in ids]

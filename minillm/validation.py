@@ -1,0 +1,60 @@
+"""How well a model predicts the validation split: loss, accuracy, bits per byte, expert load."""
+import math
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from minillm.attention import document_mask
+from minillm.device import autocast
+from minillm.errors import UserError
+
+
+@torch.inference_mode()
+def score(model, data, doc_mask, batch_size, batches, device, dtype):
+    """Predict every supervised token of a TokenData, or of its first `batches` batches (0: all).
+
+    Returns a dict: loss (nats per supervised token), accuracy, tokens (how many were supervised),
+    and for a MoE model load, the share of tokens per expert, (n_layer, n_expert).
+    """
+    loss, correct, supervised = 0.0, 0, 0
+    load, seen = 0.0, 0
+    starts = range(0, data.n_windows, batch_size)
+    if batches:
+        starts = starts[:batches]
+    for start in tqdm(starts, unit="batch", disable=None):
+        windows = range(start, min(start + batch_size, data.n_windows))
+        x, y = (tensor.to(device) for tensor in data.windows(windows))
+        mask = document_mask(x) if doc_mask else None
+        with autocast(device, dtype):
+            logits, stats = model.logits_and_stats(x, mask)
+        logits, target = logits.flatten(0, 1).float(), y.flatten()
+        batch_loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        loss += batch_loss.double().item()
+        correct += (logits.argmax(-1) == target).sum().item()
+        supervised += (target >= 0).sum().item()
+        if stats:
+            load = load + stats[1].double() * x.numel()
+            seen += x.numel()
+    count = max(supervised, 1)
+    result = {"loss": loss / count, "accuracy": correct / count, "tokens": supervised}
+    if seen:
+        result["load"] = (load / seen).tolist()
+    return result
+
+
+def check_counts(meta):
+    """Raise UserError if meta.json does not count what bits_per_byte needs."""
+    for key in _counts(meta):
+        if key not in meta["splits"]["val"]:
+            raise UserError(f"the data's meta.json does not count {key!r}: prepare the data again")
+
+
+def bits_per_byte(loss, meta):
+    """Nats per token → bits per byte of UTF-8 text, by the split's counts of tokens and bytes."""
+    tokens, size = (meta["splits"]["val"][key] for key in _counts(meta))
+    return loss / math.log(2) * tokens / size if size else float("nan")
+
+
+def _counts(meta):
+    return ("learned_tokens", "learned_bytes") if meta["kind"] == "sft" else ("tokens", "bytes")

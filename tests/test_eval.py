@@ -1,0 +1,209 @@
+"""eval.py: against transformers on the export, multiple choice by hand, and what may go wrong."""
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import eval as evaluation
+from minillm import multiple_choice
+from minillm.multiple_choice import parse_record, read_questions, score
+from minillm.tokenizer import END_OF_TEXT
+from support import processes, training_runs
+from support.exports import export_folder, lively_model
+
+CPU = torch.device("cpu")
+FLAGS = ["--device=cpu", "--dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """(the folder of a tiny trained model, its data)"""
+    folder = tmp_path_factory.mktemp("eval")
+    data = training_runs.make_data(folder / "data")
+    training_runs.finish([*training_runs.TINY, "--max_iters=20", f"--data_dir={data}",
+                          f"--out_dir={folder}/out"])
+    return folder / "out", data
+
+
+def evaluate(folder, *argv, **options):
+    """eval.py --json in a process of its own: the results, and what it said besides."""
+    output = processes.finish("eval", [f"--out_dir={folder}", *FLAGS, "--json", *argv], **options)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]), output
+
+
+def write_lines(path, records):
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path
+
+
+def chat(question, answer="好"):
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]}
+
+
+def test_two_evaluations_agree_to_the_bit(run_folder, tmp_path):
+    folder, _ = run_folder
+    choices = write_lines(tmp_path / "mc.jsonl", [
+        {"question": f"问题{i}", "choices": ["好", "不好吗", "a", "bc"], "answer": 1} for i in range(9)])
+    argv = [f"--choices={choices}"]
+
+    first, _ = evaluate(folder, *argv)
+    second, _ = evaluate(folder, *argv)
+
+    assert first.pop("seconds") > 0 and second.pop("seconds") > 0
+    assert first == second
+    with open(folder / "eval.json") as file:
+        assert json.load(file)["multiple_choice"] == first["multiple_choice"]
+
+
+def test_bits_per_byte_are_those_of_transformers(run_folder):
+    """On the exported model, to 1e-3: the same windows, with transformers' own loss."""
+    transformers = pytest.importorskip("transformers")
+    folder, data = run_folder
+    results, _ = evaluate(folder)
+    with open(os.path.join(data, "meta.json")) as file:
+        counts = json.load(file)["splits"]["val"]
+    with open(os.path.join(data, "val.bin"), "rb") as file:
+        tokens = torch.frombuffer(bytearray(file.read()), dtype=torch.uint16).long()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export_folder(folder))
+
+    losses = []
+    for start in range(0, len(tokens) - training_runs.BLOCK, training_runs.BLOCK):
+        window = tokens[None, start: start + training_runs.BLOCK + 1]
+        losses.append(theirs(window, labels=window).loss.item())
+    expected = sum(losses) / len(losses) / math.log(2) * counts["tokens"] / counts["bytes"]
+
+    assert abs(results["bits_per_byte"] - expected) < 1e-3
+
+
+@torch.no_grad()
+def chosen_by_hand(model, question, template):
+    """The index of the likeliest choice, one choice at a time."""
+    values = []
+    for choice in question.choices:
+        if template == "chat":
+            messages = [{"role": "user", "content": question.question}]
+            prompt, _ = model.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        else:
+            prompt = [END_OF_TEXT, *model.tokenizer.encode(question.question + "\n答案：")]
+        rest = model.tokenizer.encode(choice)
+        logs = model(torch.tensor([prompt + rest]))[0].log_softmax(-1)
+        values.append(sum(logs[len(prompt) + i - 1, id].item() for i, id in enumerate(rest)))
+    return values.index(max(values))
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_choices_are_scored_as_by_hand(template):
+    """Batches of rows of different length give what each choice gives alone."""
+    model = lively_model(block_size=128)
+    words = ["山", "有座庙，很老的和尚", "The cat sat", "1234", "晴", "天气怎么样"]
+    questions = []
+    for i in range(20):
+        offered = words[i % 3: i % 3 + 4]
+        questions.append(multiple_choice.Question(f"q:{i}", "从前" * (i % 5 + 1), offered, i % 4))
+
+    result, chosen = score(model, questions, "text", template, 7, CPU, torch.float32)
+
+    expected = [chosen_by_hand(model, question, template) for question in questions]
+    assert chosen == expected and len(set(chosen)) > 1
+    right = sum(index == question.answer for index, question in zip(chosen, questions))
+    assert result["accuracy"] == right / 20 and result["chance"] == 0.25
+    share = right / 20
+    assert math.isclose(result["accuracy_stderr"], math.sqrt(share * (1 - share) / 19))
+
+
+def test_letters_stand_in_the_prompt():
+    model = lively_model()
+    question = parse_record("q:1", {"question": "选", "choices": ["山", "庙"], "answer": "B"})
+
+    pairs = multiple_choice.encode(model.tokenizer, question, "letters", "chat")
+
+    assert [model.tokenizer.decode(rest) for _, rest in pairs] == ["A", "B"]
+    assert "选\nA. 山\nB. 庙" in model.tokenizer.decode(pairs[0][0]) and question.answer == 1
+
+
+SHAPES = [
+    ({"question": "q", "choices": ["a", "b", "c"], "answer": 2}, 2),
+    ({"question": "q", "choices": ["a", "b", "c"], "answer": "c"}, 2),
+    ({"question": "q", "choices": ["a", "b", "c"], "answer": "C"}, 2),
+    ({"question": "q", "choices": ["B", "A"], "answer": "A"}, 1),        # the text comes first
+    ({"id": "0", "question": "q", "A": "B", "B": "A", "C": "x", "D": "y", "answer": "A"}, 0),
+    ({"": "0", "Question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "Answer": "D"}, 3),
+]
+
+
+@pytest.mark.parametrize("record, answer", SHAPES)
+def test_shapes_of_a_question(record, answer):
+    assert parse_record("f:1", record).answer == answer
+
+
+def test_csv_and_json_lines_give_the_same_questions(tmp_path):
+    """C-Eval's CSV, with a line end in a quoted question and a byte-order mark."""
+    (tmp_path / "q.csv").write_text(
+        'id,question,A,B,C,D,answer,explanation\n0,"一,\n二",甲,乙,丙,丁,C,\n', encoding="utf-8-sig")
+    record = {"question": "一,\n二", "choices": ["甲", "乙", "丙", "丁"], "answer": 2}
+
+    from_csv = read_questions(str(tmp_path / "q.csv"))
+    from_json = read_questions(str(write_lines(tmp_path / "q.jsonl", [record])))
+
+    assert [question[1:] for question in from_csv] == [question[1:] for question in from_json]
+
+
+def test_a_question_longer_than_the_context_is_counted_and_named(run_folder, tmp_path):
+    folder, _ = run_folder
+    questions = write_lines(tmp_path / "q.jsonl", [chat("天"), chat("天" * 500), chat("气")])
+    choices = write_lines(tmp_path / "mc.jsonl", [
+        {"question": text, "choices": ["好", "坏"], "answer": 0} for text in ("天", "天" * 500)])
+    argv = [f"--out_dir={folder}", *FLAGS, f"--questions={questions}", f"--choices={choices}"]
+
+    output = processes.finish("eval", argv)
+    results, _ = evaluate(folder, *argv[1:])
+
+    assert f"not answered, longer than the context: {questions}:2" in output
+    assert f"not answered, longer than the context: {choices}:2" in output
+    assert (results["questions"], results["too_long"]) == (3, 1)
+    multiple = results["multiple_choice"]
+    assert (multiple["questions"], multiple["too_long"]) == (2, 1)
+
+
+def test_what_is_missing_is_found_before_the_scoring(run_folder):
+    folder, _ = run_folder
+
+    for flag in ("--questions=nowhere.jsonl", "--choices=nowhere.jsonl"):
+        line = processes.refused("eval", [f"--out_dir={folder}", *FLAGS, flag])
+        assert "nowhere.jsonl" in line
+
+
+def full_disk():
+    """In the child: no file can be written."""
+    inner = open
+
+    def no_writing(path, mode="r", *args, **options):
+        if "w" in mode and str(path).endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return inner(path, mode, *args, **options)
+    evaluation.open = no_writing
+
+
+def test_a_full_disk_loses_nothing(run_folder):
+    folder, _ = run_folder
+
+    results, output = evaluate(folder, before=full_disk)
+
+    assert "cannot write" in output and "No space left on device" in output
+    assert results["loss"] > 0
+
+
+def test_validation_may_be_left_out(run_folder, tmp_path):
+    """A model whose data are gone still answers multiple choice; the demo's questions are 300."""
+    folder, _ = run_folder
+
+    results, _ = evaluate(folder, "--data_dir=none", "--choices=demo", "--answer_by=letters")
+
+    assert "loss" not in results and results["multiple_choice"]["questions"] == 300
+    assert results["multiple_choice"]["chance"] == 0.25
