@@ -151,7 +151,8 @@ def score(model, questions, form, template, batch_size, device, dtype):
             chosen.append(None)
             continue
         values = [sums[i, j] for j in range(len(question.choices))]
-        norms = [value / len(choice) for value, choice in zip(values, question.choices)]
+        lengths = [1 if form == "letters" else len(choice) for choice in question.choices]
+        norms = [value / length for value, length in zip(values, lengths)]
         chosen.append(values.index(max(values)))
         right += chosen[i] == question.answer
         right_norm += norms.index(max(norms)) == question.answer
