@@ -5,12 +5,12 @@
     model = GPT.from_checkpoint("out/demo_sft")      # using a trained one
     model.chat([{"role": "user", "content": "你好"}])
 
-Pre-norm blocks (norm → sub-layer → residual): RMSNorm, attention with RoPE and grouped queries (GQA),
-a two-layer SiLU FFN or the experts of moe.py; the output projection is the embedding. With 12 layers of
-width 1024, 16 query and 8 key/value heads and 32,000 tokens: 171M parameters.
+Pre-norm blocks (norm → sub-layer → residual): RMSNorm, attention with RoPE and grouped queries
+(GQA), a two-layer SiLU FFN or the experts of moe.py; the output projection is the embedding. With
+12 layers of width 1024, 16 query and 8 key/value heads and 32,000 tokens: 171M parameters.
 
-This is the plain model. `use_fast` (training) and `from_checkpoint` hand in the twins of minillm/speed,
-which give the same numbers faster; without that folder everything still runs.
+This is the plain model. `use_fast` (training) and `from_checkpoint` hand in the twins of
+minillm/speed, which give the same numbers faster; without that folder everything still runs.
 
 Papers: RMSNorm arXiv 1910.07467, RoPE 2104.09864, GQA 2305.13245, tied embeddings 1608.05859.
 """
@@ -22,14 +22,13 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from minillm import checkpoint
 from minillm.attention import apply_rope, causal_attention, rope_table
-from minillm.checkpoint import load_for_inference, load_weights, model_config, skip_init
 from minillm.conversation import chat
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import UserError
 from minillm.generation import KVCache, generate, round_up
 from minillm.sampling_params import SamplingParams
-from minillm.tokenizer import Tokenizer
 from moe import MoE
 
 try:
@@ -56,7 +55,8 @@ class GPTConfig:
     def __post_init__(self):
         """Fill in n_inner. Raises UserError on sizes that do not fit together."""
         self.n_inner = self.n_inner or 4 * self.n_embd
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
+        sizes = "block_size vocab_size n_layer n_head n_kv_head n_embd n_inner"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
@@ -68,16 +68,14 @@ class GPTConfig:
             raise UserError(f"n_embd/n_head={head_dim} must be even: RoPE turns pairs of channels")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.n_expert:
-            self._check_experts()
-
-    def _check_experts(self):
+        if not self.n_expert:
+            return
         if not 1 <= self.n_expert_per_tok <= self.n_expert <= 256:
             raise UserError(f"n_expert_per_tok={self.n_expert_per_tok} must be between 1 and "
                             f"n_expert={self.n_expert}, and that at most 256")
         if self.n_embd % 8 or self.n_inner % 8:
-            raise UserError(f"n_embd={self.n_embd} and n_inner={self.n_inner} must be multiples of 8 with "
-                            "experts: their matmul reads 16 bytes at a time")
+            raise UserError(f"n_embd={self.n_embd} and n_inner={self.n_inner} must be multiples "
+                            "of 8 with experts: their matmul reads 16 bytes at a time")
         if self.bias:
             raise UserError("bias=True is not offered with experts (n_expert > 0)")
 
@@ -107,13 +105,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope, attend):
-        """x: (B, T, C) → (B, T, C). attend(q, k, v): what the heads read, over the row or a KV cache."""
+        """x: (B, T, C) → (B, T, C). attend(q, k, v): what each head reads, as q's shape."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q = apply_rope(q, rope).transpose(1, 2)          # (B, n_head, T, head_dim)
         k = apply_rope(k, rope).transpose(1, 2)          # (B, n_kv_head, T, head_dim)
-        v = v.contiguous().transpose(1, 2)               # a copy: a slice would keep all of qkv in memory
+        # v is copied: autograd would keep all of qkv in memory for a slice
+        v = v.contiguous().transpose(1, 2)               # (B, n_kv_head, T, head_dim)
         y = attend(q, k, v)                              # (B, n_head, T, head_dim)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -147,7 +146,7 @@ class Block(nn.Module):
 
 
 def cross_entropy(x, weight, targets):
-    """The sum of the cross-entropies in nats. x: (N, C), weight: (V, C), targets: (N,), -1 for none."""
+    """The summed cross-entropy, nats. x: (N, C), weight: (V, C), targets: (N,), -1 for none."""
     logits = F.linear(x, weight)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -172,16 +171,18 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
-            # 2 * n_layer sub-layers add to the residual stream; so scaled, its variance stays near 1 (GPT-2)
+            # 2 * n_layer sub-layers add to the residual stream; so scaled, its variance stays near
+            # 1 (GPT-2)
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, idx, targets=None, mask=None):
         """idx: (B, T) token ids, T up to block_size. mask: from attention.document_mask, or None.
 
-        With targets (B, T), -1 for none: the *sum* of the cross-entropies in nats (the caller divides
-        by the number of targets of the whole step), and with experts (load-balancing loss averaged over
-        layers, load (n_layer, n_expert)), for a dense model None. Without targets: logits (B, T, V).
+        With targets (B, T), -1 for none: the *sum* of the cross-entropies in nats (the caller
+        divides by the number of targets of the whole step), and with experts (load-balancing loss
+        averaged over layers, load (n_layer, n_expert)), for a dense model None. Without targets:
+        logits (B, T, V).
         """
         x, stats = self.hidden(idx, mask)
         if targets is None:
@@ -194,7 +195,7 @@ class GPT(nn.Module):
         return self.logits(x), stats
 
     def hidden(self, idx, mask=None):
-        """(B, T) → what the last norm gives, (B, T, C), with causal attention; and the experts' stats."""
+        """(B, T) → what the last norm gives, (B, T, C), and the experts' stats."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
@@ -204,7 +205,7 @@ class GPT(nn.Module):
         return self.trunk(idx, self.rope[:, :T, None], attend)
 
     def trunk(self, idx, rope, attend):
-        """Embedding, blocks and the last norm. attend(q, k, v, layer): the attention of one layer."""
+        """Embedding, blocks and the last norm. attend(q, k, v, layer): one layer's attention."""
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)
         if torch.is_autocast_enabled(idx.device.type):
             # the residual stream in bf16 too: half the memory traffic of everything element-wise
@@ -225,7 +226,7 @@ class GPT(nn.Module):
     def use_fast(self, compiled=False):
         """Hand in the twins of minillm/speed for training: same numbers, faster. Returns the model.
 
-        Call it once the model is on its device, before torch.compile. compiled: whether that follows.
+        Call it on the model's device, before torch.compile. compiled: whether that follows.
         """
         if twins:
             twins.use_for_training(self, compiled)
@@ -234,14 +235,15 @@ class GPT(nn.Module):
     def n_params(self):
         """(all parameters, those that one token passes through)."""
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for m in self.modules() if isinstance(m, MoE) for p in (m.w1_EDF, m.w2_EFD))
-        if not experts:
+        if not self.config.n_expert:
             return total, total
+        ffn = self.blocks[0].ffn
+        experts = self.config.n_layer * (ffn.w1_EDF.numel() + ffn.w2_EFD.numel())
         idle = 1 - self.config.n_expert_per_tok / self.config.n_expert
         return total, total - round(idle * experts)
 
     def flops_per_token(self, length):
-        """Of one training step: 6 × active matmul parameters (the tied head once) + causal attention."""
+        """Of one training step: 6 × active matmul parameters (tied head once), and attention."""
         matmul = self.n_params()[1] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         return 6 * matmul + 6 * self.config.n_layer * length * self.config.n_embd
 
@@ -249,33 +251,29 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest"):
-        """The model that train.py left in `folder`, ready to generate, its tokenizer as `.tokenizer`.
+        """The model that train.py left in `folder`, ready to generate; its tokenizer: `.tokenizer`.
 
-        device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in it,
-        else float32; or a torch.dtype. which: "newest" or "best" (by validation loss). On the CPU in
-        float32 the weights stay in the file, mapped, until they are read. `.step`: how long it was
-        trained. Raises UserError if the folder holds no readable checkpoint, or not its own tokenizer.
+        device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in
+        it, else float32; or a torch.dtype. which: "newest" or "best" (by validation loss). On the
+        CPU in float32 the weights stay in the file, mapped, until they are read. `.step`: how long
+        it was trained. Raises UserError for a folder without a readable model and its tokenizer.
 
             model = GPT.from_checkpoint("out/demo_sft", device="cpu")
             model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
         """
         device = pick_device(device)
         dtype = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)
-        saved = load_for_inference(folder, which)
-        tokenizer = Tokenizer.load(saved["tokenizer_dir"])
-        if tokenizer.hash != saved.get("tokenizer_hash", tokenizer.hash):
-            raise UserError(f"{saved['tokenizer_dir']} is not the tokenizer that the model in {folder} was trained with")
-        with skip_init():                        # the weights come from the file
-            model = cls(model_config(saved, GPTConfig))
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model {model.config.vocab_size}")
-        load_weights(model, saved, assign=True)
+        saved = checkpoint.load_for_inference(folder, which)
+        with checkpoint.skip_init():             # the weights come from the file
+            model = cls(checkpoint.model_config(saved, GPTConfig))
+        checkpoint.load_weights(model, saved, assign=True)
         model.rope = rope_table(model.config)
-        model.tokenizer, model.step = tokenizer, saved["step"]
+        model.tokenizer = checkpoint.load_tokenizer(saved, folder, model.config.vocab_size)
+        model.step = saved["step"]
         return model.for_generation(device, dtype)
 
     def for_generation(self, device, dtype):
-        """Move the model to `device`, its matrices in `dtype`, to be used and not trained. Returns it."""
+        """Move the model to `device`, its matrices in `dtype`, only to be used. Returns it."""
         self.requires_grad_(False).eval()
         for name, parameter in self.named_parameters():
             # norms and router compute in float32, so their few weights stay in it
@@ -291,12 +289,14 @@ class GPT(nn.Module):
         cache_type = twins.cache_type(self) if twins else KVCache
         return cache_type(self, batch, size)
 
-    def generate(self, prompts, max_new_tokens=256, seed=0, stop_ids=(), cache=None, compile=False, **sampling):
-        """Continue one prompt (a list of ids: yields ids) or several (a list of lists: yields, for each
-        step, a list with every row's id, None once that row has ended).
+    def generate(self, prompts, max_new_tokens=256, seed=0, stop_ids=(), cache=None, compile=False,
+                 **sampling):
+        """Continue one prompt, or several at once.
 
-        sampling, with its defaults: temperature=1.0 (0: greedy), top_k=0, top_p=1.0,
-        repetition_penalty=1.0; see SamplingParams, and generation.generate for the rest.
+        One prompt (a list of ids): yields ids. Several (a list of lists): yields, for each step, a
+        list with every row's id, None once that row has ended. sampling, with its defaults:
+        temperature=1.0 (0: greedy), top_k=0, top_p=1.0, repetition_penalty=1.0; see SamplingParams,
+        and generation.generate for the rest.
 
             text = model.tokenizer.decode(model.generate(model.tokenizer.encode("从前"), 20, top_k=5))
         """
@@ -314,12 +314,12 @@ class GPT(nn.Module):
     def chat(self, messages, stream=False, **options):
         """Answer a conversation: the text, or with stream=True an iterator over its pieces.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...], the last one from the
-        user. Options, with their defaults: max_new_tokens=256, temperature=0.8 (0: greedy), top_k=50,
-        top_p=1.0, repetition_penalty=1.0, seed=None (another answer each time), stop=() (a string, or
-        several, before which the answer ends), compile=False. If the conversation is longer than the
-        context, its oldest exchanges are left out. What this call shares with the one before is still
-        in the cache and not computed again. Raises UserError for messages that cannot be answered.
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...], the last one
+        from the user. Options, with their defaults: max_new_tokens=256, temperature=0.8 (0:
+        greedy), top_k=50, top_p=1.0, repetition_penalty=1.0, seed=None (another answer each time),
+        stop=() (a string, or several, before which the answer ends), compile=False. If the
+        conversation is longer than the context, its oldest exchanges are left out. What a call
+        shares with the one before is not computed again. Raises UserError for wrong messages.
 
             messages = [{"role": "user", "content": "你好"}]
             answer = model.chat(messages, max_new_tokens=32, top_k=5, seed=1)

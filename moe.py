@@ -1,9 +1,9 @@
 """The sparse feed-forward layer (MoE): a noisy top-k router, experts, a load-balancing loss.
 
-`MoE(config)` stands where the dense FFN stands in model.py. Each token visits n_expert_per_tok of the
-n_expert experts; every expert is the dense model's two-layer SiLU FFN. No expert has a capacity limit,
-so no token is dropped, and no shape depends on the data: the layer compiles with fullgraph=True and
-never makes the host wait for the device.
+`MoE(config)` stands where the dense FFN stands in model.py. Each token visits n_expert_per_tok of
+the n_expert experts; every expert is the dense model's two-layer SiLU FFN. No expert has a capacity
+limit, so no token is dropped, and no shape depends on the data: the layer compiles with
+fullgraph=True and never makes the host wait for the device.
 
 The loop over experts below is plain and multiplies every token with every expert. GPT.use_fast and
 GPT.from_checkpoint put its twin in its place, minillm/speed/grouped_mm.py.
@@ -57,8 +57,8 @@ def balance_loss(gate_TK, expert_TK, n_expert):
     """The load-balancing loss, KL(uniform ‖ mean gate over the tokens), a scalar.
 
     0 when every expert carries the same gate weight. A statistic of the batch, not of a token. An
-    expert that no token chose has a mean gate of 0; the floor of 1e-6 keeps its term finite (then the
-    pressure comes from the experts that were chosen).
+    expert that no token chose has a mean gate of 0; the floor of 1e-6 keeps its term finite (then
+    the pressure comes from the experts that were chosen).
     """
     one_hot_TKE = F.one_hot(expert_TK, n_expert).to(gate_TK.dtype)
     mean_E = (gate_TK[:, :, None] * one_hot_TKE).sum(1).mean(0)
@@ -66,7 +66,7 @@ def balance_loss(gate_TK, expert_TK, n_expert):
 
 
 def loop_over_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
-    """Every token through every expert; the gate of those that were not chosen is 0. Returns (T, D)."""
+    """Every token through every expert; a gate is 0 where the expert was not chosen. → (T, D)"""
     gate_TE = gate_TK.new_zeros(len(x_TD), len(w1_EDF)).scatter(1, expert_TK, gate_TK)
     y_TD = torch.zeros_like(x_TD)
     for expert, (w1_DF, w2_FD) in enumerate(zip(w1_EDF, w2_EFD)):

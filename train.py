@@ -37,8 +37,6 @@ from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ra
 from minillm.errors import UserError, run
 from minillm.optimizer import Optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
-from minillm.speed.float8 import use_float8
-from minillm.speed.parts import compile_in_parts
 from minillm.stop_signal import StopSignal
 from minillm.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -244,6 +242,7 @@ def main():
     compiled = s.compile and device.type != "mps"
     model.to(device).use_fast(compiled)
     if s.fp8:
+        from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
         use_float8(model, device, dtype, s.batch_size * s.block_size)
     optimizer = make_optimizer(model, s, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -260,6 +259,7 @@ def main():
 
     step_model = model
     if compiled and world > 1:
+        from minillm.speed.parts import compile_in_parts     # late: minillm/speed may be deleted
         compile_in_parts(model, device)
     elif compiled:
         step_model = compile_for_training(model, device)

@@ -1,11 +1,11 @@
 """Attention as functions without weights: rotary positions, masks, and attention itself.
 
-    rope = rope_table(config)                            # cos and sin, (2, block_size, head_dim / 2)
-    q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
-    y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
+    rope = rope_table(config)                            # cos and sin, (2, block_size, head_dim /
+    2) q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim) y =
+    causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
-Training calls causal_attention, decoding calls cached_attention. Both are torch SDPA, which groups the
-query heads itself (GQA): k and v are never repeated.
+Training calls causal_attention, decoding calls cached_attention. Both are torch SDPA, which groups
+the query heads itself (GQA): k and v are never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
 """
@@ -36,10 +36,10 @@ def apply_rope(x, rope):
 def document_mask(idx, flex=False):
     """What each token may see: the tokens of its own document, up to itself.
 
-    idx: (B, T); a document ends with its <|endoftext|>. Returns a bool tensor (B, 1, T, T), True where
-    attention is allowed. flex=True: a BlockMask for flex_attention, whose kernel skips what is masked
-    and is fast only if compiled. Call it outside the compiled model: torch 2.11 cannot compile the
-    validation with this inside.
+    idx: (B, T); a document ends with its <|endoftext|>. Returns a bool tensor (B, 1, T, T), True
+    where attention is allowed. flex=True: a BlockMask for flex_attention, whose kernel skips what
+    is masked and is fast only if compiled. Call it outside the compiled model: torch 2.11 cannot
+    compile the validation with this inside.
     """
     B, T = idx.shape
     ends = (idx == END_OF_TEXT).int()
@@ -64,8 +64,8 @@ def _flex_document_mask(document):
 def causal_attention(q, k, v, mask=None):
     """Attention over the whole row, for training and scoring.
 
-    q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, T, head_dim). mask: None for plain causal, or
-    what document_mask returns. Returns (B, n_head, T, head_dim).
+    q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, T, head_dim). mask: None for plain causal,
+    or what document_mask returns. Returns (B, n_head, T, head_dim).
     """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -79,8 +79,8 @@ def causal_attention(q, k, v, mask=None):
 def cached_attention(q, k, v, visible, position):
     """Attention of n new tokens over a KV cache that already holds their k and v.
 
-    q: (B, n_head, n, head_dim), k and v: (B, n_kv_head, slots, head_dim), visible: (B, 1, n, slots),
-    True where a token sees a slot, position: (B, n). Returns (B, n_head, n, head_dim).
+    q: (B, n_head, n, head_dim), k and v: (B, n_kv_head, slots, head_dim), visible: (B, 1, n,
+    slots), True where a token sees a slot, position: (B, n). Returns (B, n_head, n, head_dim).
     """
     if q.shape[2] > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)

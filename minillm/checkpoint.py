@@ -18,6 +18,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.export_hf import read_model
+from minillm.tokenizer import Tokenizer
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
 RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict,
@@ -263,3 +264,18 @@ def load_weights(model, state, assign=False):
     if unknown := [str(name) for name in weights if name not in wanted]:
         refuse(f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
+
+
+def load_tokenizer(state, folder, vocab_size):
+    """The tokenizer in `folder`, beside the checkpoint `state` of a model with `vocab_size` ids.
+
+    Raises UserError unless the model was trained with it.
+    """
+    tokenizer = Tokenizer.load(state["tokenizer_dir"])
+    if tokenizer.hash != state["tokenizer_hash"]:
+        raise UserError(f"{state['tokenizer_dir']} is not the tokenizer that the model in {folder} "
+                        "was trained with")
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, "
+                        f"its model {vocab_size}")
+    return tokenizer

@@ -2,11 +2,12 @@
 
     cache = KVCache(model, batch=1)
     for ids in generate(model, [prompt], SamplingParams(max_new_tokens=20), cache=cache):
-        ...                                        # ids: one new id per row, None where a row has ended
+        ...                                        # ids: one new id per row, None where a row has
+        ended
 
-`prefill` reads the prompt, `decode_one_token` makes the logits of the next token, `sample_next` draws
-it. They stay on the device and have fixed shapes, so that minillm/speed can record them in a CUDA
-graph; its twins come in as the arguments `forward` and `decode`.
+`prefill` reads the prompt, `decode_one_token` makes the logits of the next token, `sample_next`
+draws it. They stay on the device and have fixed shapes, so that minillm/speed can record them in a
+CUDA graph; its twins come in as the arguments `forward` and `decode`.
 """
 import torch
 
@@ -17,10 +18,13 @@ from minillm.sampling_params import SamplingParams
 
 
 class KVCache:
-    """Keys and values of every token so far: k[layer] and v[layer], (B, n_kv_head, slots, head_dim).
+    """Keys and values of every token so far.
+
+    k[layer] and v[layer]: (B, n_kv_head, slots, head_dim).
 
     tokens[b]: the ids of row b that are in the cache. Slot `size`, after the last token's, is for
-    padding: it is written, and never read as a token. prefilled: how many prompt tokens were computed.
+    padding: it is written, and never read as a token. prefilled: how many prompt tokens were
+    computed.
     """
 
     def __init__(self, model, batch=1, size=0):
@@ -28,7 +32,8 @@ class KVCache:
         self.size = min(size or c.block_size, c.block_size)
         # a multiple of 16 slots, so that a GPU reads 16 bytes at a time
         slots = round_up(self.size + 1, 16)
-        self.allocate(model.wte.weight, c.n_layer, (batch, c.n_kv_head, slots, c.n_embd // c.n_head))
+        shape = (batch, c.n_kv_head, slots, c.n_embd // c.n_head)
+        self.allocate(model.wte.weight, c.n_layer, shape)
         self.tokens = [[] for _ in range(batch)]
         self.prefilled = 0
         self.state = None                        # the DecodeState of the newest `generate`
@@ -58,10 +63,11 @@ class DecodeState:
         steps = min(params.max_new_tokens, self.u.shape[1])
         u = torch.empty(len(prompts), steps)
         for b, row in enumerate(u):
-            row.copy_(torch.rand(steps, generator=torch.Generator().manual_seed((seed + b) % 2**63)))
+            generator = torch.Generator().manual_seed((seed + b) % 2**63)
+            row.copy_(torch.rand(steps, generator=generator))
         self.u[:, :steps].copy_(u)
         if params.repetition_penalty != 1:
-            seen = torch.zeros(self.seen.shape, dtype=torch.bool)     # on the host, then one transfer
+            seen = torch.zeros(self.seen.shape, dtype=torch.bool)   # on the host, one transfer
             for row, prompt in zip(seen, prompts):
                 row[list(prompt)] = True
                 row[list(stop_ids)] = False
@@ -77,7 +83,8 @@ def cached_forward(model, cache, idx, position, end, attention=cached_attention)
     """
     device = model.wte.weight.device
     idx, position = idx.to(device), position.to(device)
-    visible = (torch.arange(end, device=device) <= position[:, :, None])[:, None]     # (B, 1, n, end)
+    slot = torch.arange(end, device=device)
+    visible = (slot <= position[:, :, None])[:, None]                # (B, 1, n, end)
     rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, :, None]
     row = torch.arange(len(idx), device=device)[:, None]
 
@@ -92,8 +99,8 @@ def cached_forward(model, cache, idx, position, end, attention=cached_attention)
 def prefill(model, cache, prompts, forward=cached_forward):
     """Make the cache hold exactly `prompts` (lists of ids, one per row).
 
-    What a row shares with the cache's tokens is kept and not computed again. Returns the logits (B, V)
-    of the token after each prompt.
+    What a row shares with the cache's tokens is kept and not computed again. Returns the logits (B,
+    V) of the token after each prompt.
     """
     # 1) what is new: all behind the common beginning, and at least the last token
     starts = [common_length(prompt[:-1], old) for prompt, old in zip(prompts, cache.tokens)]
@@ -135,7 +142,8 @@ def sample_next(state, logits, params, topk=torch.topk):
     state.step += 1
 
 
-def decode_step(model, cache, state, params, end, decode_one_token=decode_one_token, topk=torch.topk):
+def decode_step(model, cache, state, params, end, decode_one_token=decode_one_token,
+                topk=torch.topk):
     """Make one more token in every row, in place. Reads nothing back to the host."""
     # A row that has run to the end of the cache continues to write to the padding slot
     position = (state.prompt_length + state.step - 1).clamp(max=cache.size)
@@ -160,11 +168,12 @@ def generate(model, prompts, params=SamplingParams(), seed=0, stop_ids=(), cache
              forward=cached_forward, decode=decode_loop):
     """Yield, for each step, the list of the rows' new ids; None for a row that has ended.
 
-    prompts: B non-empty lists of ids. A row ends after params.max_new_tokens, with an id of stop_ids
-    (which is yielded), or at the end of the cache. Row b draws from seed + b. Pass the same cache again
-    to continue a conversation: the common beginning is not computed twice. Ids of stop_ids are exempt
-    from the repetition penalty, which takes ids of the prompt and of the answer alike. forward, decode:
-    the twins of minillm/speed. Raises UserError if a prompt leaves no room in the context.
+    prompts: B non-empty lists of ids. A row ends after params.max_new_tokens, with an id of
+    stop_ids (which is yielded), or at the end of the cache. Row b draws from seed + b. Pass the
+    same cache again to continue a conversation: the common beginning is not computed twice. Ids of
+    stop_ids are exempt from the repetition penalty, which takes ids of the prompt and of the answer
+    alike. forward, decode: the twins of minillm/speed. Raises UserError if a prompt leaves no room
+    in the context.
     """
     # 1) is there room?
     cache = cache or KVCache(model, len(prompts))

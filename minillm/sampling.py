@@ -10,9 +10,10 @@ import torch
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     """Draw one id per row from softmax(logits / temperature), cut by top_k and top_p.
 
-    logits: (B, V); u: (B,) in [0, 1), the only randomness: the id is where the cumulative probability
-    passes u. A row's u depends on its seed and step alone, so a row draws the same ids in any batch.
-    temperature 0 is greedy. topk: minillm/speed/topk.py has faster ones. Returns (B,).
+    logits: (B, V); u: (B,) in [0, 1), the only randomness: the id is where the cumulative
+    probability passes u. A row's u depends on its seed and step alone, so a row draws the same ids
+    in any batch. temperature 0 is greedy. topk: minillm/speed/topk.py has faster ones. Returns
+    (B,).
     """
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)

@@ -18,7 +18,7 @@ class SamplingParams:
     max_new_tokens: int = 256              # most tokens to make
     temperature: float = 1.0               # 0: greedy; 1: the model's own distribution
     top_k: int = 0                         # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0                     # sample from the most likely tokens that hold this much
+    top_p: float = 1.0                     # sample from the most likely tokens of this probability
     repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
 
     def __post_init__(self):
@@ -38,20 +38,20 @@ class SamplingParams:
 class GenerationSettings:
     """The flags that sample.py and chat.py share."""
     out_dir: str = ""                      # folder with the model, as train.py leaves it
-    checkpoint: str = "newest"             # which of its checkpoints: newest, or best by validation loss
+    checkpoint: str = "newest"             # newest, or best by validation loss
     prompt: str = ""                       # the text to continue
     max_new_tokens: int = 256              # most tokens to make
-    temperature: float = 0.8               # 0: always the most likely token; 1: the model's own distribution
+    temperature: float = 0.8               # 0: greedy; 1: the model's own distribution
     top_k: int = 50                        # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0                     # sample from the most likely tokens that hold this much probability
+    top_p: float = 1.0                     # sample from the most likely tokens of this probability
     repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
     seed: int | None = None                # same seed, same text; None: another each time
-    stop: str = ""                         # end before this string; separate several by |; \n is a line end
-    truncate_ctx: int = 0                  # keep at most this many tokens of context; 0: all the model has
+    stop: str = ""                         # end before this string; several: a|b; \n is a line end
+    truncate_ctx: int = 0                  # keep at most so many tokens of context; 0: all
     json: bool = False                     # print a JSON record instead of text
     device: str = "auto"                   # auto, cpu, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile the decode step; slower to start, faster to run
+    compile: bool = False                  # GPU: compile the decode step; slower start, faster run
 
     def sampling(self):
         """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""
@@ -81,11 +81,12 @@ class GenerationSettings:
 
 
 def read_prompt(text):
-    """The prompt given as `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
+    """The prompt: `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
     try:
         if text == "-":
             # one line end comes from the command that wrote the text, not from its author
-            return sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+            return text.replace("\r\n", "\n").removesuffix("\n")
         text.encode("utf-8")
     except UnicodeError:
         raise UserError("the prompt is not UTF-8 text") from None

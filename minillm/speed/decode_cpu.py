@@ -1,7 +1,7 @@
 """Decoding at batch size 1 on a CPU: what the model's modules compute, as operations on vectors.
 
-A token takes at best as long as reading the weights; modules and their many small operations come on
-top of that. Vectors take less of it.
+A token takes at best as long as reading the weights; modules and their many small operations come
+on top of that. Vectors take less of it.
 """
 import torch
 from torch.nn import functional as F
@@ -55,7 +55,7 @@ def moe(layer, x_D):
 
 
 def linear(layer, x):
-    """The linear layer of a vector: mv reads bfloat16 weights 1.3 times as fast as F.linear does."""
+    """The linear layer of a vector: mv reads bfloat16 weights 1.3 times as fast as F.linear."""
     y = torch.mv(layer.weight, x)
     if layer.bias is not None:
         y = y + layer.bias

@@ -1,8 +1,8 @@
 """Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
 
-For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the MoE
-nine. 2,916 tokens/s at 171M where the modules in a CUDA graph make 815 (H100 and H200,
-`python -m bench.decode`, with `--compile=False` for the latter).
+For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the
+MoE nine. 2,916 tokens/s at 171M where the modules in a CUDA graph make 815 (H100 and H200, `python
+-m bench.decode`, with `--compile=False` for the latter).
 """
 import math
 
@@ -16,11 +16,11 @@ from minillm.speed.topk import top_expert_list
 
 
 def decode_one_token(model, cache, token, position, end):
-    """Twin of generation.decode_one_token, to be compiled. token, position: (B, 1) → logits (B, V)."""
+    """Twin of generation.decode_one_token, to be compiled. (B, 1), (B, 1) → logits (B, V)."""
     if len(token) == 1:
         return decode_vector(model, cache, token, position)
-    # flex_attention reads the position from memory; without realize its kernel computes it again, from
-    # buffers that the compiler does not know it reads
+    # flex_attention reads the position from memory; without realize its kernel computes it again,
+    # from buffers that the compiler does not know it reads
     x = cached_forward(model, cache, token, realize(position), end, flex_cached_attention)
     return model.logits(x[:, -1])
 
@@ -57,8 +57,9 @@ def decode_vector(model, cache, token, position):
         # 1) q, k and v of the new token
         new.append(realize(linear(attn.qkv, x, block.attn_norm).to(dtype).view(-1, hd)))
         q, new_k, new_v = new[-1].float().split((c.n_head, n_kv, n_kv))
-        # The new token's k and v stand beside the cache, where `here` is True, and are written to it at
-        # the end, all layers at once. RoPE turns q and the new k alike, so their product needs none.
+        # The new token's k and v stand beside the cache, where `here` is True, and are written to
+        # it at the end, all layers at once. RoPE turns q and the new k alike, so their product
+        # needs none.
         q_a, q_b = q.view(n_kv, group, 1, hd).chunk(2, -1)
         k_a, k_b = keys[0].float().chunk(2, -1)
         new_a, new_b = new_k[:, None].chunk(2, -1)

@@ -2,17 +2,20 @@
 
     python train.py config/pretrain.py --fp8=True
 
-The four linear layers of a block compute all three of their products (forward, for the input's gradient, for the weights')
-in 8 bits: activations and weights as e4m3 (3 bits of mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344). Embedding
-and head, attention, norms and the optimizer are as without. Scales are what usually makes this long; here only the weights need
-one that is measured, and nothing is remembered between two steps:
+The four linear layers of a block compute all three of their products (forward, for the input's
+gradient, for the weights') in 8 bits: activations and weights as e4m3 (3 bits of mantissa, up to
+448), gradients as e5m2 (2 bits, up to 57,344). Embedding and head, attention, norms and the
+optimizer are as without. Scales are what usually makes this long; here only the weights need one
+that is measured, and nothing is remembered between two steps:
 - activations have none. What comes out of a norm, of an average of values or of SiLU is of the order of 1, and rounding to e4m3
-  errs by 2.6 % of a number down to 2^-6 and by less than 0.001 below. What is beyond 448 is cut off;
+  errs by 2.6 % of a number down to 2^-6 and by less than 0.001 below. What is beyond 448 is cut
+  off;
 - gradients have a fixed one: that of a mean over N tokens is of the order of 1/N, and e5m2 spans 30 powers of two;
 - a weight matrix is scaled by its largest element.
 Validation, and whoever opens the checkpoint, multiplies in 16 bits.
 
-Papers: 8-bit formats for deep learning, arXiv 2209.05433; fixed scales in place of measured ones are modded-nanogpt's idea.
+Papers: 8-bit formats for deep learning, arXiv 2209.05433; fixed scales in place of measured ones
+are modded-nanogpt's idea.
 """
 import torch
 import torch.nn as nn

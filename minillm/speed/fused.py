@@ -3,24 +3,27 @@
 At batch size 1 a token takes as long as its hundred small kernels, one waiting for the other, and a
 kernel at best as long as reading its weights. So a product is written as a multiplication and a sum
 along the row, which the compiler fuses with what surrounds them. A kernel holds 1,024 numbers in
-registers and loops over more, so longer rows are folded to 1,024 columns first. What many rows of the
-next product read goes through memory; otherwise each of them computes it again.
+registers and loops over more, so longer rows are folded to 1,024 columns first. What many rows of
+the next product read goes through memory; otherwise each of them computes it again.
 """
 
 
 def row_terms(weight, x, expert=None):
-    """What `weight @ x` sums along its rows, float32: (out, in), or (out, 1024) where in folds to it.
+    """What `weight @ x` sums along its rows, in float32: (out, in), or folded to (out, 1024).
 
-    weight: (out, in); with `expert`, a tensor of one index, (n, out, in) of which weight[expert] counts.
+    weight: (out, in); with `expert`, a tensor of one index, (n, out, in) of which weight[expert]
+    counts.
     """
     fold = 1
     if len(x) % 1024 == 0:
         fold = len(x) // 1024
     terms = 0
-    for part, of_x in zip(weight.unflatten(-1, (fold, -1)).unbind(-2), x.unflatten(-1, (fold, -1)).unbind(0)):
+    parts = weight.unflatten(-1, (fold, -1)).unbind(-2)
+    x_parts = x.unflatten(-1, (fold, -1)).unbind(0)
+    for part, x_part in zip(parts, x_parts):
         if expert is not None:
             part = part[expert][0]
-        terms = terms + part.float() * of_x.float()
+        terms = terms + part.float() * x_part.float()
     return terms
 
 
@@ -38,6 +41,6 @@ def matvec(weight, x, norm=None):
 
 
 def realize(x):
-    """x, which the compiler then writes to memory once, instead of computing it wherever it is read."""
+    """x, which the compiler then writes to memory once and does not compute where it is read."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())     # only what is in memory has strides

@@ -1,12 +1,13 @@
 """The experts of an MoE layer in one kernel: rows sorted by expert, then torch's grouped_mm.
 
 Every (token, chosen expert) pair is a row. Sorted by expert, the rows of all experts go through one
-grouped matmul, whatever their numbers: no capacity limit, no token dropped, no shape that depends on
-the data, so the layer compiles with fullgraph=True.
+grouped matmul, whatever their numbers: no capacity limit, no token dropped, no shape that depends
+on the data, so the layer compiles with fullgraph=True.
 
 Shape suffixes are those of moe.py, and N = T·K: one row per (token, chosen expert) pair.
 
-Paper: sorting tokens by expert instead of padding them to a capacity, MegaBlocks (arXiv 2211.15841).
+Paper: sorting tokens by expert instead of padding them to a capacity, MegaBlocks (arXiv
+2211.15841).
 """
 import torch
 from torch.nn import functional as F
@@ -16,14 +17,14 @@ from minillm.speed.fused import realize
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
-ALL_EXPERTS_TOKENS = 1024        # up to so many tokens go through all experts when generating on a GPU
+ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to so many tokens go through all experts
 
 
 def grouped_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
     """Twin of moe.loop_over_experts: (T, D) → (T, D).
 
-    It multiplies K of E experts per token where the loop multiplies all E. 167,314 tokens/s in training
-    (H200, `python -m bench.train --n_expert=8`).
+    It multiplies K of E experts per token where the loop multiplies all E. 167,314 tokens/s in
+    training (H200, `python -m bench.train --n_expert=8`).
     """
     T, D = x_TD.shape
     E, K = len(w1_EDF), expert_TK.shape[1]
@@ -34,7 +35,8 @@ def grouped_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
     row_N = torch.arange(T * K, device=x_TD.device)
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, row_N)
     expert_E = torch.arange(E, device=x_TD.device)
-    offset_E = (sorted_N[:, None] <= expert_E).sum(0, dtype=torch.int32)     # where each expert's rows end
+    # where each expert's rows end
+    offset_E = (sorted_N[:, None] <= expert_E).sum(0, dtype=torch.int32)
 
     x_TKD = x_TD.to(dtype)[:, None].expand(T, K, D)
     x_ND = _Permute.apply(x_TKD.reshape(T * K, D), order_N, inverse_N)
@@ -51,9 +53,9 @@ def grouped_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
 def all_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
     """Twin of moe.loop_over_experts for few tokens on a GPU, without gradients.
 
-    Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic, but
-    the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it: decoding
-    made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8`).
+    Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic,
+    but the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it:
+    decoding made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8`).
     """
     dtype = _compute_dtype(x_TD)
     gate_TE = gate_TK.new_zeros(len(x_TD), len(w1_EDF)).scatter(1, expert_TK, gate_TK)
@@ -76,7 +78,8 @@ def lay_out_for_decoding(moe):
     """
     moe.router.weight_DE.data = moe.router.weight_DE.data.t().contiguous().t()
     for weight in (moe.w1_EDF, moe.w2_EFD):
-        turned = torch.empty_like(weight.data.transpose(1, 2), memory_format=torch.contiguous_format)
+        shape = weight.data.transpose(1, 2)
+        turned = torch.empty_like(shape, memory_format=torch.contiguous_format)
         for to, expert in zip(turned, weight.data):      # one by one is 2.6 times as fast on a CPU
             to.copy_(expert.t())
         weight.data = turned.transpose(1, 2)
@@ -140,7 +143,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Cast(torch.autograd.Function):
-    """weight.to(dtype), once in memory: autograd keeps what is multiplied now, not a second copy."""
+    """weight.to(dtype), once in memory: autograd keeps what is multiplied, not a second copy."""
 
     @staticmethod
     def forward(ctx, weight, dtype):
@@ -159,7 +162,7 @@ def _cast(weight, dtype):
 
 
 def _compute_dtype(x):
-    """The type in which the experts multiply: autocast's where it is on; it does not know grouped_mm."""
+    """The type in which the experts multiply: autocast's if it is on; it ignores grouped_mm."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

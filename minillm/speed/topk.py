@@ -1,4 +1,4 @@
-"""Top-k for the shapes of this model: torch.topk sorts, in some twenty small kernels per row on a GPU."""
+"""Top-k for the shapes of this model; torch.topk takes twenty small kernels per row on a GPU."""
 import torch
 from torch.nn import functional as F
 
@@ -8,8 +8,8 @@ from minillm.speed.fused import realize
 def topk_by_parts(logits, k, width=32, topk=torch.topk):
     """Twin of torch.topk(logits, k) for long rows (B, V): values and ids in falling order, (B, k).
 
-    Of parts of `width` logits, the k whose maxima are largest hold all of the k largest. 29 µs instead
-    of 55 for a row of 32,000 (H200, within `python -m bench.decode`).
+    Of parts of `width` logits, the k whose maxima are largest hold all of the k largest. 29 µs
+    instead of 55 for a row of 32,000 (H200, within `python -m bench.decode`).
     """
     if k * width * 2 > logits.shape[-1]:
         return logits.topk(k)
@@ -33,10 +33,10 @@ def _topk_of_few(values, k):
 
 
 def topk_by_counting(values, k):
-    """topk of each row of (B, n): a value's rank is the number of larger ones; of equal ones the first.
+    """topk of each row of (B, n): a value's rank is the number of larger ones, or equal before it.
 
-    For one row of 1,000 these are 2 kernels of 2 µs; sorting takes more and longer ones (H100, within
-    `python -m bench.decode`).
+    For one row of 1,000 these are 2 kernels of 2 µs; sorting takes more and longer ones (H100,
+    within `python -m bench.decode`).
     """
     index = torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
     this, other = values[:, :, None], values[:, None]
@@ -49,8 +49,8 @@ def topk_by_counting(values, k):
 def top_experts(logits_TE, k):
     """Twin of moe.top_experts: the indices (T, k) of each row's k largest, in falling order.
 
-    For a handful of experts the compiler makes one kernel of this; torch.topk is three. Decoding with
-    the MoE made 1,180 tokens/s instead of 1,002 (H200, `python -m bench.decode --n_expert=8`).
+    For a handful of experts the compiler makes one kernel of this; torch.topk is three. Decoding
+    with the MoE made 1,180 tokens/s instead of 1,002 (H200, `python -m bench.decode --n_expert=8`).
     """
     return torch.cat(top_expert_list(logits_TE, k), dim=1)
 

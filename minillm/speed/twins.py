@@ -38,7 +38,7 @@ def use_for_generation(model):
 
 
 def use_experts(model, experts):
-    """Swap in the experts' product and the choice of experts; other devices (mps) lack the kernel."""
+    """Swap in the experts' product and their choice; other devices (mps) lack the kernel."""
     device = model.wte.weight.device.type
     for block in model.blocks:
         if device in ("cpu", "cuda"):
@@ -51,10 +51,11 @@ def for_generate(model, compile):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
-        return {"forward": cuda_graph.forward, "decode": partial(cuda_graph.decode_graph, compile=compile)}
+        graph = partial(cuda_graph.decode_graph, compile=compile)
+        return {"forward": cuda_graph.forward, "decode": graph}
     if device == "cpu":
-        vectors = partial(decode_loop, decode_one_token=decode_cpu.decode_one_token, topk=topk_by_parts)
-        return {"decode": vectors}
+        token = decode_cpu.decode_one_token
+        return {"decode": partial(decode_loop, decode_one_token=token, topk=topk_by_parts)}
     return {}
 
 
