@@ -146,19 +146,14 @@ KNOWN = {
     no_wide_line: set('''
         bench/data.py chat.py config/demo_moe_pretrain.py config/demo_moe_sft.py
         config/moe_pretrain.py config/pretrain.py demo/town.py minillm/atomic_folder.py
-        minillm/attention.py minillm/chat_records.py minillm/conversation.py
-        minillm/dataloader.py minillm/distributed.py minillm/encode_ahead.py
-        minillm/encodings.py minillm/errors.py minillm/generation.py minillm/json_stream.py
+        minillm/chat_records.py minillm/conversation.py minillm/dataloader.py minillm/distributed.py
+        minillm/encode_ahead.py minillm/encodings.py minillm/errors.py minillm/json_stream.py
         minillm/open_files.py minillm/optimizer.py minillm/packing.py minillm/run_folder.py
-        minillm/run_log.py minillm/sampling.py minillm/sampling_params.py minillm/shuffle.py
-        minillm/speed/cross_entropy.py minillm/speed/cuda_graph.py minillm/speed/decode_cpu.py
-        minillm/speed/decode_gpu.py minillm/speed/float8.py minillm/speed/fused.py
-        minillm/speed/grouped_mm.py minillm/speed/linear.py minillm/speed/topk.py
-        minillm/speed/twins.py minillm/split.py minillm/stop_signal.py minillm/terminal.py
-        minillm/text_files.py minillm/text_reader.py minillm/text_stream.py
-        minillm/token_files.py minillm/tokenizer.py minillm/trackers.py model.py moe.py
-        prepare_pretrain.py prepare_sft.py sample.py scripts/excerpts.py tests/conftest.py
-        tests/support/__init__.py tests/support/preparation_runs.py tests/support/tiny_models.py
+        minillm/run_log.py minillm/shuffle.py minillm/speed/float8.py minillm/split.py
+        minillm/stop_signal.py minillm/terminal.py minillm/text_files.py minillm/text_reader.py
+        minillm/token_files.py minillm/tokenizer.py minillm/trackers.py prepare_pretrain.py
+        prepare_sft.py sample.py scripts/excerpts.py tests/conftest.py tests/support/__init__.py
+        tests/support/preparation_runs.py tests/support/tiny_models.py
         tests/support/training_runs.py tests/test_chat.py tests/test_checkpoints.py
         tests/test_data_order.py tests/test_demo_corpus.py tests/test_distributed.py
         tests/test_download.py tests/test_float8.py tests/test_generation.py tests/test_house.py

@@ -10,8 +10,8 @@ def linear_cross_entropy(x, weight, targets, plain):
     """Twin of model.cross_entropy, to be compiled for a GPU.
 
     `plain` is used where no gradient is needed, and in float16, which could not hold a gradient
-    that is not yet divided by the number of tokens. Together with fast math, combo kernels and
-    linear.py it made 3.7% more tokens/s (H200, `python -m bench.train`).
+    that is not yet divided by the number of tokens. Training makes 0.7% more tokens/s (H100,
+    `python -m bench.train`).
     """
     if not torch.is_grad_enabled() or x.dtype == torch.float16:
         return plain(x, weight, targets)

@@ -1,8 +1,8 @@
 """Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
 
 For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the
-MoE nine. 2,916 tokens/s at 171M where the modules in a CUDA graph make 815 (H100 and H200, `python
--m bench.decode`, with `--compile=False` for the latter).
+MoE nine. 3,418 tokens/s at 171M, where the modules in a CUDA graph made 815 (H200,
+`python -m bench.decode`).
 """
 import math
 
