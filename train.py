@@ -27,15 +27,15 @@ import torch.distributed as dist
 
 from minillm import checkpoint, run_folder, trackers
 from minillm.attention import document_mask
-from minillm.configurator import (BelowOne, NonNegative, NonNegativeFloat, Positive, configure,
-                                  number, whole)
+from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive,
+                                  configure, number, whole)
 from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, rank_batches,
                                 show_windows)
 from minillm.device import (autocast, compile_for_training, pick_device, pick_dtype, prepare,
                             to_device)
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
-from minillm.optimizer import Optimizer
+from minillm.optimizer import init_for_muon, make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
 from minillm.stop_signal import StopSignal
 from minillm.tokenizer import Tokenizer
@@ -69,14 +69,19 @@ class Settings:
     gradient_accumulation_steps: whole(1, 10**7) = 1    # micro-steps in a step, counted over all processes
     doc_mask: bool = False                  # attention never crosses from one document to the next
     seed: int = 1337                        # of weights, data order, dropout and router noise
-    # the optimizer: AdamW, linear warm-up, then cosine down to min_lr
+    # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for the matrices of the blocks, AdamW for the rest
     max_iters: NonNegative = 1500           # steps; 0: as many as epochs says
     epochs: NonNegativeFloat = 0.0          # passes over the data; 0: as many as max_iters says; with both, whichever is sooner
     learning_rate: NonNegativeFloat = 4e-3  # at the end of the warm-up
     min_lr: NonNegativeFloat = 4e-4         # at the end of the decay
     warmup_iters: NonNegative = 100         # steps of linear warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"    # after the warm-up; linear: constant, then down in a line
+    decay_share: Fraction = 0.5             # linear: the last part of the steps, in which the rate decays
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
-    decay_lr: bool = True                   # False: constant after the warm-up
+    decay_lr: bool = True                   # False: the same as --schedule=constant
+    embedding_rate: NonNegativeFloat = 1.0  # muon: the embedding's learning rate, as a multiple of learning_rate
+    vector_rate: NonNegativeFloat = 1.0     # muon: that of norms, biases and routers
     weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
     beta1: BelowOne = 0.9                   # AdamW's decay of the mean gradient
     beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
@@ -132,26 +137,18 @@ def count_steps(s, data):
 
 
 def learning_rate(s, step):
-    """Linear warm-up from learning_rate / warmup_iters, then half a cosine down to min_lr."""
+    """The rate of a step: linear warm-up from learning_rate / warmup_iters, then the schedule."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
-    if not s.decay_lr:
+    if s.schedule == "constant" or not s.decay_lr:
         return s.learning_rate
     end = s.lr_decay_iters or s.steps
-    progress = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
-    return s.min_lr + (s.learning_rate - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model, s, device):
-    """AdamW; matrices decay, norms and biases don't."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay, "multiple": 1.0},
-              {"params": vectors, "weight_decay": 0.0, "multiple": 1.0}]
-    # fused: one kernel, which can also skip a step by itself
-    fused = device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=fused)
-    return Optimizer(model, [adamw], asks_host=not fused)
+    if s.schedule == "cosine":
+        progress = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        left = min(1.0, max(0.0, (end - step) / max(1, s.decay_share * end)))
+    return s.min_lr + (s.learning_rate - s.min_lr) * left
 
 
 def build_model(s, data, start):
@@ -179,6 +176,8 @@ def build_model(s, data, start):
     model = GPT(config)
     if start:
         checkpoint.load_weights(model, start)
+    elif s.optimizer == "muon":
+        init_for_muon(model)
     return model
 
 
@@ -244,7 +243,7 @@ def main():
     if s.fp8:
         from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
         use_float8(model, device, dtype, s.batch_size * s.block_size)
-    optimizer = make_optimizer(model, s, device)
+    optimizer = make_optimizer(model, s, compiled)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_step, best_val_loss = 0, math.inf
     if resumed:

@@ -1,4 +1,4 @@
-"""Several torch optimizers as one: one step, one learning rate, one saved state.
+"""Which optimizer moves which parameter; several torch optimizers as one.
 
 A step whose gradient is not finite changes nothing, and the host is not asked: each part takes two
 numbers on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing),
@@ -9,6 +9,69 @@ import math
 import torch
 
 from minillm.errors import UserError
+from minillm.muon import Muon
+
+EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
+
+
+def make_optimizer(model, s, compile=False):
+    """The optimizer of a training run. s: the Settings of train.py."""
+    # fused: one kernel, which can also skip a step by itself
+    fused = model.wte.weight.device.type in ("cpu", "cuda")
+    options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": fused}
+    if s.optimizer == "adamw":
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": s.weight_decay, "multiple": 1.0},
+                  {"params": vectors, "weight_decay": 0.0, "multiple": 1.0}]
+        return Optimizer(model, [torch.optim.AdamW(groups, **options)], asks_host=not fused)
+
+    by_role = parameters_by_role(model)
+    attention = model.blocks[0].attn
+    heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
+    decayed = {"weight_decay": s.weight_decay, "multiple": 1.0}
+    q_k_v = tuple(count * attention.head_dim for count in heads)
+    muon = Muon([{"params": by_role["matrices"], **decayed},
+                 {"params": by_role["qkv"], "split": q_k_v, **decayed}],
+                lr=s.learning_rate, compile=compile)
+    groups = [{"params": by_role["embedding"], "multiple": s.embedding_rate,
+               "weight_decay": s.weight_decay},
+              {"params": by_role["routers"], "multiple": s.vector_rate,
+               "weight_decay": s.weight_decay},
+              {"params": by_role["vectors"], "multiple": s.vector_rate, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return Optimizer(model, [muon, torch.optim.AdamW(groups, **options)], asks_host=not fused)
+
+
+@torch.no_grad()
+def init_for_muon(model):
+    """Start with a larger embedding, and a last norm that gives the logits their usual spread.
+
+    The embedding is also the output projection: Muon's blocks learn best on top of inputs of
+    about the size of their own outputs.
+    """
+    width = model.wte.weight.shape[1]
+    model.wte.weight.mul_(EMBEDDING_STD / 0.02)      # model.py draws it with 0.02
+    model.norm.weight.fill_(0.64 / EMBEDDING_STD / math.sqrt(width))
+
+
+def parameters_by_role(model):
+    """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}.
+
+    matrices: of the blocks, qkv apart; vectors: norms and biases.
+    """
+    roles = {"matrices": [], "qkv": [], "embedding": [], "routers": [], "vectors": []}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            role = "vectors"
+        elif name.startswith("wte."):
+            role = "embedding"
+        elif "router" in name:
+            role = "routers"
+        else:
+            role = "qkv" if name.endswith("qkv.weight") else "matrices"
+        roles[role].append(parameter)
+    return roles
 
 
 class Optimizer:
@@ -28,7 +91,7 @@ class Optimizer:
             group["lr"] = lr * group["multiple"]
 
     def clip_to(self, norm, largest):
-        """Say before `step` that the gradients' norm is `norm` (a tensor), and to clip it; 0: not to."""
+        """Say before `step` that the gradients' norm is `norm` (a tensor), to clip it; 0: not to."""
         self.grad_scale = (norm / (largest or math.inf)).clamp(min=1)
         self.found_inf = (~norm.isfinite()).float()
 
@@ -44,7 +107,8 @@ class Optimizer:
             return
         for group in self.param_groups:
             gradients = [p.grad for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(gradients, self.grad_scale)
+            if gradients:
+                torch._foreach_div_(gradients, self.grad_scale)
         for part in self.parts:
             part.step()
 
@@ -70,10 +134,8 @@ class Optimizer:
         if not saved:
             return
         for part in self.parts:
-            state = {}
             parameters = [p for group in part.param_groups for p in group["params"]]
-            for i, parameter in enumerate(parameters):
-                state[i] = self._moments(part, parameter, saved)
+            state = {i: self._moments(part, p, saved) for i, p in enumerate(parameters)}
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
     def _by_name(self, saved):
@@ -82,14 +144,19 @@ class Optimizer:
         return {self.names[parameter]: saved.get(i) for i, parameter in enumerate(order)}
 
     def _moments(self, part, parameter, saved):
-        name, found = self.names[parameter], saved.get(self.names[parameter])
-        for key in MOMENTS[type(part)]:
+        name, moments = self.names[parameter], {}
+        found = saved.get(name)
+        for key, shape in _moment_shapes(part, parameter).items():
             moment = found.get(key) if isinstance(found, dict) else None
-            shape = () if key == "step" else parameter.shape
             if not isinstance(moment, torch.Tensor) or moment.shape != shape:
                 raise UserError(f"the optimizer state in the checkpoint does not fit: {key} of "
                                 f"{name} is missing, or not of the shape {tuple(shape)}")
-        return {key: found[key] for key in MOMENTS[type(part)]}
+            moments[key] = moment
+        return moments
 
 
-MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+def _moment_shapes(part, parameter):
+    """{name of a moment: its shape} that an optimizer keeps of a parameter."""
+    if isinstance(part, Muon):
+        return {key: value.shape for key, value in part.new_state(parameter).items()}
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}

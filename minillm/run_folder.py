@@ -29,7 +29,7 @@ from minillm.token_files import fingerprint
 # settings of one command: config.py leaves them out
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")
 # settings that a resumed run keeps where its command does not repeat them, and their old values
-KEPT = {"keep_checkpoints": 2, "keep_every": 0}
+KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw"}
 
 
 # ---- may a run start or resume here

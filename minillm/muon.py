@@ -1,0 +1,192 @@
+"""Muon: the optimizer of the matrices inside the blocks. AdamW does the rest, see optimizer.py.
+
+    muon = Muon([{"params": matrices, "weight_decay": 0.02},
+                 {"params": qkv, "weight_decay": 0.02, "split": (1024, 512, 512)}], lr=0.03)
+
+Muon moves a matrix by its momentum with all singular values made equal, so that directions which
+the gradient rarely shows learn as fast as the common ones. NorMuon then evens out the rows: an
+output neuron that keeps getting large updates gets smaller ones.
+
+It promises: a step whose gradient is not finite changes nothing, and the host is not asked; any
+number of processes computes what one computes, each orthogonalising its share. It does not reduce
+gradients over processes: DDP has done that.
+
+Papers: Muon, kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+
+# Four steps of Polar Express, made for singular values from 0.003 (as a share of the matrix's norm)
+# to 1: each (a, b, c) maps a value s to a s + b s³ + c s⁵, and together they bring them all between
+# 0.73 and 1.21. All but the last take a value for 3% smaller than it is: one that bfloat16 rounds
+# past the end of its interval would otherwise run away.
+POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
+                 (3.4209, -2.4158, 0.4548), (2.5115, -1.8524, 0.4388))
+NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices (out, in) as in nn.Linear, or (E, in, out) for E experts, each on its own.
+
+    A group's "split": the rows of an (out, in) matrix that belong together, such as (q, k, v); each
+    part is orthogonalised on its own. Where torch.distributed is initialized, all processes must
+    call step together. compile: for a GPU.
+    """
+
+    def __init__(self, groups, lr, momentum=0.9, compile=False):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "split": None, "momentum": momentum})
+        self.grad_scale = self.found_inf = None
+        self._direction, self._move = direction, move
+        if compile:
+            options = {"combo_kernels": True}    # what each matrix of a stack needs, in one launch
+            self._direction = torch.compile(direction, dynamic=False, options=options)
+            self._move = torch.compile(move, dynamic=False, options=options)
+
+    def new_state(self, p):
+        """The state of a parameter before its first step."""
+        return {"momentum": torch.zeros_like(p), "neuron": torch.zeros_like(neuron_means(p))}
+
+    @torch.no_grad()
+    def step(self):
+        """Update all parameters from .grad / grad_scale; where found_inf is 1, change nothing.
+
+        grad_scale and found_inf: scalar tensors on the parameters' device, or None.
+        """
+        moves = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for stack in same_shapes(params):
+                moves.append(self._start(group, stack))
+        # all shares are on their way before the first is waited for
+        for finish in moves:
+            finish()
+
+    def _start(self, group, params):
+        """Orthogonalise this process's share of a stack. Returns a function that gets the other
+        shares and moves the weights."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = self.new_state(p)
+        one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
+        grad_scale = one if self.grad_scale is None else self.grad_scale
+        keep = one if self.found_inf is None else one - self.found_inf
+        # on the device: a Python number would be compiled into the code
+        lr = torch.full_like(one, group["lr"])
+        world, rank = 1, 0
+        if dist.is_initialized():
+            world, rank = dist.get_world_size(), dist.get_rank()
+        n = sum(len(as_stack(p)) for p in params)
+        share = math.ceil(n / world)
+        momenta = [self.state[p]["momentum"] for p in params]
+        neurons = [self.state[p]["neuron"] for p in params]
+        part = self._direction([p.grad for p in params], momenta, grad_scale, keep,
+                               group["momentum"], group["split"], rank * share, share)
+        whole, arrived = part, None
+        if world > 1:
+            mine = part.new_zeros(share, *part.shape[1:])    # the last ranks may have less to do
+            mine[: len(part)] = part
+            whole = part.new_empty(world * share, *part.shape[1:])
+            arrived = dist.all_gather_into_tensor(whole, mine, async_op=True)
+
+        def finish():
+            if arrived is not None:
+                arrived.wait()
+            self._move(params, neurons, whole[:n], lr, group["weight_decay"], keep, group["split"])
+        return finish
+
+
+def same_shapes(params):
+    """Lists of the parameters that share a shape, in order of first appearance."""
+    stacks = {}
+    for p in params:
+        stacks.setdefault(p.shape, []).append(p)
+    return list(stacks.values())
+
+
+def as_stack(p):
+    """A view of a parameter as matrices (n, out, in)."""
+    return p.mT if p.dim() == 3 else p[None]
+
+
+def neuron_means(square):
+    """The mean over a matrix's inputs, one number per output neuron: (out, 1), or (E, 1, out)."""
+    return square.mean(1 if square.dim() == 3 else -1, keepdim=True)
+
+
+def direction(grads, momenta, grad_scale, keep, beta, split, start, share):
+    """Update the momenta; return matrices start to start + share, orthogonalised: (share, out, in).
+
+    A skipped step (keep is 0) sees gradients of zero and gives them no weight, so nothing becomes
+    NaN.
+    """
+    ahead = []
+    for grad, momentum in zip(grads, momenta):
+        grad = torch.where(keep > 0, grad / grad_scale, 0)
+        momentum.lerp_(grad, (1 - beta) * keep)
+        ahead.append(as_stack(grad.lerp(momentum, beta)))    # Nesterov
+    stack = torch.cat([matrices.to(matmul_dtype(matrices)) for matrices in ahead])
+    stack = stack[start: start + share]
+    rows = list(split or stack.shape[1:2])
+    return torch.cat([orthogonalise(part) for part in stack.split(rows, dim=1)], dim=1)
+
+
+def matmul_dtype(x):
+    """bfloat16 on a GPU; elsewhere the weights' own type: some CPUs are very slow in bfloat16."""
+    return torch.bfloat16 if x.is_cuda else x.dtype
+
+
+def orthogonalise(x):
+    """x (n, a, b) with all singular values near 1: U Vᵀ of x = U S Vᵀ. Zero stays zero.
+
+    A step multiplies x by a polynomial of its Gram matrix, which is smaller than x: two steps are
+    taken there before x is touched. Four at once would let the rounding of small values grow.
+    """
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    gram = x @ x.mT
+    wide = torch.promote_types(x.dtype, torch.float32)
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=wide)
+    norm = trace.sqrt()[:, None, None] + 1e-15
+    x = (two_steps((gram / norm**2).to(x.dtype), *POLAR_EXPRESS[:2]) / norm).to(x.dtype) @ x
+    x = two_steps(x @ x.mT, *POLAR_EXPRESS[2:]) @ x
+    return x.mT if tall else x
+
+
+def two_steps(gram, first, second):
+    """The factor by which two steps multiply a matrix with this Gram matrix; (n, a, a)."""
+    factor = polynomial(gram, *first)
+    return polynomial(factor @ gram @ factor, *second) @ factor
+
+
+def polynomial(gram, a, b, c):
+    """a + b gram + c gram², the identity being a's matrix."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return a * identity + b * gram + c * (gram @ gram)
+
+
+def move(params, neurons, stack, lr, weight_decay, keep, split):
+    """Decay the weights and move them along the stack (n, out, in), rows evened out, norm kept.
+
+    A step is lr * sqrt(max(1, out / in)) long in the spectral norm: one lr serves every width.
+    """
+    sizes = [len(as_stack(p)) for p in params]
+    rows = list(split or stack.shape[1:2])
+    # 1) the running mean square of every output neuron
+    mean = stack.to(neurons[0].dtype).square().mean(-1, keepdim=True)    # (n, out, 1)
+    running = torch.cat([as_stack(neuron) for neuron in neurons])
+    running = running.lerp(mean, (1 - NEURON_BETA) * keep)
+    even = running.clamp_min(1e-10).rsqrt()
+    # 2) what each row is multiplied by
+    factors = []
+    for m, e in zip(mean.split(rows, dim=1), even.split(rows, dim=1)):
+        evened = (m * e.square()).sum(1, keepdim=True).clamp_min(1e-10)
+        norm_kept = (m.sum(1, keepdim=True) / evened).sqrt()
+        factors.append(e * norm_kept * math.sqrt(max(1, m.shape[1] / stack.shape[2])))
+    factor = torch.cat(factors, dim=1) * (lr * keep)
+    # 3) the move
+    for neuron, new in zip(neurons, running.split(sizes)):
+        as_stack(neuron).copy_(new)
+    for p, matrices, f in zip(params, stack.split(sizes), factor.split(sizes)):
+        as_stack(p).mul_(1 - lr * weight_decay * keep).sub_(matrices.to(p.dtype) * f)
