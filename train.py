@@ -47,14 +47,14 @@ class Settings:
     # files
     out_dir: str = "out/demo_pretrain"      # checkpoints, tokenizer, config and metrics go here
     data_dir: str = "data/demo/pretrain"    # what prepare_pretrain.py or prepare_sft.py wrote
-    init_from: str = "scratch"              # scratch, resume (in out_dir), or a folder or .pt file: start from its weights
-    checkpoint: str = "newest"              # of init_from: newest, best or a step; with resume, a step rolls back to it
-    tokenizer: str = ""                     # folder of the data's tokenizer; empty: where meta.json says, or beside the data
+    init_from: str = "scratch"              # scratch, resume (in out_dir), or a folder or .pt file
+    checkpoint: str = "newest"              # of init_from: newest, best, or a step to go back to
+    tokenizer: str = ""                     # its folder; empty: where meta.json says, or near it
     overwrite: bool = False                 # start over in an out_dir that already holds a run
     # the model; with init_from=DIR its shape comes from there
     n_layer: whole(1, 10**4) = 2            # blocks
     n_head: Positive = 4                    # query heads
-    n_kv_head: Positive = 2                 # key/value heads, each shared by n_head / n_kv_head query heads
+    n_kv_head: Positive = 2                 # key/value heads, shared by groups of query heads
     n_embd: whole(1, 10**7) = 192           # width of the residual stream
     n_inner: whole(0, 10**8) = 0            # width of the FFN or of one expert; 0: 4 * n_embd
     n_expert: NonNegative = 0               # experts per layer; 0: a dense model
@@ -64,24 +64,24 @@ class Settings:
     rope_theta: number(1) = 10000.0         # base of the RoPE frequencies
     dropout: float = 0.0                    # on the embedding and after each sub-layer
     bias: bool = False                      # biases in the linear layers
-    # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes together
+    # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes
     batch_size: whole(1, 10**7) = 16        # windows in one micro-step of one process
-    gradient_accumulation_steps: whole(1, 10**7) = 1    # micro-steps in a step, counted over all processes
+    gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps in a step, over all processes
     doc_mask: bool = False                  # attention never crosses from one document to the next
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks, AdamW for the rest
     max_iters: NonNegative = 1500           # steps; 0: as many as epochs says
-    epochs: NonNegativeFloat = 0.0          # passes over the data; 0: as many as max_iters says; with both, whichever is sooner
+    epochs: NonNegativeFloat = 0.0          # passes over the data; with max_iters: what ends sooner
     learning_rate: NonNegativeFloat = 4e-3  # at the end of the warm-up
     min_lr: NonNegativeFloat = 4e-4         # at the end of the decay
     warmup_iters: NonNegative = 100         # steps of linear warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"    # after the warm-up; linear: constant, then down in a line
-    decay_share: Fraction = 0.5             # linear: the last part of the steps, in which the rate decays
+    schedule: Literal["cosine", "linear", "constant"] = "cosine" # linear: first constant
+    decay_share: Fraction = 0.5             # linear: share of the steps in which it decays
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: the same as --schedule=constant
-    embedding_rate: NonNegativeFloat = 1.0  # muon: the embedding's learning rate, as a multiple of learning_rate
-    vector_rate: NonNegativeFloat = 1.0     # muon: that of norms, biases and routers
+    embedding_rate: NonNegativeFloat = 1.0  # muon: of the embedding, as a multiple of learning_rate
+    vector_rate: NonNegativeFloat = 1.0     # muon: of norms, biases and routers
     weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
     beta1: BelowOne = 0.9                   # AdamW's decay of the mean gradient
     beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
@@ -90,15 +90,15 @@ class Settings:
     # watching and saving
     log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
     eval_interval: NonNegative = 500        # steps between validations; 0: none
-    eval_iters: Positive = 50               # validation batches of batch_size windows, always the same ones
+    eval_iters: Positive = 50               # validation batches of batch_size windows
     checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: Positive = 2          # how many of the newest to keep
     keep_every: NonNegative = 0             # also keep those at multiples of so many steps; 0: none
     save_best: bool = True                  # also keep the weights of the best validation loss
-    max_bad_steps: Positive = 20            # stop after so many steps in a row without a finite loss and gradient
+    max_bad_steps: Positive = 20            # stop after so many in a row that are not finite
     inspect_step: whole(-1) = -1            # print the batch of this step as text and stop
-    allow_other_data: bool = False          # resume although data, seed or batch are not those of the checkpoint
-    tracker: str = ""                       # also log to tensorboard, wandb, swanlab: one or several, with commas between
+    allow_other_data: bool = False          # resume although data, seed or batch have changed
+    tracker: str = ""                       # tensorboard, wandb, swanlab, or several with commas
     wandb_log: bool = False                 # the same as --tracker=wandb
     wandb_project: str = "mini-llm"         # project of wandb and swanlab
     wandb_run_name: str = ""                # their name of the run; empty: out_dir
@@ -106,7 +106,7 @@ class Settings:
     device: str = "auto"                    # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
-    fp8: bool = False                       # matmuls of a dense model's blocks in 8 bits (Ada, Hopper and later); pays if compiled
+    fp8: bool = False                       # dense blocks' matmuls in 8 bits (Ada, Hopper)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 

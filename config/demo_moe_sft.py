@@ -8,7 +8,8 @@ max_iters = 0                   # as many as epochs says
 learning_rate = 1e-3            # at 2e-3 it learns the answers by heart instead
 min_lr = 1e-4
 warmup_iters = 20
-aux_loss_weight = 0.0           # questions are all alike: to balance them would move the routing from where pretraining has put the facts
+# questions are all alike: balancing them would move the routing away from the facts
+aux_loss_weight = 0.0
 eval_interval = 100
 checkpoint_interval = 0
 log_interval = 20

@@ -1,7 +1,7 @@
 """Pretrain the mixture of experts, 876 M parameters of which 473 M work on a token, on seq-monkey.
 
     python train.py config/moe_pretrain.py                                          # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py        # eight, the same global batch
+    torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py  # eight
 """
 out_dir = "out/moe_pretrain"
 data_dir = "data/pretrain"

@@ -1,7 +1,7 @@
 """Pretrain the dense model, 171 M parameters, on seq-monkey.
 
     python train.py config/pretrain.py                                          # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/pretrain.py        # eight, the same global batch
+    torchrun --standalone --nproc_per_node=8 train.py config/pretrain.py      # eight
 """
 out_dir = "out/pretrain"
 data_dir = "data/pretrain"

@@ -42,13 +42,13 @@ def _number(key, default):
 
 
 def join(device, rank, world):
-    """Meet the other processes. Returns a group for numbers on the host, or None if there is one process.
+    """Meet the other processes. Returns a group for numbers on the host; None without others.
 
     The group has its own backend, so that a number on the host never waits for a GPU.
 
-    It also works after a restart by torchrun --max-restarts: the agent's store outlives its workers,
-    and torch would read the addresses that the dead ones left in it. On one node the count of
-    restarts tells the attempts apart. On several nodes it differs between them: launch with
+    It also works after a restart by torchrun --max-restarts: the agent's store outlives its
+    workers, and torch would read the addresses that the dead ones left in it. On one node the count
+    of restarts tells the attempts apart. On several nodes it differs between them: launch with
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (pytorch issue 135712).
     """
     if world == 1:
@@ -79,7 +79,7 @@ def sum_over_ranks(group, *numbers):
 
 
 def print0(text):
-    """Print a line above the progress bar, on rank 0 alone. A reader that has gone stops nothing."""
+    """Print a line above the progress bar, on rank 0. A reader that has gone stops nothing."""
     if int(os.environ.get("RANK") or 0) > 0:
         return
     try:

@@ -11,11 +11,11 @@ import sys
 
 
 class UserError(Exception):
-    """Something the user can put right: a bad flag, a missing file, a mismatch. One line of text."""
+    """Something the user can put right: a bad flag, a missing file. One line of text."""
 
 
 def run(main):
-    """Call `main()`; on UserError, and when memory runs out, print one line and exit with status 2."""
+    """Call `main()`; for what the user can put right, print one line and exit with status 2."""
     _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8

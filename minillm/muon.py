@@ -11,7 +11,7 @@ It promises: a step whose gradient is not finite changes nothing, and the host i
 number of processes computes what one computes, each orthogonalising its share. It does not reduce
 gradients over processes: DDP has done that.
 
-Papers: Muon, kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932; NorMuon, 2510.05491.
+Muon: kellerjordan.github.io/posts/muon. Polar Express: arXiv 2505.16932. NorMuon: 2510.05491.
 """
 import math
 
@@ -36,7 +36,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, lr, momentum=0.9, compile=False):
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "split": None, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": 0.0, "split": None, "momentum": momentum}
+        super().__init__(groups, defaults)
         self.grad_scale = self.found_inf = None
         self._direction, self._move = direction, move
         if compile:

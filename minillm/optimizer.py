@@ -75,8 +75,8 @@ def parameters_by_role(model):
 
 
 class Optimizer:
-    """The optimizers in `parts` as one. A group's learning rate is the step's times its "multiple"."""
-    _step_supports_amp_scaling = True            # torch's GradScaler: this optimizer takes found_inf
+    """The optimizers in `parts` as one. A group's rate is the step's times its "multiple"."""
+    _step_supports_amp_scaling = True            # torch's GradScaler: it takes found_inf
 
     def __init__(self, model, parts, asks_host=False):
         self.parts, self.asks_host = parts, asks_host
@@ -91,7 +91,7 @@ class Optimizer:
             group["lr"] = lr * group["multiple"]
 
     def clip_to(self, norm, largest):
-        """Say before `step` that the gradients' norm is `norm` (a tensor), to clip it; 0: not to."""
+        """Before `step`: clip the gradients' norm, a tensor, to `largest` (0: don't)."""
         self.grad_scale = (norm / (largest or math.inf)).clamp(min=1)
         self.found_inf = (~norm.isfinite()).float()
 
@@ -136,7 +136,8 @@ class Optimizer:
         for part in self.parts:
             parameters = [p for group in part.param_groups for p in group["params"]]
             state = {i: self._moments(part, p, saved) for i, p in enumerate(parameters)}
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": state, "param_groups": groups})
 
     def _by_name(self, saved):
         """Older checkpoints number the parameters: first matrices, then norms and biases."""

@@ -1,4 +1,4 @@
-"""out_dir, the folder of a run: its lock, its config.py, its tokenizer, and whether a run may resume.
+"""out_dir, the folder of a run: lock, config.py, tokenizer, and whether a run may resume.
 
     out_dir/ckpt_00001000.pt, best.pt    see checkpoint.py
     out_dir/tokenizer/                   a copy, so that the folder opens on its own
@@ -101,7 +101,7 @@ def check_tokenizer(start, data):
     old, new = start["tokenizer_hash"], data.meta["tokenizer_hash"]
     if old != new:
         raise UserError(f"the checkpoint was trained with tokenizer {old[:12]}, {data.folder} was "
-                        f"prepared with {new[:12]}: prepare the data with the checkpoint's tokenizer")
+                        f"prepared with {new[:12]}: prepare the data with the former")
 
 
 def state_shape(s, config, meta):
@@ -139,7 +139,8 @@ def lock(folder):
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder!r} for out_dir: {error.strerror}") from None
+        reason = error.strerror
+        raise UserError(f"cannot make the folder {folder!r} for out_dir: {reason}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"no permission to write to {folder}")
     held = filelock.FileLock(os.path.join(folder, ".lock"))
@@ -243,7 +244,7 @@ def read_settings(folder, *needed):
 
 
 def write_settings(folder, settings, outcome):
-    """Write folder/config.py: what was asked, as a config file, and what came of it, as comments."""
+    """Write config.py: what was asked, as a config file, and what came of it, as comments."""
     comments, path = field_comments(type(settings)), os.path.join(folder, "config.py")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for key, value in asdict(settings).items():

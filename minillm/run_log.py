@@ -195,7 +195,8 @@ class RunLog:
     def _log_step(self, step, lr, loss, norm, moe, finite):
         s = self.s
         self.bar.update(1)
-        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": self.bad_in_all}
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
+                  "skipped": self.bad_in_all}
         if moe:
             record |= self._moe_record(step, moe)
         if step % s.log_interval and step != s.steps - 1 and finite:
@@ -242,7 +243,8 @@ class RunLog:
     def close(self, step):
         """The closing record and line: tokens and seconds of the whole run."""
         seconds = self.seconds()
-        self.write({"step": step, "seconds": seconds, "tokens": self.tokens(step)} | self.parameters)
+        totals = {"seconds": seconds, "tokens": self.tokens(step)}
+        self.write({"step": step} | totals | self.parameters)
         self.bar.close()
         for tracker in self.trackers:
             tracker.close()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved, then the run ends. A second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM finish the step, save and end the run; a second Ctrl-C ends it at once."""
 import os
 import signal
 import time

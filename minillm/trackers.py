@@ -58,7 +58,8 @@ class _Tracker:
             action()
         except Exception as error:                   # a full disk, a server that has gone
             if not self.failed:
-                print0(f"{self.name} failed, training goes on: {' '.join(str(error).split())[:160]}")
+                reason = " ".join(str(error).split())[:160]
+                print0(f"{self.name} failed, training goes on: {reason}")
             self.failed = True
 
 
