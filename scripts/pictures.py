@@ -1,0 +1,250 @@
+"""Draw the pictures of the documents from the running code's own numbers, into assets/.
+
+    python scripts/pictures.py                       # all that need no trained model
+    python scripts/pictures.py demo load             # by name
+
+block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router and
+the schedule as they are; demo and load read the runs that `make demo` and `make demo MODEL=moe` leave.
+Each picture is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+
+import train
+from demo import town
+from minillm.attention import document_mask
+from minillm.configurator import configure, positional
+from minillm.errors import UserError, run
+from minillm.packing import pack
+from minillm.tokenizer import END_OF_TEXT, Tokenizer
+from model import GPT, GPTConfig
+from moe import Router
+from scripts.svg import Picture
+
+TOKENIZER = "data/demo/tokenizer"
+
+
+@dataclass
+class Settings:
+    names: list[str] = positional()   # block mask packing routing schedule pipeline demo load
+    out_dir: str = "assets"           # where the pictures go
+
+
+def pipeline(say):
+    picture = Picture(820, 190, say("From raw text to a chat, one file per stage",
+                                    "从原始文本到对话：一个阶段一个文件"))
+    stages = [("train_tokenizer.py", say("text → BPE", "文本 → BPE"), "blue"),
+              ("prepare_*.py", say("text → uint16", "文本 → uint16"), "blue"),
+              ("train.py", say("pretraining", "预训练"), "violet"),
+              ("train.py", say("SFT", "SFT 微调"), "violet"),
+              ("chat.py", say("talk", "对话"), "green")]
+    for i, (name, note, colour) in enumerate(stages):
+        x = 20 + i * 160
+        picture.box(x, 55, 136, 52, colour, name, note)
+        if i < len(stages) - 1:
+            picture.arrow(x + 138, 81, x + 158, 81)
+    files = ["tokenizer.json", "train.bin  train_mask.bin", "ckpt_….pt", "ckpt_….pt", "eval.py  export.py  serve.py"]
+    for i, name in enumerate(files):
+        picture.text(20 + i * 160 + 68, 132, name, size=11, colour="soft", anchor="middle", mono=True)
+    picture.text(20, 168, say("Dense 171M and MoE 876M share every stage.",
+                              "171M 稠密模型与 876M MoE 共用全部阶段。"), size=12, colour="soft")
+    return picture
+
+
+def block(say):
+    config = GPTConfig()
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).blocks[0].named_parameters()}
+    picture = Picture(720, 470, say(f"One of the {config.n_layer} blocks of the 171M model, with its shapes",
+                                    f"171M 模型 {config.n_layer} 个块之一，附张量形状"))
+    rows = [("x  (B, T, 1024)", "", "ink"),
+            ("RMSNorm", "attn_norm.weight", "blue"), ("q, k, v", "attn.qkv.weight", "blue"),
+            (say("RoPE on q and k", "对 q、k 施加 RoPE"), "", "blue"),
+            (say("causal attention (GQA)", "因果注意力（GQA）"), "", "violet"),
+            (say("output projection", "输出投影"), "attn.proj.weight", "blue"),
+            (say("+ residual", "+ 残差"), "", "ink"),
+            ("RMSNorm", "ffn_norm.weight", "blue"),
+            ("Linear → SiLU", "ffn.up.weight", "green"), ("Linear", "ffn.down.weight", "green"),
+            (say("+ residual", "+ 残差"), "", "ink")]
+    for i, (label, name, colour) in enumerate(rows):
+        y = 48 + i * 37
+        picture.box(40, y, 250, 27, colour, label)
+        if i:
+            picture.arrow(165, y - 10, 165, y)
+        if name:
+            shape = " × ".join(map(str, shapes[name]))
+            picture.text(310, y + 18, f"{name}  {shape}", size=12, colour="soft", mono=True)
+    heads = say(f"{config.n_head} query heads share {config.n_kv_head} key/value heads of 64 channels",
+                f"{config.n_head} 个查询头共用 {config.n_kv_head} 组 64 维的键/值头")
+    picture.text(310, 48 + 4 * 37 + 18, heads, size=12, colour="soft")
+    picture.text(310, 48 + 6 * 37 + 18, say("MoE: the two green layers become 8 experts, 4 per token",
+                                            "MoE：绿色两层换成 8 个专家，每个词元走 4 个"),
+                 size=12, colour="green")
+    return picture
+
+
+def mask(say):
+    tokenizer = Tokenizer.load(TOKENIZER)
+    messages = [{"role": "user", "content": "沈琴明住在哪里？"}, {"role": "assistant", "content": "住在桂花巷。"}]
+    ids, supervised = tokenizer.encode_chat(messages)
+    picture = Picture(820, 210, say("SFT learns the answer and its end, nothing else",
+                                    "SFT 只学习回答和回答的结束符"))
+    x, y = 20, 55
+    for token, learned in zip(ids, supervised):
+        text = tokenizer.token_text(token)
+        width = 14 + sum(13 if ord(char) > 0x2E80 else 7.4 for char in text)
+        if x + width > 800:
+            x, y = 20, y + 44
+        colour = "green" if learned else "line"
+        picture.rect(x, y, width, 30, colour, line=colour, round=5, opacity=0.2)
+        picture.text(x + width / 2, y + 20, text, size=12.5, anchor="middle", mono=True,
+                     colour="green" if learned else "soft")
+        x += width + 5
+    picture.text(20, 190, say(f"green: {sum(supervised)} supervised tokens of {len(ids)}; train_mask.bin holds 1 there",
+                              f"绿色：{len(ids)} 个词元中 {sum(supervised)} 个计入损失，train_mask.bin 在这些位置为 1"),
+                 size=12, colour="soft")
+    return picture
+
+
+def packing(say):
+    lengths, capacity = [9, 4, 6, 5, 12, 7, 3, 2], 16
+    rows = pack(lengths, capacity)
+    picture = Picture(820, 330, say("Conversations are packed whole, and attention never crosses from one to the next",
+                                    "对话整条装箱，注意力不会跨到另一条对话"))
+    colours = ["blue", "green", "orange", "violet", "red"]
+    for r, row in enumerate(rows):
+        at = 0
+        for i, item in enumerate(row):
+            width = lengths[item] * 22
+            picture.box(30 + at * 22, 60 + r * 52, width - 3, 34, colours[i % 5], str(lengths[item]))
+            at += lengths[item]
+        if at < capacity:
+            picture.rect(30 + at * 22, 60 + r * 52, (capacity - at) * 22 - 3, 34, line="line", round=6)
+    picture.text(30, 60 + len(rows) * 52 + 16, say(f"rows of {capacity} tokens; numbers are lengths",
+                                                   f"每行 {capacity} 个词元；数字为长度"), size=12, colour="soft")
+    first = max(rows, key=len)
+    ids = torch.cat([torch.tensor([5] * (lengths[item] - 1) + [END_OF_TEXT]) for item in first])
+    ids = torch.cat((ids, torch.full((capacity - len(ids),), END_OF_TEXT)))
+    visible = document_mask(ids[None])[0, 0]
+    for q in range(capacity):
+        for k in range(capacity):
+            colour = "blue" if visible[q, k] else "panel"
+            picture.rect(520 + k * 15, 55 + q * 15, 13, 13, colour, opacity=0.7 if visible[q, k] else 1)
+    picture.text(520, 315, say("which token (row) sees which (column)", "哪个词元（行）能看到哪个（列）"),
+                 size=12, colour="soft")
+    return picture
+
+
+def routing(say):
+    torch.manual_seed(5)
+    router = Router(GPTConfig(n_embd=64, n_expert=8, n_expert_per_tok=4)).eval()
+    router.weight_DE.data.normal_(std=0.2)
+    with torch.no_grad():
+        gates, experts = router(torch.randn(6, 64))
+    picture = Picture(720, 300, say("Each token visits the 4 of 8 experts that the router scores highest",
+                                    "每个词元只经过路由打分最高的 4 个专家（共 8 个）"))
+    for expert in range(8):
+        picture.text(170 + expert * 62, 62, f"E{expert}", size=12, colour="soft", anchor="middle", mono=True)
+    for t in range(6):
+        y = 76 + t * 32
+        picture.text(30, y + 18, say(f"token {t}", f"词元 {t}"), size=12, mono=True)
+        for expert in range(8):
+            picture.rect(142 + expert * 62, y, 56, 26, "panel", line="line", round=5)
+        for gate, expert in zip(gates[t].tolist(), experts[t].tolist()):
+            picture.rect(142 + expert * 62, y, 56, 26, "green", line="green", round=5, opacity=0.15 + gate * 0.8)
+            picture.text(170 + expert * 62, y + 18, f"{gate:.2f}", size=12, anchor="middle", mono=True)
+    picture.text(30, 286, say("numbers: gates, the softmax over the chosen four; they sum to 1",
+                              "数字为门控值：在选中的四个专家上做 softmax，和为 1"), size=12, colour="soft")
+    return picture
+
+
+def schedule(say):
+    picture = Picture(720, 270, say("The learning rate: warm-up, constant, then down to zero; or a cosine",
+                                    "学习率：预热、保持、线性降到零；也可用余弦"))
+    s = train.Settings(warmup_iters=30)
+    s.steps = 1000
+    for shape, colour in (("linear", "blue"), ("cosine", "orange")):
+        s.schedule = shape
+        rates = [train.learning_rate(s, step) / s.learning_rate for step in range(s.steps)]
+        picture.path([(60 + step * 0.62, 225 - rate * 160) for step, rate in enumerate(rates)], colour, 2.2)
+        picture.text(600, 66 if shape == "linear" else 86, f"schedule={shape}", size=12, colour=colour, mono=True)
+    picture.path([(60, 225), (680, 225)], "line")
+    picture.path([(60, 65), (60, 225)], "line")
+    picture.text(52, 70, "1", size=12, colour="soft", anchor="end")
+    picture.text(52, 229, "0", size=12, colour="soft", anchor="end")
+    picture.text(680, 245, say("training", "训练进度"), size=12, colour="soft", anchor="end")
+    return picture
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make demo and make demo MODEL=moe write it") from None
+
+
+def demo(say):
+    names = [("out/demo_sft", say("pretraining, then SFT", "预训练 + SFT")),
+             ("out/demo_control", say("SFT alone (control)", "只做 SFT（对照组）"))]
+    picture = Picture(720, 170, say("What SFT never mentioned, only pretraining can have taught",
+                                    "SFT 里没有出现过的事实，只能来自预训练"))
+    for i, (folder, label) in enumerate(names):
+        match = read_json(f"{folder}/eval.json")["exact_match"]
+        y = 52 + i * 42
+        picture.text(20, y + 19, label, size=13)
+        picture.rect(200, y, 440, 27, "panel", line="line", round=5)
+        picture.rect(200, y, 440 * match, 27, "green" if i == 0 else "orange", round=5, opacity=0.8)
+        picture.text(655, y + 19, f"{match:.1%}", size=13, weight=600)
+    picture.text(20, 152, say("exact match on 300 questions about the half of the town that SFT leaves out",
+                              "300 道题的完全匹配率，问的是 SFT 没有涉及的另一半居民"), size=12, colour="soft")
+    return picture
+
+
+def load(say):
+    path = "out/demo_moe_pretrain/metrics.jsonl"
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make demo MODEL=moe writes it") from None
+    loads = [record["load"] for record in records if "load" in record][-1]
+    width, experts = 70, len(loads[0])
+    picture = Picture(140 + max(experts * width, 420), 130 + 34 * len(loads),
+                      say("Every expert stays in use", "所有专家都在工作"))
+    for layer, shares in enumerate(loads):
+        y = 60 + layer * 34
+        picture.text(20, y + 19, say(f"layer {layer}", f"第 {layer} 层"), size=12, colour="soft")
+        for expert, share in enumerate(shares):
+            fair = share * experts
+            picture.rect(110 + expert * width, y, width - 5, 28, "blue", round=5, opacity=min(0.15 + fair * 0.35, 1))
+            picture.text(110 + expert * width + 32, y + 19, f"{fair:.2f}", size=12, anchor="middle", mono=True)
+    picture.text(20, 95 + 34 * len(loads), say("share of the tokens over the fair share, last step of make demo MODEL=moe",
+                                               "分到的词元与平均份额之比（make demo MODEL=moe 的最后一步）"),
+                 size=12, colour="soft")
+    return picture
+
+
+PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing, "routing": routing,
+            "schedule": schedule, "demo": demo, "load": load}
+
+
+def main():
+    s = configure(Settings)
+    for name in s.names or ["pipeline", "block", "mask", "packing", "routing", "schedule"]:
+        if name not in PICTURES:
+            raise UserError(f"unknown picture {name}: {', '.join(PICTURES)}")
+        for suffix, language in (("", 0), ("_zh", 1)):
+            def say(*texts, language=language):
+                return texts[language]
+            PICTURES[name](say).save(os.path.join(s.out_dir, f"{name}{suffix}.svg"))
+
+
+if __name__ == "__main__":
+    run(main)
