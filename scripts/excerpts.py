@@ -70,7 +70,7 @@ def excerpt(what):
 def output(command):
     """What a shell command prints when it runs in the root of the project."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PATH": path, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(["bash", "-c", command], cwd=os.getcwd(), capture_output=True,
                           encoding="utf-8", env=environment)
     if done.returncode:
@@ -87,7 +87,8 @@ def refreshed(text, repeat):
             label, body = excerpt(match["what"])
         elif repeat:
             body = output(match["what"])
-        return f"<!-- {match['kind']} {match['what']} -->\n{label}```{match['language']}\n{body}```\n"
+        mark = f"<!-- {match['kind']} {match['what']} -->\n"
+        return f"{mark}{label}```{match['language']}\n{body}```\n"
     return BLOCK.sub(renew, text)
 
 

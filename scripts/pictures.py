@@ -3,9 +3,9 @@
     python scripts/pictures.py                       # all that need no trained model
     python scripts/pictures.py demo load             # by name
 
-block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router and
-the schedule as they are; demo and load read the runs that `make demo` and `make demo MODEL=moe` leave.
-Each picture is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
+block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
+and the schedule as they are; demo and load read the runs that `make demo` and `make demo MODEL=moe`
+leave. Each picture is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
 """
 import json
 import os
@@ -49,9 +49,10 @@ def pipeline(say):
         picture.box(x, 55, 136, 52, colour, name, note)
         if i < len(stages) - 1:
             picture.arrow(x + 138, 81, x + 158, 81)
-    files = ["tokenizer.json", "train.bin  train_mask.bin", "ckpt_….pt", "ckpt_….pt", "eval.py  export.py  serve.py"]
+    files = ["tokenizer.json", "train.bin  train_mask.bin", "ckpt_….pt", "ckpt_….pt",
+             "eval.py  export.py  serve.py"]
     for i, name in enumerate(files):
-        picture.text(20 + i * 160 + 68, 132, name, size=11, colour="soft", anchor="middle", mono=True)
+        picture.text(88 + i * 160, 132, name, size=11, colour="soft", anchor="middle", mono=True)
     picture.text(20, 168, say("Dense 171M and MoE 876M share every stage.",
                               "171M 稠密模型与 876M MoE 共用全部阶段。"), size=12, colour="soft")
     return picture
@@ -61,8 +62,9 @@ def block(say):
     config = GPTConfig()
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).blocks[0].named_parameters()}
-    picture = Picture(720, 470, say(f"One of the {config.n_layer} blocks of the 171M model, with its shapes",
-                                    f"171M 模型 {config.n_layer} 个块之一，附张量形状"))
+    title = say(f"One of the {config.n_layer} blocks of the 171M model, with its shapes",
+                f"171M 模型 {config.n_layer} 个块之一，附张量形状")
+    picture = Picture(720, 470, title)
     rows = [("x  (B, T, 1024)", "", "ink"),
             ("RMSNorm", "attn_norm.weight", "blue"), ("q, k, v", "attn.qkv.weight", "blue"),
             (say("RoPE on q and k", "对 q、k 施加 RoPE"), "", "blue"),
@@ -80,12 +82,12 @@ def block(say):
         if name:
             shape = " × ".join(map(str, shapes[name]))
             picture.text(310, y + 18, f"{name}  {shape}", size=12, colour="soft", mono=True)
-    heads = say(f"{config.n_head} query heads share {config.n_kv_head} key/value heads of 64 channels",
+    heads = say(f"{config.n_head} query heads share {config.n_kv_head} key/value heads, 64 wide",
                 f"{config.n_head} 个查询头共用 {config.n_kv_head} 组 64 维的键/值头")
     picture.text(310, 48 + 4 * 37 + 18, heads, size=12, colour="soft")
-    picture.text(310, 48 + 6 * 37 + 18, say("MoE: the two green layers become 8 experts, 4 per token",
-                                            "MoE：绿色两层换成 8 个专家，每个词元走 4 个"),
-                 size=12, colour="green")
+    experts = say("MoE: the two green layers become 8 experts, 4 per token",
+                  "MoE：绿色两层换成 8 个专家，每个词元走 4 个")
+    picture.text(310, 48 + 6 * 37 + 18, experts, size=12, colour="green")
     return picture
 
 
@@ -106,36 +108,41 @@ def mask(say):
         picture.text(x + width / 2, y + 20, text, size=12.5, anchor="middle", mono=True,
                      colour="green" if learned else "soft")
         x += width + 5
-    picture.text(20, 190, say(f"green: {sum(supervised)} supervised tokens of {len(ids)}; train_mask.bin holds 1 there",
-                              f"绿色：{len(ids)} 个词元中 {sum(supervised)} 个计入损失，train_mask.bin 在这些位置为 1"),
-                 size=12, colour="soft")
+    learned, total = sum(supervised), len(ids)
+    note = say(f"green: {learned} supervised tokens of {total}; train_mask.bin holds 1 there",
+               f"绿色：{total} 个词元中 {learned} 个计入损失，train_mask.bin 在这些位置为 1")
+    picture.text(20, 190, note, size=12, colour="soft")
     return picture
 
 
 def packing(say):
     lengths, capacity = [9, 4, 6, 5, 12, 7, 3, 2], 16
     rows = pack(lengths, capacity)
-    picture = Picture(820, 330, say("Conversations are packed whole, and attention never crosses from one to the next",
-                                    "对话整条装箱，注意力不会跨到另一条对话"))
+    title = say("Conversations are packed whole; attention never crosses from one to the next",
+                "对话整条装箱，注意力不会跨到另一条对话")
+    picture = Picture(820, 330, title)
     colours = ["blue", "green", "orange", "violet", "red"]
     for r, row in enumerate(rows):
         at = 0
         for i, item in enumerate(row):
             width = lengths[item] * 22
-            picture.box(30 + at * 22, 60 + r * 52, width - 3, 34, colours[i % 5], str(lengths[item]))
+            colour = colours[i % len(colours)]
+            picture.box(30 + at * 22, 60 + r * 52, width - 3, 34, colour, str(lengths[item]))
             at += lengths[item]
         if at < capacity:
-            picture.rect(30 + at * 22, 60 + r * 52, (capacity - at) * 22 - 3, 34, line="line", round=6)
-    picture.text(30, 60 + len(rows) * 52 + 16, say(f"rows of {capacity} tokens; numbers are lengths",
-                                                   f"每行 {capacity} 个词元；数字为长度"), size=12, colour="soft")
+            width = (capacity - at) * 22
+            picture.rect(30 + at * 22, 60 + r * 52, width - 3, 34, line="line", round=6)
+    note = say(f"rows of {capacity} tokens; numbers are lengths",
+               f"每行 {capacity} 个词元；数字为长度")
+    picture.text(30, 60 + len(rows) * 52 + 16, note, size=12, colour="soft")
     first = max(rows, key=len)
     ids = torch.cat([torch.tensor([5] * (lengths[item] - 1) + [END_OF_TEXT]) for item in first])
     ids = torch.cat((ids, torch.full((capacity - len(ids),), END_OF_TEXT)))
     visible = document_mask(ids[None])[0, 0]
     for q in range(capacity):
         for k in range(capacity):
-            colour = "blue" if visible[q, k] else "panel"
-            picture.rect(520 + k * 15, 55 + q * 15, 13, 13, colour, opacity=0.7 if visible[q, k] else 1)
+            colour, opacity = ("blue", 0.7) if visible[q, k] else ("panel", 1.0)
+            picture.rect(520 + k * 15, 55 + q * 15, 13, 13, colour, opacity=opacity)
     picture.text(520, 315, say("which token (row) sees which (column)", "哪个词元（行）能看到哪个（列）"),
                  size=12, colour="soft")
     return picture
@@ -147,33 +154,38 @@ def routing(say):
     router.weight_DE.data.normal_(std=0.2)
     with torch.no_grad():
         gates, experts = router(torch.randn(6, 64))
-    picture = Picture(720, 300, say("Each token visits the 4 of 8 experts that the router scores highest",
-                                    "每个词元只经过路由打分最高的 4 个专家（共 8 个）"))
+    title = say("Each token visits the 4 of 8 experts that the router scores highest",
+                "每个词元只经过路由打分最高的 4 个专家（共 8 个）")
+    picture = Picture(720, 300, title)
     for expert in range(8):
-        picture.text(170 + expert * 62, 62, f"E{expert}", size=12, colour="soft", anchor="middle", mono=True)
+        x = 170 + expert * 62
+        picture.text(x, 62, f"E{expert}", size=12, colour="soft", anchor="middle", mono=True)
     for t in range(6):
         y = 76 + t * 32
         picture.text(30, y + 18, say(f"token {t}", f"词元 {t}"), size=12, mono=True)
         for expert in range(8):
             picture.rect(142 + expert * 62, y, 56, 26, "panel", line="line", round=5)
         for gate, expert in zip(gates[t].tolist(), experts[t].tolist()):
-            picture.rect(142 + expert * 62, y, 56, 26, "green", line="green", round=5, opacity=0.15 + gate * 0.8)
-            picture.text(170 + expert * 62, y + 18, f"{gate:.2f}", size=12, anchor="middle", mono=True)
+            x, opacity = 142 + expert * 62, 0.15 + gate * 0.8
+            picture.rect(x, y, 56, 26, "green", line="green", round=5, opacity=opacity)
+            picture.text(x + 28, y + 18, f"{gate:.2f}", size=12, anchor="middle", mono=True)
     picture.text(30, 286, say("numbers: gates, the softmax over the chosen four; they sum to 1",
                               "数字为门控值：在选中的四个专家上做 softmax，和为 1"), size=12, colour="soft")
     return picture
 
 
 def schedule(say):
-    picture = Picture(720, 270, say("The learning rate: warm-up, constant, then down to zero; or a cosine",
-                                    "学习率：预热、保持、线性降到零；也可用余弦"))
+    title = say("The learning rate: warm-up, constant, then down to zero; or a cosine",
+                "学习率：预热、保持、线性降到零；也可用余弦")
+    picture = Picture(720, 270, title)
     s = train.Settings(warmup_iters=30)
     s.steps = 1000
-    for shape, colour in (("linear", "blue"), ("cosine", "orange")):
+    for shape, colour, y in (("linear", "blue", 66), ("cosine", "orange", 86)):
         s.schedule = shape
         rates = [train.learning_rate(s, step) / s.learning_rate for step in range(s.steps)]
-        picture.path([(60 + step * 0.62, 225 - rate * 160) for step, rate in enumerate(rates)], colour, 2.2)
-        picture.text(600, 66 if shape == "linear" else 86, f"schedule={shape}", size=12, colour=colour, mono=True)
+        points = [(60 + step * 0.62, 225 - rate * 160) for step, rate in enumerate(rates)]
+        picture.path(points, colour, 2.2)
+        picture.text(560, y, f"--schedule={shape}", size=12, colour=colour, mono=True)
     picture.path([(60, 225), (680, 225)], "line")
     picture.path([(60, 65), (60, 225)], "line")
     picture.text(52, 70, "1", size=12, colour="soft", anchor="end")
@@ -187,7 +199,7 @@ def read_json(path):
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; make demo and make demo MODEL=moe write it") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; make demo writes it") from None
 
 
 def demo(say):
@@ -202,8 +214,9 @@ def demo(say):
         picture.rect(200, y, 440, 27, "panel", line="line", round=5)
         picture.rect(200, y, 440 * match, 27, "green" if i == 0 else "orange", round=5, opacity=0.8)
         picture.text(655, y + 19, f"{match:.1%}", size=13, weight=600)
-    picture.text(20, 152, say("exact match on 300 questions about the half of the town that SFT leaves out",
-                              "300 道题的完全匹配率，问的是 SFT 没有涉及的另一半居民"), size=12, colour="soft")
+    note = say("exact match on 300 questions about the half of the town that SFT leaves out",
+               "300 道题的完全匹配率，问的是 SFT 没有涉及的另一半居民")
+    picture.text(20, 152, note, size=12, colour="soft")
     return picture
 
 
@@ -213,7 +226,8 @@ def load(say):
         with open(path, encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; make demo MODEL=moe writes it") from None
+        hint = "make demo MODEL=moe writes it"
+        raise UserError(f"cannot read {path}: {error.strerror}; {hint}") from None
     loads = [record["load"] for record in records if "load" in record][-1]
     width, experts = 70, len(loads[0])
     picture = Picture(140 + max(experts * width, 420), 130 + 34 * len(loads),
@@ -223,16 +237,17 @@ def load(say):
         picture.text(20, y + 19, say(f"layer {layer}", f"第 {layer} 层"), size=12, colour="soft")
         for expert, share in enumerate(shares):
             fair = share * experts
-            picture.rect(110 + expert * width, y, width - 5, 28, "blue", round=5, opacity=min(0.15 + fair * 0.35, 1))
-            picture.text(110 + expert * width + 32, y + 19, f"{fair:.2f}", size=12, anchor="middle", mono=True)
-    picture.text(20, 95 + 34 * len(loads), say("share of the tokens over the fair share, last step of make demo MODEL=moe",
-                                               "分到的词元与平均份额之比（make demo MODEL=moe 的最后一步）"),
-                 size=12, colour="soft")
+            x, opacity = 110 + expert * width, min(0.15 + fair * 0.35, 1)
+            picture.rect(x, y, width - 5, 28, "blue", round=5, opacity=opacity)
+            picture.text(x + 32, y + 19, f"{fair:.2f}", size=12, anchor="middle", mono=True)
+    note = say("share of the tokens over the fair share, last step of make demo MODEL=moe",
+               "分到的词元与平均份额之比（make demo MODEL=moe 的最后一步）")
+    picture.text(20, 95 + 34 * len(loads), note, size=12, colour="soft")
     return picture
 
 
-PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing, "routing": routing,
-            "schedule": schedule, "demo": demo, "load": load}
+PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing,
+            "routing": routing, "schedule": schedule, "demo": demo, "load": load}
 
 
 def main():

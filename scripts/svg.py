@@ -4,14 +4,16 @@
     picture.box(20, 40, 120, 36, "blue", "RMSNorm")
     picture.save("assets/block.svg")
 
-Coordinates and sizes are in pixels. Colours are names; the viewer's colour scheme decides how they look.
+Coordinates and sizes are in pixels. Colours are names; the viewer's colour scheme decides how they
+look.
 """
 from html import escape
 
 COLOURS = {               # name: (light, dark)
     "paper": ("#ffffff", "#0d1117"), "ink": ("#1f2328", "#e6edf3"), "soft": ("#59636e", "#9198a1"),
     "line": ("#d1d9e0", "#3d444d"), "panel": ("#f6f8fa", "#151b23"),
-    "blue": ("#0969da", "#4493f8"), "green": ("#1a7f37", "#3fb950"), "orange": ("#bc4c00", "#f0883e"),
+    "blue": ("#0969da", "#4493f8"), "green": ("#1a7f37", "#3fb950"),
+    "orange": ("#bc4c00", "#f0883e"),
     "red": ("#cf222e", "#f85149"), "violet": ("#8250df", "#ab7df8"),
 }
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
@@ -77,8 +79,9 @@ class Picture:
 
     def save(self, path):
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
-                       f'width="{self.width}" height="{self.height}" role="img">'
+            size = f'width="{self.width}" height="{self.height}"'
+            file.write(f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+                       f'viewBox="0 0 {self.width} {self.height}">'
                        f"<title>{escape(self.title)}</title>{_style()}\n")
             file.write("\n".join(self.parts))
             file.write("\n</svg>\n")
