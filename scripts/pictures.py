@@ -5,7 +5,7 @@
 
 block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
 and the schedule as they are; demo and load read the runs that `make demo` and `make demo MODEL=moe`
-leave. Each picture is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
+leave. Each is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
 """
 import json
 import os
