@@ -150,7 +150,7 @@ KNOWN = {
         minillm/shuffle.py minillm/speed/float8.py minillm/split.py minillm/terminal.py
         minillm/text_files.py minillm/text_reader.py minillm/token_files.py
         minillm/tokenizer.py prepare_pretrain.py prepare_sft.py sample.py
-        scripts/excerpts.py tests/conftest.py tests/support/__init__.py
+        tests/conftest.py tests/support/__init__.py
         tests/support/preparation_runs.py tests/support/tiny_models.py
         tests/support/training_runs.py tests/test_chat.py tests/test_checkpoints.py
         tests/test_data_order.py tests/test_demo_corpus.py tests/test_distributed.py
