@@ -24,7 +24,7 @@ from support import ROOT
 from minillm import generation
 from minillm.conversation import Conversation
 from minillm.speed import decode_cpu, twins
-from support.processes import run
+from support.processes import LIMIT, run
 from support.tiny_models import talkative, tiny_model, write_folder
 
 LETTERS = r"[A-Za-z\u4e00-\u9fff]"
@@ -73,7 +73,7 @@ class Session:
         self.screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\x07]", "", text).replace("\r\n", "\n")
         return bool(data)
 
-    def expect(self, pattern, seconds=20):
+    def expect(self, pattern, seconds=LIMIT):
         """The match of `pattern` behind the last one."""
         limit = time.monotonic() + seconds
         while not (match := re.compile(pattern, re.S).search(self.screen, self.at)):
@@ -92,7 +92,7 @@ class Session:
         self.prompt()
         return match
 
-    def ended(self, seconds=30):
+    def ended(self, seconds=LIMIT):
         """The exit status."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
@@ -390,7 +390,7 @@ def test_no_color_and_ctrl_c_twice(folder):
     session.send("你好\r")
     session.expect(LETTERS + "{10}")
     session.send("\x03")
-    time.sleep(0.05)
+    session.expect(STATS)
     session.send("\x03")
     assert session.ended() == 130
     assert not re.search(rb"\x1b\[[0-9;]*m", session.raw) and "Traceback" not in session.screen
@@ -402,7 +402,7 @@ def test_no_color_and_ctrl_c_twice(folder):
 def test_a_real_pipe(folder):
     """echo 你好 | python chat.py: the answer alone."""
     command = f"echo 你好 | {sys.executable} {ROOT}/chat.py --out_dir=tiny --max_new_tokens=9 --seed=1 --device=cpu"
-    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stderr == "" and re.fullmatch(LETTERS + "+\n", done.stdout)
     flag = run("chat", ["--out_dir=tiny", "--prompt=你好", "--max_new_tokens=9", "--seed=1", "--device=cpu"], folder=folder)
     assert (flag.status, flag.out, flag.err) == (0, done.stdout, "")

@@ -13,6 +13,7 @@ import torch
 
 from minillm.dataloader import TokenData, batch_windows
 from model import GPT, GPTConfig
+from support.processes import LIMIT
 from support.training_runs import BLOCK, PYTHON, ROOT, TINY, assert_same_run, die_at, finish, keep_weights, make_data, newest, numbers, ranks
 
 ROWS = 16
@@ -144,15 +145,13 @@ def test_bf16_and_experts_run_on_two_processes(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others(tmp_path, victim):
-    """SIGKILL of one rank in the midst: the other leaves within seconds, not with exit 0; resuming is exact."""
+    """SIGKILL of one rank in the midst: the other leaves too, not with exit 0; resuming is exact."""
     data = make_data(tmp_path / "data")
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}"]
     train_as(2, [*argv, f"--out_dir={tmp_path}/straight"], [None, None])
     children = ranks(2, [*argv, f"--out_dir={tmp_path}/out"], before=[(lambda: die_at(13)) if rank == victim else None for rank in range(2)])
-    start = time.monotonic()
     assert children[victim].wait() == -9
-    assert children[1 - victim].wait(60) not in (0, None), children[1 - victim].output
-    assert time.monotonic() - start < 60
+    assert children[1 - victim].wait(LIMIT) not in (0, None), children[1 - victim].output
     resumed = ranks(2, [*argv, "--init_from=resume", f"--out_dir={tmp_path}/out"])
     assert [child.wait() for child in resumed] == [0, 0], resumed[0].output
     assert "resuming at step 10" in resumed[0].output
@@ -182,7 +181,7 @@ def workers(launcher):
 
 
 def wait_for_step(out_dir, step, launcher, log):
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + LIMIT
     while True:
         try:
             if max((r["step"] for r in numbers(out_dir)), default=0) >= step:
@@ -214,25 +213,35 @@ def test_torchrun_ends_when_a_worker_is_killed(tmp_path):
         wait_for_step(tmp_path / "out", 12, launcher, log)
         both = workers(launcher)
         assert len(both) == 2
-        start = time.monotonic()
         os.kill(both[1], signal.SIGKILL)
-        assert launcher.wait(60) != 0
+        assert launcher.wait(LIMIT) != 0
         assert gone(both)
-        print(f"\nthe job ended {time.monotonic() - start:.1f} s after the worker")
     finally:
         end(launcher)
+
+
+DIES_ONCE = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import train
+from minillm.errors import run
+from support.training_runs import die_at
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
+    die_at(22)
+run(train.main)
+"""
 
 
 def test_torchrun_restarts_and_goes_on_exactly(tmp_path):
     data, log = make_data(tmp_path / "data"), tmp_path / "log"
-    argv = ["train.py", *TINY, "--max_iters=120", f"--data_dir={data}"]
-    train_as(2, [*argv[1:], f"--out_dir={tmp_path}/straight"], [None, None])
-    launcher = torchrun("--max-restarts=1", *argv, f"--out_dir={tmp_path}/out", log=log)
+    argv = [*TINY, "--max_iters=40", f"--data_dir={data}"]
+    train_as(2, [*argv, f"--out_dir={tmp_path}/straight"], [None, None])
+    script = tmp_path / "train.py"
+    script.write_text(DIES_ONCE.format(root=ROOT))
+    launcher = torchrun("--max-restarts=1", str(script), *argv, f"--out_dir={tmp_path}/out", log=log)
     try:
-        wait_for_step(tmp_path / "out", 22, launcher, log)
-        os.kill(workers(launcher)[0], signal.SIGKILL)
-        assert launcher.wait(200) == 0, open(log).read()
+        assert launcher.wait(LIMIT) == 0, open(log).read()
     finally:
         end(launcher)
-    assert "resuming at step" in open(log).read()
+    assert "resuming at step 20" in open(log).read()
     assert_same_run(tmp_path / "straight", tmp_path / "out")

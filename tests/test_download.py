@@ -14,6 +14,7 @@ import time
 import pytest
 
 from support import ROOT
+from support.processes import LIMIT
 from support.preparation_runs import belle, chats, texts
 
 SCRIPT = f"{ROOT}/scripts/download_data.sh"
@@ -44,7 +45,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.redirect = False        # sends every file by a redirect, as both real servers do
         self.refuse = 0              # answers 503 so many times first
         self.silent = False          # sends not a byte of a body
-        self.pause = 0               # seconds between blocks
+        self.hold_at = None          # after so many bytes of an answer, wait until `go_on` is set
+        self.go_on = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -90,9 +92,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for start in range(0, len(body), 4096):
                 self.wfile.write(body[start: start + 4096])
                 sent += len(body[start: start + 4096])
-                if server.pause:
+                if sent == server.hold_at:
                     self.wfile.flush()
-                    time.sleep(server.pause)
+                    server.go_on.wait(LIMIT)
         except OSError:
             pass
         finally:
@@ -116,7 +118,7 @@ def start(server, tmp_path, *arguments, **env):
 
 def download(server, tmp_path, *arguments, **env):
     child = start(server, tmp_path, *arguments, **env)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=LIMIT)
     return child.returncode, out, err
 
 
@@ -148,20 +150,25 @@ def test_next_steps_can_be_run(server, tmp_path):
     assert texts(1)[0][:10].split()[0] in out and chats(1)[0][0]["content"][:8].split()[0] in out       # the first records, shown
 
 
+def wait_until(condition):
+    limit = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
 def test_killed_and_started_again(server, tmp_path):
-    server.pause = 0.02
+    server.hold_at = 16384
     child = start(server, tmp_path, "belle")
     part = tmp_path / "data" / "raw" / f"{CHATS}.part"
-    limit = time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size >= 8192):
-        assert time.monotonic() < limit and child.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: part.exists() and part.stat().st_size >= 4096)
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     had = part.stat().st_size
     assert 0 < had < len(server.files[CHATS]) and CHATS not in fetched(tmp_path)
-    time.sleep(0.1)
-    server.pause, server.asked = 0, []
+    server.go_on.set()
+    wait_until(lambda: server.asked)             # the broken transfer is counted
+    server.hold_at, server.asked = None, []
     code, out, err = download(server, tmp_path, "belle")
     assert code == 0, err
     assert f"going on at byte {had} of" in out and server.asked[0][1] == had
@@ -219,16 +226,13 @@ def test_what_does_not_parse_is_set_aside(server, tmp_path, content):
 def test_two_at_once(server, tmp_path):
     if not shutil.which("flock"):
         pytest.skip("needs flock")
-    server.pause = 0.02
+    server.hold_at = 4096
     first = start(server, tmp_path, "belle")
-    part = tmp_path / "data" / "raw" / f"{CHATS}.part"
-    limit = time.monotonic() + 30
-    while not part.exists():
-        assert time.monotonic() < limit and first.poll() is None
-        time.sleep(0.005)
+    wait_until((tmp_path / "data" / "raw" / f"{CHATS}.part").exists)
     code, _, err = download(server, tmp_path, "belle")
     assert code == 2 and "under way" in err
-    assert first.communicate(timeout=60) and first.returncode == 0
+    server.go_on.set()
+    assert first.communicate(timeout=LIMIT) and first.returncode == 0
     assert fetched(tmp_path) == {CHATS: server.files[CHATS]}
 
 

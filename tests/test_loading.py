@@ -6,6 +6,7 @@ import sys
 import torch
 
 from support import ROOT
+from support.processes import LIMIT
 from model import GPT
 from support.tiny_models import talkative, tiny_model, write_folder
 
@@ -18,7 +19,7 @@ def test_chat_imports_nothing_that_it_does_not_need(tmp_path):
     program = ("import sys, runpy; sys.argv = ['chat.py', '--out_dir=tiny', '--prompt=你', '--max_new_tokens=2', '--device=cpu']; "
                f"sys.path.insert(0, {ROOT!r}); runpy.run_path({os.path.join(ROOT, 'chat.py')!r}, run_name='__main__'); "
                "print(' '.join(sys.modules), file=sys.stderr)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and len(done.stdout) > 1
     modules = done.stderr.split()
     assert "torch" in modules and "tokenizers" in modules
@@ -29,7 +30,7 @@ def test_wrong_settings_are_said_before_torch_is_imported():
     program = (f"import sys; sys.path.insert(0, {ROOT!r}); sys.argv = ['chat.py', '--out_dir=nowhere', '--prompt=x']; import chat\n"
                "from minillm.errors import UserError\n"
                "try: chat.main()\nexcept UserError as error: print(error)\nprint('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
     assert "no model in nowhere" in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 

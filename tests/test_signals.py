@@ -7,7 +7,7 @@ import pytest
 
 from minillm import checkpoint
 import train
-from support.training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_step, ranks
+from support.training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_phase, on_step, ranks
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 
@@ -49,9 +49,8 @@ def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, numb
 @pytest.mark.parametrize("phase", ["between micro-steps", "optimizer", "checkpoint write", "evaluation"])
 def test_wherever_the_signal_comes(data, straight, tmp_path, phase):
     argv = [*TINY, "--max_iters=30", "--eval_interval=7", "--eval_iters=50"]
-    child = Run([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
-    assert child.wait_for("between micro-steps") and child.wait_for(phase)
-    child.kill(signal.SIGTERM)
+    child = Run([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out"],
+                before=lambda: on_phase(phase, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert child.wait() == 0, child.output
     assert 1 <= newest(tmp_path / "out")["step"] < 30 and "stopped at step" in child.output
     finish([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--init_from=resume"])
@@ -109,23 +108,23 @@ def stall(step):
     return lambda: on_step(lambda now: [time.sleep(0.01) for _ in range(30_000)] if now == step else None)
 
 
-def wait_for_record(out_dir, step):
-    limit = time.monotonic() + 60
-    while not os.path.exists(f"{out_dir}/metrics.jsonl") or f'"step": {step},' not in open(f"{out_dir}/metrics.jsonl").read():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+def has_record(out_dir, step):
+    path = f"{out_dir}/metrics.jsonl"
+    if not os.path.exists(path):
+        return False
+    with open(path) as file:
+        return f'"step": {step},' in file.read()
 
 
 def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_path):
     """Step 17 takes minutes: the first Ctrl-C waits for it, the second doesn't. What step 15 saved is whole; resuming is exact."""
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     child = Run(argv, before=stall(17))
-    wait_for_record(tmp_path / "out", 16)
+    child.wait_until(lambda: has_record(tmp_path / "out", 16))
     child.kill(signal.SIGINT)
-    time.sleep(0.3)
-    assert child.poll() is None                  # it waits for the end of the step
+    child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
     child.kill(signal.SIGINT)
-    assert child.wait(timeout=30) == 130
+    assert child.wait() == 130
     assert newest(tmp_path / "out")["step"] == 15
     assert "resuming at step 15" in finish([*argv, "--init_from=resume"])
     assert_same_run(straight(*TINY, "--max_iters=30"), tmp_path / "out")
@@ -143,14 +142,11 @@ def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
         os.fsync = fsync
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     child = Run(argv, before=before)
-    wait_for_record(tmp_path / "out", 14)
-    while not os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp"):
-        time.sleep(0.01)
+    child.wait_until(lambda: os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp"))
     child.kill(signal.SIGINT)
-    time.sleep(0.3)
-    assert child.poll() is None
+    child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
     child.kill(signal.SIGINT)
-    assert child.wait(timeout=30) == 130
+    assert child.wait() == 130
     assert newest(tmp_path / "out")["step"] == 10 and os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp")
     assert "resuming at step 10" in finish([*argv, "--init_from=resume"])
     assert_same_run(straight(*TINY, "--max_iters=30"), tmp_path / "out")

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import threading
 
-PATIENCE = 60                    # seconds that anything may take on a machine that is busy
+from support.processes import LIMIT
+
+PATIENCE = LIMIT
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
          "--no-first-run", "--disable-extensions", "--disable-background-networking",
          "--disable-component-update", "--remote-debugging-pipe", "about:blank"]

@@ -91,6 +91,14 @@ class Fork:
             time.sleep(0.001)
         return self.status
 
+    def wait_until(self, condition):
+        """Returns once condition() holds. Fails if the process ends before."""
+        limit = time.monotonic() + LIMIT
+        while not condition():
+            assert self.poll() is None, f"ended with {self.status} before that:\n{self.output}"
+            assert time.monotonic() < limit, f"not within {LIMIT} s:\n{self.output}"
+            time.sleep(0.001)
+
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
 

@@ -70,13 +70,20 @@ class Run(processes.Fork):
         """Wrap what marks the border of two phases; none of it changes what is computed."""
         mark = self.mark
 
+        def enter(phase):
+            if self.phase() == phase:
+                return
+            mark[0] = PHASES.index(phase)
+            for action in _ON_PHASE:
+                action(phase)
+
         def around(owner, name, phase, after):
             inner = getattr(owner, name)
 
             def wrapped(*args, **kwargs):
-                mark[0] = PHASES.index(phase)
+                enter(phase)
                 result = inner(*args, **kwargs)
-                mark[0] = PHASES.index(after)
+                enter(after)
                 return result
             setattr(owner, name, wrapped)
         around(checkpoint, "save", "checkpoint write", "step")
@@ -116,6 +123,21 @@ def ranks(world, argv, before=None, env=None):
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (env or {})
     return [Run(argv, before and before[r], common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+
+
+_ON_PHASE = []                                   # what a child calls when it enters a phase
+
+
+def on_phase(phase, time, action):
+    """In the child: call action() when it enters `phase` for the given time, the first being 1."""
+    entered = 0
+
+    def count(now):
+        nonlocal entered
+        entered += now == phase
+        if now == phase and entered == time:
+            action()
+    _ON_PHASE.append(count)
 
 
 def on_step(action):

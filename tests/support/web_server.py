@@ -13,9 +13,10 @@ from minillm.http_app import Limits, make_app
 from minillm.openai_api import Service
 from minillm.sampling_params import SamplingParams
 from model import twins
+from support.processes import LIMIT
 
 DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50}
-PATIENCE = 60                    # seconds that an event may take on a machine that is busy
+PATIENCE = LIMIT
 
 
 class Gate:
