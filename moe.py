@@ -44,6 +44,10 @@ class Router(nn.Module):
             else:
                 logits_TE = x_TD @ self.weight_DE.to(x_TD.dtype)
             expert_TK = self.top_experts(logits_TE, self.k)
+            if self.k == 1:
+                # a softmax over one logit is 1 whatever the logit: no gradient would reach the
+                # router
+                return logits_TE.softmax(dim=1).gather(1, expert_TK), expert_TK
             return logits_TE.gather(1, expert_TK).softmax(dim=1), expert_TK
 
     def noisy_logits(self, x_TD):
@@ -62,6 +66,8 @@ def balance_loss(gate_TK, expert_TK, n_expert):
     """
     one_hot_TKE = F.one_hot(expert_TK, n_expert).to(gate_TK.dtype)
     mean_E = (gate_TK[:, :, None] * one_hot_TKE).sum(1).mean(0)
+    if gate_TK.shape[1] == 1:
+        mean_E = mean_E / mean_E.sum()           # the gates of single experts do not sum to 1
     return -(mean_E.clamp_min(1e-6) * n_expert).log().mean()
 
 

@@ -10,10 +10,11 @@ import torch
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     """Draw one id per row from softmax(logits / temperature), cut by top_k and top_p.
 
-    logits: (B, V); u: (B,) in [0, 1), the only randomness: the id is where the cumulative
-    probability passes u. A row's u depends on its seed and step alone, so a row draws the same ids
-    in any batch. temperature 0 is greedy. topk: minillm/speed/topk.py has faster ones. Returns
-    (B,).
+    logits: (B, V); u: (B,) in [0, 1), the only randomness, which depends on the row's seed and step
+    alone. From it every id gets a waiting time, exponential with mean 1; the id whose time divided
+    by its probability is smallest is drawn. So neither the other rows nor the order of almost equal
+    logits moves the choice: rounding does only where two ids are about to tie. temperature 0 is
+    greedy. topk: minillm/speed/topk.py has faster ones. Returns (B,).
     """
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
@@ -23,15 +24,27 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     elif top_p < 1:
         logits, ids = logits.sort(descending=True)
     p = (logits.float() / temperature).softmax(-1)
-    total = p.cumsum(-1)
     if top_p < 1:
-        p = p * (total - p < top_p)              # the first one always stays
-        total = p.cumsum(-1)
-    target = u[:, None] * total[:, -1:]
-    choice = (total <= target).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    if ids is not None:
-        choice = ids.gather(1, choice)
-    return choice[:, 0]
+        before = p.cumsum(-1) - p
+        p = p * (before < top_p)                 # the first one always stays
+    if ids is None:
+        ids = torch.arange(p.shape[-1], device=p.device).expand_as(p)
+    choice = (waiting_time(u[:, None], ids) / p).argmin(-1, keepdim=True)
+    return ids.gather(1, choice)[:, 0]
+
+
+def waiting_time(u, ids):
+    """An exponential number of mean 1 for each id: u (B, 1), ids (B, n) → (B, n)."""
+    bits = mix(ids + 1) ^ (u * 2**24).long()     # u is a multiple of 2**-24
+    uniform = (mix(bits) + 0.5) / 2**32
+    return -torch.log1p(-uniform)
+
+
+def mix(x):
+    """A hash of whole numbers below 2**32: every bit of x moves every bit of the result."""
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def penalize(logits, seen, penalty):

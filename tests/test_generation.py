@@ -36,7 +36,7 @@ def uncached(model, prompt, n, seed=0, temperature=1.0, top_k=0, top_p=1.0, repe
         logits = model(torch.tensor([ids]))[0, -1].double().tolist()
         for id in set(ids) - set(stop_ids):
             logits[id] = logits[id] / repetition_penalty if logits[id] > 0 else logits[id] * repetition_penalty
-        order = sorted(range(len(logits)), key=lambda id: -logits[id]) if top_k or top_p < 1 else list(range(len(logits)))
+        order = sorted(range(len(logits)), key=lambda id: -logits[id])
         if temperature == 0:
             id = max(range(len(logits)), key=logits.__getitem__)
         else:
@@ -46,16 +46,22 @@ def uncached(model, prompt, n, seed=0, temperature=1.0, top_k=0, top_p=1.0, repe
             for weight in weights:
                 kept.append(weight if mass < top_p * sum(weights) else 0.0)
                 mass += weight
-            target, total = u[len(out)] * sum(kept), 0.0
-            for id, weight in zip(order, kept):
-                total += weight
-                if total > target:
-                    break
+            race = [waited(u[len(out)], id) / weight for id, weight in zip(order, kept) if weight]
+            id = order[race.index(min(race))]
         out.append(id)
         ids.append(id)
         if id in stop_ids:
             break
     return out
+
+
+def waited(u, id):
+    """The exponential number that a row's u gives to an id, in plain Python."""
+    def mix(x):
+        for _ in range(2):
+            x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
+        return x ^ (x >> 16)
+    return -math.log1p(-(mix(mix(id + 1) ^ int(u * 2**24)) + 0.5) / 2**32)
 
 
 def rows(model, prompts, n, **options):
@@ -177,7 +183,8 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"n_head": 2, "n_kv_head": 2}, {"n_inner": 2048}, {"n_expert": 4, "n_expert_per_tok": 2},
-                                     {"n_expert": 4, "n_expert_per_tok": 2, "n_inner": 2048}])
+                                     {"n_expert": 4, "n_expert_per_tok": 2, "n_inner": 2048},
+                                     {"n_expert": 4, "n_expert_per_tok": 1}])
 @pytest.mark.parametrize("way", ["vectors", "for a compiler", "compiled"])
 def test_batch_size_1_equals_the_modules(options, dtype, way):
     """decode_cpu and decode_gpu, token by token, give the logits that the modules give for the whole text."""
@@ -213,7 +220,7 @@ def test_batch_size_1_equals_the_modules(options, dtype, way):
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7), (1.0, 0, 0.3), (1.3, 6, 0.8), (1.0, 99, 1e-9)])
 def test_sample_draws_the_distribution(temperature, top_k, top_p):
-    """Over evenly spaced u each id comes as often as its probability says, the probabilities being worked out here."""
+    """Over many u each id comes as often as its probability, computed here, says."""
     logits = [1.5, -0.3, 0.2, 2.0, -1.0, 0.9, 0.1, -2.5]
     p = {id: math.exp(value / temperature) for id, value in enumerate(logits)}
     ranked = sorted(p, key=lambda id: -p[id])[:top_k or None]
@@ -222,12 +229,24 @@ def test_sample_draws_the_distribution(temperature, top_k, top_p):
         if mass < top_p * total:
             kept.append(id)
         mass += p[id]
-    n = 20_000
-    u = (torch.arange(n) + 0.5) / n
+    n = 200_000
+    u = torch.arange(n) / 2**18
     counts = torch.bincount(sample(torch.tensor([logits]).expand(n, -1), u, temperature, top_k, top_p), minlength=8)
     for id in range(8):
         expected = p[id] / sum(p[id] for id in kept) if id in kept else 0
-        assert abs(counts[id] / n - expected) < 2e-4, id
+        assert abs(counts[id] / n - expected) <= 4 * (expected * (1 - expected) / n) ** 0.5, id
+
+
+def test_rounding_moves_few_choices():
+    """Almost equal logits may change ranks between two roundings: that alone draws no other id."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(3000, 2000), torch.rand(3000)
+    rounded = logits + 1e-3 * torch.randn_like(logits)
+    assert (logits.topk(50)[1] != rounded.topk(50)[1]).any(1).float().mean() > 0.5
+
+    for options in (dict(), dict(top_k=50), dict(top_p=0.9)):
+        moved = sample(logits, u, **options) != sample(rounded, u, **options)
+        assert moved.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("size", [100, 32000, 31999, 5000])
@@ -252,7 +271,7 @@ def test_sample_at_the_edges():
             assert sample(logits, u, **options).item() in (1, 3)
         for options in (dict(), dict(temperature=1e-3), dict(temperature=100.0), dict(top_k=1000), dict(top_p=0.999)):
             assert sample(logits, u, **options).item() != 2
-    assert sample(logits, almost_one, 1e-3).item() == 3
+    assert sample(logits, almost_one, 1e-3).item() in (1, 3)
 
 
 def test_penalty_makes_what_was_said_less_likely():

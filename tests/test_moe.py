@@ -146,10 +146,11 @@ def test_noise_is_training_only_and_learned():
     assert all(torch.equal(a, b) for a, b in zip(moe.router(x), moe.router(x)))
 
 
-def test_the_language_loss_alone_teaches_the_router():
-    """A gate that carries no gradient is a known pitfall: here the router's map and its noise's both have one, in every layer."""
+@pytest.mark.parametrize("experts_per_token", [1, 3])
+def test_the_language_loss_alone_teaches_the_router(experts_per_token):
+    """The router's weights and those of its noise both have a gradient, in every layer."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**CONFIG)).train()
+    model = GPT(GPTConfig(**CONFIG | dict(n_expert_per_tok=experts_per_token))).train()
     idx = torch.randint(101, (4, 32))
     loss, _ = model(idx, idx.roll(-1, 1))
     loss.backward()
@@ -163,6 +164,18 @@ def test_router_computes_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         gate, expert = moe.router(x)
     assert gate.dtype == torch.float32 and torch.equal(gate, moe.router(x)[0])
+
+
+def test_one_expert_per_token_is_scaled_by_its_probability():
+    """Its gate is that of a softmax over all experts; the balance loss still is 0 where all is even."""
+    moe = layer(n_expert_per_tok=1).eval()
+    x = torch.randn(50, 32)
+    gate, expert = moe.router(x)
+    p = (x @ moe.router.weight_DE).softmax(1)
+    torch.testing.assert_close(gate, p.max(1, keepdim=True)[0])
+    assert torch.equal(expert, p.argmax(1, keepdim=True))
+    even = balance_loss(torch.full((4, 1), 0.4), torch.arange(4)[:, None], 4)
+    assert even.abs() < 1e-6
 
 
 def test_balance_loss():

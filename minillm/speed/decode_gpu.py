@@ -113,6 +113,8 @@ def moe(layer, x_D):
     top = logits_E[experts_K[0][0]]
     gates_K = [(logits_E[expert[0]] - top).exp() for expert in experts_K]
     total = sum(gates_K)
+    if layer.router.k == 1:
+        total = (logits_E - top).exp().sum()     # as in moe.py: a softmax over all experts
     rows_KF = []
     for expert, gate in zip(experts_K, gates_K):
         hidden_F = row_terms(layer.w1_EDF.transpose(1, 2), x_D, expert[0]).sum(-1)
