@@ -5,9 +5,10 @@
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
     cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
 
-The text streams to stdout as it is made, and nothing else does; what a text ended for and the speed go
-to stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context. The same
-seed gives the same text, alone or in a batch: sample i draws from seed + i.
+The text streams to stdout as it is made, and nothing else does; why a text ended and the speed go to
+stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context. Sample i
+draws from seed + i. The same seed gives the same text alone and in a batch with --dtype=float32; in
+16 bits a batch rounds differently, which moves about one draw in a hundred.
 """
 import json
 import random

@@ -120,8 +120,8 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
                 damaged = archive.testzip()
             if damaged:
                 raise Damaged(f"{path} is damaged: the checksum of {damaged} does not fit")
-        # torch maps only files whose name is UTF-8, reads the others
-        mmap = mmap and str(path).encode("utf-8", "replace").decode() == str(path)
+        # torch maps only files whose name is UTF-8 on the disk too (in a GBK locale it is not)
+        mmap = mmap and os.fsencode(path) == str(path).encode("utf-8", "replace")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise                                    # says nothing about the file: never a damage

@@ -81,13 +81,23 @@ class GenerationSettings:
 
 
 def read_prompt(text):
-    """The prompt: `text`, or all of stdin if that is '-'. Raises UserError if it is not UTF-8."""
-    try:
-        if text == "-":
+    """The prompt: `text`, or all of stdin if that is '-'.
+
+    stdin is UTF-8, or else in the terminal's own encoding (GBK). Raises UserError if it is neither.
+    """
+    if text != "-":
+        try:
+            text.encode("utf-8")
+        except UnicodeError:
+            raise UserError("the prompt is not UTF-8 text") from None
+        return text
+    if sys.stdin.isatty():
+        print("type the text; Ctrl-D on a line of its own ends it", file=sys.stderr, flush=True)
+    data = sys.stdin.buffer.read()
+    for encoding in ("utf-8-sig", sys.stdin.encoding):
+        try:
             # one line end comes from the command that wrote the text, not from its author
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
-            return text.replace("\r\n", "\n").removesuffix("\n")
-        text.encode("utf-8")
-    except UnicodeError:
-        raise UserError("the prompt is not UTF-8 text") from None
-    return text
+            return data.decode(encoding).replace("\r\n", "\n").removesuffix("\n")
+        except UnicodeError:
+            pass
+    raise UserError("the prompt is not UTF-8 text: `iconv -f GBK -t UTF-8` converts GBK")

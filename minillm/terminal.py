@@ -17,6 +17,10 @@ from minillm.conversation import Conversation
 from minillm.device import describe
 from minillm.errors import UserError
 
+if sys.flags.utf8_mode:
+    # The locale is C or is not installed: Python reads UTF-8 all the same, but readline asks the
+    # locale, and would take the bytes of a Chinese character for Meta keys
+    os.environ["LC_ALL"] = "C.UTF-8"
 try:
     import readline
 except ImportError:                              # Windows; input() then has no history

@@ -41,12 +41,14 @@ def folder(tmp_path_factory):
 class Session:
     """chat.py in a terminal of its own. `expect` reads on until a pattern has come, whatever the colours."""
 
-    def __init__(self, folder, *argv, **environment):
+    def __init__(self, folder, *argv, command=None, **environment):
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             # no LANG: the harder case, as in a container
             keep = {key: os.environ[key] for key in ("PATH", "HOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV") if key in os.environ}
             os.chdir(folder)
+            if command:
+                os.execve("/bin/sh", ["sh", "-c", command], keep | {"OMP_NUM_THREADS": "1"})
             os.execve(sys.executable, [sys.executable, os.path.join(ROOT, "chat.py"), "--out_dir=tiny", "--device=cpu", *argv],
                       keep | {"TERM": "xterm", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment)
         self.resize(24, 80)
@@ -396,7 +398,49 @@ def test_no_color_and_ctrl_c_twice(folder):
     assert not re.search(rb"\x1b\[[0-9;]*m", session.raw) and "Traceback" not in session.screen
 
 
+@pytest.mark.parametrize("locale", ["C", "xx_XX.UTF-8"])
+def test_chinese_where_the_locale_is_missing(folder, locale):
+    """LC_ALL=C, or a locale that is not installed, as over SSH into a bare container."""
+    session = Session(folder, "--max_new_tokens=5", LC_ALL=locale)
+    session.prompt()
+
+    session.say("你好世界")
+
+    assert saved(session, folder, "locale.jsonl")[0]["content"] == "你好世界"
+    session.send("\x04")
+    assert session.ended() == 0
+
+
+def test_chat_through_tee_says_what_it_waits_for(folder):
+    """A terminal to type in, but stdout is a pipe: the message is read to its end."""
+    script = os.path.join(ROOT, "chat.py")
+    flags = "--out_dir=tiny --device=cpu --max_new_tokens=5 --seed=1"
+    session = Session(folder, command=f"{sys.executable} {script} {flags} | tee tee.log")
+
+    session.expect("type the text; Ctrl-D")
+    session.send("你好\r\x04")
+
+    session.expect(LETTERS + "{3}")
+    assert session.ended() == 0
+
+
 # Pipes. The program runs in a fork of this process: nothing is imported anew
+
+
+def test_stdin_in_the_encoding_of_the_terminal(folder):
+    """A GBK terminal pipes GBK: read as such; where the terminal is UTF-8, the line says what to do."""
+    command = [sys.executable, os.path.join(ROOT, "chat.py"), "--out_dir=tiny", "--json",
+               "--max_new_tokens=5", "--device=cpu"]
+    for encoding, status in (("gbk", 0), ("utf-8", 2)):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120,
+                              input="你好世界".encode("gbk"), env=environment)
+
+        assert done.returncode == status, done.stderr
+        if status == 0:
+            assert json.loads(done.stdout.decode("gbk"))["prompt"] == "你好世界"
+        else:
+            assert "`iconv -f GBK -t UTF-8` converts" in done.stderr.decode()
 
 
 def test_a_real_pipe(folder):
