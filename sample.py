@@ -8,7 +8,7 @@
 The text streams to stdout as it is made, and nothing else does; why a text ended and the speed go to
 stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context. Sample i
 draws from seed + i. The same seed gives the same text alone and in a batch with --dtype=float32; in
-16 bits a batch rounds differently, which moves about one draw in a hundred.
+16 bits a batch rounds differently, which now and then moves a draw.
 """
 import json
 import random
