@@ -77,18 +77,18 @@ def main():
     if not os.path.isdir(s.out_dir):
         raise UserError(f"no model in {s.out_dir}: `make demo`, or train.py, makes one")
     try:
-        import starlette                     # noqa: F401  optional, like uvicorn
-        import uvicorn
+        import uvicorn                       # optional: requirements-serve.txt
+        import starlette                     # noqa: F401  optional too
     except ImportError as error:
         raise UserError(f"serve.py needs {error.name}: "
                         "pip install -r requirements-serve.txt") from None
     bound = listen(s.host, s.port)
 
     # 2) the model, and the thread that decodes
-    from minillm.batch_decoder import BatchDecoder
-    from minillm.http_app import Limits, make_app
-    from minillm.openai_api import Service
-    from model import GPT, twins
+    from minillm.batch_decoder import BatchDecoder         # late: torch
+    from minillm.http_app import Limits, make_app          # late: torch
+    from minillm.openai_api import Service                 # late: torch
+    from model import GPT, twins                           # late: torch
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)

@@ -16,7 +16,15 @@ from model import twins
 from support.processes import LIMIT
 
 DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50}
+<<<<<<< HEAD
 PATIENCE = LIMIT
+=======
+HELLO = [{"role": "user", "content": "你好"}]
+TALK = [{"role": "system", "content": "诗"}, {"role": "user", "content": "从前"},
+        {"role": "assistant", "content": "山"}, {"role": "user", "content": "然后？"}]
+CHAT = "/v1/chat/completions"
+PATIENCE = 60                    # seconds that an event may take on a machine that is busy
+>>>>>>> edcb962 (bench.serve: tokens/s and time to the first token; serve.py's tests in two files)
 
 
 class Gate:
@@ -93,3 +101,19 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
         web.should_exit = True
         thread.join()
         bound.close()
+
+
+def chat(server, messages=HELLO, **options):
+    """OpenAI's client asks for a chat completion."""
+    extra = {key: options.pop(key) for key in ("top_k", "repetition_penalty") if key in options}
+    create = server.client().chat.completions.create
+    return create(model="tiny", messages=messages, extra_body=extra, **options)
+
+
+def text_of(response):
+    return response.choices[0].message.content
+
+
+def alone(server, messages=HELLO, **options):
+    """The text that the model gives by itself."""
+    return server.model.chat(messages, **DEFAULTS | options)
