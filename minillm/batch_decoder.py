@@ -109,7 +109,7 @@ class Row:
         self.step = 0
         seed = answer.seed + SEGMENT_SEED * answer.segment
         generator = torch.Generator().manual_seed(seed % 2**63)
-        self.u = torch.rand(self.limit, generator=generator)
+        self.u = torch.rand(self.limit, generator=generator).tolist()
         self.seen = None
         if params.repetition_penalty != 1:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool)
@@ -256,16 +256,18 @@ class BatchDecoder:
         first, last = self.span(decoding[0].number, decoding[-1].number + 1)
         if (first, last) not in self.spans:
             self.spans[first, last] = CacheRows(self.cache, first, last)
-        token = torch.zeros(last - first, 1, dtype=torch.long)
-        position = torch.full_like(token, self.cache.size)
+        token, position = [0] * (last - first), [self.cache.size] * (last - first)
         for row in decoding:
             tokens = row.cache.tokens[0]
             token[row.number - first] = row.token
             position[row.number - first] = len(tokens)
             tokens.append(row.token)
         end = max(len(row.cache.tokens[0]) for row in decoding)
-        logits = self.decode(self.model, self.spans[first, last], token, position, end)
-        self._choose(decoding, logits[[row.number - first for row in decoding]])
+        logits = self.decode(self.model, self.spans[first, last], torch.tensor(token)[:, None],
+                             torch.tensor(position)[:, None], end)
+        if len(decoding) < last - first:
+            logits = logits[[row.number - first for row in decoding]]
+        self._choose(decoding, logits)
 
     def _choose(self, rows, logits):
         """Draw the next token of each row from its logits (len(rows), V)."""
@@ -276,11 +278,11 @@ class BatchDecoder:
             groups[p.temperature, p.top_k, p.top_p, p.repetition_penalty].append(i)
         for (temperature, top_k, top_p, penalty), places in groups.items():
             group = [rows[i] for i in places]
-            scores = logits[places]
+            scores = logits if len(group) == len(rows) else logits[places]
             if penalty != 1:
                 seen = torch.stack([row.seen for row in group]).to(scores.device)
                 scores = penalize(scores, seen, penalty)
-            u = torch.stack([row.u[row.step] for row in group]).to(scores.device)
+            u = torch.tensor([row.u[row.step] for row in group], device=scores.device)
             tokens = sample(scores, u, temperature, top_k, top_p, self.topk).tolist()
             for row, token in zip(group, tokens):
                 self._push(row, token)
