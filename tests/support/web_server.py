@@ -16,15 +16,11 @@ from model import twins
 from support.processes import LIMIT
 
 DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50}
-<<<<<<< HEAD
-PATIENCE = LIMIT
-=======
 HELLO = [{"role": "user", "content": "你好"}]
 TALK = [{"role": "system", "content": "诗"}, {"role": "user", "content": "从前"},
         {"role": "assistant", "content": "山"}, {"role": "user", "content": "然后？"}]
 CHAT = "/v1/chat/completions"
-PATIENCE = 60                    # seconds that an event may take on a machine that is busy
->>>>>>> edcb962 (bench.serve: tokens/s and time to the first token; serve.py's tests in two files)
+PATIENCE = LIMIT
 
 
 class Gate:
