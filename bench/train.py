@@ -12,6 +12,7 @@ warm-up. FLOPs per token: 6 × active matmul parameters (the tied head once), an
 import itertools
 import statistics
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -23,9 +24,9 @@ from minillm.dataloader import TokenData, batch_windows
 from minillm.device import (autocast, compile_for_training, peak_flops, pick_device, pick_dtype,
                             to_device)
 from minillm.errors import UserError, run
+from minillm.optimizer import make_optimizer
 from minillm.speed.float8 import use_float8
 from train import Settings as TrainingSettings
-from train import make_optimizer
 
 # on a CPU, where nobody trains 171M parameters
 DEMO = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=192, vocab_size=1200, block_size=128)
@@ -37,6 +38,7 @@ class Settings(ModelShape):
     batch_size: NonNegative = 0       # rows; 0: 64, or 16 on a CPU
     block_size: Positive = 512        # tokens in a row
     doc_mask: bool = False            # attention inside documents, as in SFT
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: of the blocks, AdamW for the rest
     data_dir: str = ""                # train on these token files too, in turns with random tokens
     # the measurement
     repeats: whole(2) = 20            # timed steps
@@ -79,7 +81,8 @@ def training_step(s, model, device, dtype):
 
     The host runs one step ahead of the device.
     """
-    optimizer = make_optimizer(model, TrainingSettings(), device)
+    settings = TrainingSettings(optimizer=s.optimizer)
+    optimizer = make_optimizer(model, settings, compile=s.compile and device.type == "cuda")
     optimizer.set_rate(1e-4)
     step_model = compile_for_training(model, device) if s.compile else model
     flex = s.compile and device.type == "cuda"
