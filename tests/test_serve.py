@@ -24,6 +24,10 @@ def server():
         yield server
 
 
+SHORT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"},
+         {"role": "user", "content": "z"}]
+
+
 class Options(NamedTuple):
     name: str
     messages: list
@@ -38,6 +42,8 @@ SAME_TEXT = [
     Options("nucleus", TALK, {"top_p": 0.7, "seed": 3}),
     Options("penalty", TALK, {"repetition_penalty": 1.5, "seed": 4}),
     Options("longer than the context", TALK, {"max_new_tokens": 80, "seed": 5}, {"max_tokens": 80}),
+    Options("an exchange goes amid the answer", SHORT, {"max_new_tokens": 80, "seed": 8},
+            {"max_tokens": 80}),
     Options("the other name", HELLO, {"max_new_tokens": 3, "seed": 6},
             {"max_completion_tokens": 3}),
     Options("stop", HELLO, {"stop": ("a", "的"), "temperature": 2, "seed": 7},
