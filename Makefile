@@ -1,5 +1,5 @@
-# make demo              the whole loop on an invented town, on a laptop: two to four minutes after installation
-# make demo MODEL=moe    the same with a mixture of experts
+# make demo              the whole loop on an invented town: 2 to 4 minutes on a laptop
+# make demo MODEL=moe    the same with an MoE
 # make test              the tests
 # make test-faults       the long batteries: kills, resumes, bad input
 # make clean-demo        start the demo over
@@ -19,7 +19,10 @@ else
 endif
 SFT := config/$(NAME)_sft.py
 OUT := out/$(NAME)
+# what a change re-makes: the data, and what is trained on it
+DATA_CODE := demo/town.py $(wildcard minillm/*.py)
 CODE := train.py model.py moe.py $(wildcard minillm/*.py minillm/speed/*.py)
+CHAT := $(PY) chat.py --out_dir=$(OUT)_sft --temperature=0
 
 .PHONY: demo test test-faults clean-demo
 .DELETE_ON_ERROR:
@@ -35,9 +38,10 @@ $(call command,$(2))
 endef
 
 demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
-	$(call stage,Chat: three questions; the last two about somebody whom SFT never mentioned,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=你好)
-	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=沈琴明住在哪里？)
-	$(call command,$(PY) chat.py --out_dir=$(OUT)_sft --temperature=0 --prompt=请问沈琴明爱吃什么？)
+	$(call stage,Chat: the last two questions are about a person whom SFT never mentioned,\
+		$(CHAT) --prompt=你好)
+	$(call command,$(CHAT) --prompt=沈琴明住在哪里？)
+	$(call command,$(CHAT) --prompt=请问沈琴明爱吃什么？)
 	@$(PY) -m demo.report $(NAME)
 
 .venv/installed: requirements.txt
@@ -45,16 +49,17 @@ demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-data/demo/tokenizer/tokenizer.json: demo/town.py train_tokenizer.py minillm/tokenizer.py | .venv/installed
+data/demo/tokenizer/tokenizer.json: train_tokenizer.py $(DATA_CODE) | .venv/installed
 	$(call stage,Tokenizer: byte-level BPE from the text of the town,$(PY) train_tokenizer.py)
 	@touch $@
 
-data/demo/pretrain/meta.json: data/demo/tokenizer/tokenizer.json prepare_pretrain.py
+data/demo/pretrain/meta.json: data/demo/tokenizer/tokenizer.json prepare_pretrain.py $(DATA_CODE)
 	$(call stage,Token files for pretraining: biographies,$(PY) prepare_pretrain.py)
 	@touch $@
 
-data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py
-	$(call stage,Token files for SFT: questions and answers about half of the people,$(PY) prepare_sft.py)
+data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py $(DATA_CODE)
+	$(call stage,Token files for SFT: questions and answers about half of the people,\
+		$(PY) prepare_sft.py)
 	@touch $@
 
 $(OUT)_pretrain/done: data/demo/pretrain/meta.json $(PRETRAIN) $(CODE)
@@ -66,11 +71,14 @@ $(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
 	@touch $@
 
 $(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
-	$(call stage,Control: the same SFT without pretraining,$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control --overwrite=True)
+	$(call stage,Control: the same SFT without pretraining,\
+		$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control \
+		--overwrite=True)
 	@touch $@
 
 $(OUT)_%/eval.json: $(OUT)_%/done eval.py
-	$(call stage,Evaluation: questions about the other half of the people,$(PY) eval.py --out_dir=$(OUT)_$* --batch_size=50)
+	$(call stage,Evaluation: questions about the other half of the people,\
+		$(PY) eval.py --out_dir=$(OUT)_$* --batch_size=50)
 
 test: .venv/installed
 	$(PY) -m pytest
@@ -79,4 +87,4 @@ test-faults: .venv/installed
 	$(PY) -m pytest -m slow
 
 clean-demo:
-	rm -rf data/demo out/demo_pretrain out/demo_sft out/demo_control out/demo_moe_pretrain out/demo_moe_sft out/demo_moe_control
+	rm -rf data/demo $(foreach run,pretrain sft control,out/demo_$(run) out/demo_moe_$(run))
