@@ -14,10 +14,17 @@ batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 2
 max_iters = 0                   # as many as epochs says
-learning_rate = 2e-4
-min_lr = 2e-5
+
+optimizer = "muon"
+learning_rate = 0.003            # of the blocks' matrices
+embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
+vector_rate = 0.067             # norms and routers: 0.067 times that
+beta1 = 0.7                     # of AdamW
+weight_decay = 0.06
+schedule = "linear"             # constant, then to zero over the last decay_share of the steps
+decay_share = 1.0
+min_lr = 0
 warmup_iters = 200
-weight_decay = 0.1
 
 log_interval = 10
 eval_interval = 500

@@ -146,14 +146,19 @@ def rank_batches(data, seed, step, batch_size, micro_steps, rank, world):
 
 def show_windows(data, windows, tokenizer):
     """Print windows as text, the supervised tokens of SFT between ⟦ and ⟧."""
+    lines = []
     for window in windows:
-        learned = [False] + [target >= 0 for target in data.windows([window])[1][0].tolist()]
+        _, targets = data.windows([window])
+        learned = [False] + (targets[0] >= 0).tolist()
+        lines.append(f"--- window {window}: {sum(learned)} learned tokens")
+        marked = learned if data.mask is not None else [False] * len(learned)
         tokens = data.tokens[int(window) * data.stride:][: len(learned)].tolist()
-        print(f"--- window {window}: {sum(learned)} learned tokens")
-        for is_learned, run in itertools.groupby(zip(learned, tokens), key=lambda pair: pair[0] and data.mask is not None):
-            text = tokenizer.decode([id for _, id in run], skip_special=False)
-            print(f"⟦{text}⟧" if is_learned else text, end="")
-        print()
+        text = ""
+        for mark, run in itertools.groupby(zip(marked, tokens), key=lambda pair: pair[0]):
+            piece = tokenizer.decode([token for _, token in run], skip_special=False)
+            text += f"⟦{piece}⟧" if mark else piece
+        lines.append(text)
+    print("\n".join(lines))                      # at once: `| head` may leave before the end
 
 
 def derive_seed(*numbers):

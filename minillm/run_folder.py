@@ -70,7 +70,7 @@ def open_resumed(s, data):
     for key, value in KEPT.items():
         if key not in s.given:
             setattr(s, key, resumed["settings"].get(key, value))
-    _report_changes(s, resumed["settings"])
+    _report_changes(s, resumed)
     return resumed
 
 
@@ -120,10 +120,12 @@ def _check_identity(s, data, resumed):
                             f"now it is {value}; --allow_other_data=True goes on all the same")
 
 
-def _report_changes(s, old):
-    skip = (*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log")
+def _report_changes(s, resumed):
+    # the shape comes from the checkpoint, whatever the settings say
+    skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log"}
+    skip |= resumed["model_config"].keys() - {"block_size", "dropout"}
     now = asdict(s)
-    changed = [f"{key} {value!r} → {now[key]!r}" for key, value in old.items()
+    changed = [f"{key} {value!r} → {now[key]!r}" for key, value in resumed["settings"].items()
                if key in now and now[key] != value and key not in skip]
     if changed:
         print0(f"changed since the checkpoint: {', '.join(changed)}")
