@@ -1,4 +1,4 @@
-"""out_dir tells the truth about its run: config.py, an old run, the tokenizer, rolling back, totals."""
+"""out_dir tells the truth about its run: config.py, tokenizer, rolling back, totals."""
 import json
 import os
 import re
@@ -123,7 +123,7 @@ def test_no_compiler_is_one_line(data, base, tmp_path):
 # ---- the tokenizer
 
 def moved(data, folder):
-    """The data in `folder`/pretrain, its tokenizer in `folder`/tokenizer; meta.json names neither."""
+    """The data in folder/pretrain, the tokenizer in folder/tokenizer; meta.json names neither."""
     shutil.copytree(data, folder / "pretrain")
     shutil.move(folder / "pretrain/tokenizer", folder / "tokenizer")
     meta = json.loads((folder / "pretrain/meta.json").read_text())
