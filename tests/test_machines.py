@@ -196,7 +196,8 @@ def test_a_tracker_gets_every_record_and_the_run_that_goes_on(data, tmp_path):
     assert config["n_embd"] == 32 and config["steps"] == 3 and config["parameters"] > 0
     assert "tracker new id from 0" in first and "closed" in first
     assert "tracker new id from 3" in second
-    assert [f"logged {step} ['grad_norm'" in second for step in range(6)] == [False] * 3 + [True] * 3
+    steps = [step for step in range(6) if f"logged {step} ['grad_norm'" in second]
+    assert steps == [3, 4, 5]
 
 
 def test_a_tracker_that_cannot_start_is_one_line(data, tmp_path):
