@@ -249,7 +249,8 @@ def main():
     if resumed:
         first_step, best_val_loss = resumed["step"], resumed["best_val_loss"]
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"] or scaler.state_dict())
+        if resumed["scaler"].keys() == scaler.state_dict().keys():
+            scaler.load_state_dict(resumed["scaler"])
         s.init_from = resumed["settings"].get("init_from", "scratch")
     if sum_over_ranks(host_group, first_step)[0] != first_step * world:
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
@@ -281,8 +282,8 @@ def main():
     def begin_writing():
         """From the first finished step on, out_dir is this run's."""
         if rank == 0 and not log.has_begun:
-            run_folder.begin(s, first_step if saved_step >= 0 else None, tokenizer, outcome)
-            log.begin()
+            resumed_at = first_step if saved_step >= 0 else None
+            run_folder.begin(s, log, resumed_at, tokenizer, outcome)
 
     def save(step, path, whole):
         """Write a checkpoint: all that resuming needs, or the weights alone. False: no room."""

@@ -23,6 +23,12 @@ from minillm.tokenizer import Tokenizer
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
 RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": dict,
                "best_val_loss": float, "bad_steps": list}
+# of these keys the value matters too, not only its type
+MAKES_SENSE = {
+    "step": lambda step: step >= 0,
+    "best_val_loss": lambda loss: loss == loss,
+    "bad_steps": lambda counts: [type(count) for count in counts] == [int, int],
+}
 READ_ERRORS = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, LookupError,
                AttributeError, TypeError, struct.error)
 
@@ -103,7 +109,7 @@ def saved_steps(folder):
         return []
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-    steps = (re.fullmatch(r"ckpt_(\d+)\.pt", name) for name in names)
+    steps = (re.fullmatch(r"ckpt_([0-9]{8,18})\.pt", name) for name in names)
     return sorted((int(match[1]) for match in steps if match), reverse=True)
 
 
@@ -133,7 +139,8 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
         raise Damaged(f"cannot read checkpoint {path}, it is damaged or cut short: "
                       f"{reason}") from None
     if isinstance(state, dict):
-        missing = [key for key, kind in keys.items() if not isinstance(state.get(key), kind)]
+        missing = [key for key, kind in keys.items()
+                   if not _fits(key, state.get(key), kind)]
     else:
         missing = keys
     if missing:
@@ -142,6 +149,13 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
                       f"no {', '.join(missing)} in it")
     state["path"] = str(path)
     return state
+
+
+def _fits(key, value, kind):
+    """Is a value of a checkpoint of the type `kind` (or a subclass), and one that makes sense?"""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return key not in MAKES_SENSE or MAKES_SENSE[key](value)
 
 
 def _first_line(error):
@@ -182,10 +196,10 @@ def paths_of(folder, which="newest"):
             found = [best]
     elif which == "best":
         found = [best] if os.path.exists(best) else []
-    elif which.isdecimal():
+    elif re.fullmatch("[0-9]{1,18}", which):
         found = [step_path(folder, int(which))] if int(which) in steps else []
     else:
-        raise UserError(f"checkpoint={which!r} must be newest, best or the number of a step")
+        raise UserError(f"checkpoint={which[:40]!r} must be newest, best or the number of a step")
     if not found:
         there = [*map(str, steps), *(["best"] if os.path.exists(best) else [])]
         hint = f"; there are {', '.join(there)}" if there else "; train.py writes them"

@@ -55,7 +55,7 @@ def join(device, rank, world):
         return None
     store, _, _ = next(dist.rendezvous("env://", rank, world))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return dist.new_group(backend="gloo")

@@ -55,7 +55,7 @@ def open_resumed(s, data):
     """
     # torchrun --max-restarts starts the same command again: that time it resumes what this
     # launch has saved
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
     steps = checkpoint.saved_steps(s.out_dir)
     resumed = None
     if s.init_from == "resume" or restarted and steps:
@@ -67,9 +67,10 @@ def open_resumed(s, data):
                                 "--init_from=resume goes on with it, --overwrite=True starts over")
             return None
     _check_identity(s, data, resumed)
-    for key, value in KEPT.items():
+    for key, default in KEPT.items():
         if key not in s.given:
-            setattr(s, key, resumed["settings"].get(key, value))
+            value = resumed["settings"].get(key)
+            setattr(s, key, value if type(value) is type(default) else default)
     _report_changes(s, resumed)
     return resumed
 
@@ -163,11 +164,20 @@ def lock_existing(folder):
     return lock(folder) if checkpoint.saved_steps(folder) else None
 
 
-def begin(s, resumed, tokenizer, outcome):
-    """Make out_dir this run's own, once its first step is done.
+def begin(s, log, resumed_at, tokenizer, outcome):
+    """Make out_dir this run's own, and let `log` write there, once the first step is done.
 
-    resumed: the checkpoint's step, or None for a new run, which removes the files of an older one.
+    resumed_at: a step, or None for a new run, which removes the files of an older one.
     """
+    try:
+        _begin(s, resumed_at, tokenizer, outcome)
+        log.begin()
+    except OSError as error:
+        raise UserError(f"cannot write to {s.out_dir}: {error.filename}: "
+                        f"{error.strerror}") from None
+
+
+def _begin(s, resumed, tokenizer, outcome):
     _remove_temporary(s.out_dir)
     if resumed is None:
         for step in checkpoint.saved_steps(s.out_dir):

@@ -1,5 +1,6 @@
 """The machines people have: devices and number types, environments, missing modules, trackers."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -270,3 +271,44 @@ def test_a_model_that_contradicts_itself_is_one_line(data, tmp_path, spoil, says
         GPT.from_checkpoint(str(tmp_path / "out"), device="cpu")
 
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {"step": -1}, {"step": True}, {"bad_steps": [0]}, {"bad_steps": [0, None]},
+    {"best_val_loss": math.nan}, {"best_val_loss": 3}, {"settings": None}, {"scaler": []}])
+def test_a_state_that_makes_no_sense_is_passed_over(data, tmp_path, changes):
+    argv = [*SHORT, "--checkpoint_interval=3", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish(argv)
+    path = checkpoint.step_path(tmp_path / "out", 6)
+    torch.save(torch.load(path) | changes, path)
+
+    output = finish([*argv, "--init_from=resume"])
+
+    key = next(iter(changes))
+    assert f"ckpt_00000006.pt is not a checkpoint to resume from: no {key} in it" in output
+    assert "resuming at step 3" in output
+
+
+@pytest.mark.parametrize("changes", [
+    {"scaler": {"scale": 1.0}}, {"settings": {}}, {"settings": {"keep_checkpoints": None}},
+    {"settings": {"init_from": 7, "optimizer": None}}, {"optimizer": {}}])
+def test_a_state_of_another_version_resumes(data, tmp_path, changes):
+    """What a checkpoint lacks, or holds of another type, and nobody needs: the defaults."""
+    argv = [*SHORT, "--dtype=float16", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=3"])
+    path = checkpoint.step_path(tmp_path / "out", 3)
+    state = torch.load(path)
+    for key in ("tokens", "seconds", "trackers"):
+        del state[key]
+    torch.save(state | changes, path)
+
+    assert "done at step 6" in finish([*argv, "--init_from=resume"])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.py", "metrics.jsonl.tmp"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(data, tmp_path, name):
+    os.makedirs(tmp_path / "out" / name / "inside")
+
+    line = refused([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
+
+    assert f"cannot write to {tmp_path}/out: " in line and name in line
