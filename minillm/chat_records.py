@@ -133,7 +133,7 @@ def _turns_in(turn, names, left_out, report):
         raise _Skip("a turn is not an object")
     keys = names.keys
     name = _filled(turn, keys["role"])
-    if name is None and any(key != key.casefold() for key in turn):
+    if name is None or turn.keys().isdisjoint(keys["content"]):
         turn = {key.casefold(): value for key, value in turn.items()}
         name = _filled(turn, keys["role"])
     supervised = _supervised(turn, left_out)
