@@ -22,7 +22,14 @@ import threading
 from minillm.errors import UserError
 
 AHEAD = 2                    # blocks per process that are under way; memory is a few blocks for each
-SMALL = 32 << 20             # bytes of input that one process encodes before others would have started
+SMALL = 32 << 20             # bytes of input that one process encodes before others have started
+WORKERS = {
+    "RAYON_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # no word about semaphores when this process is killed
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
+}
 
 
 def default_processes(size):
@@ -38,16 +45,21 @@ def available_cores():
 
 def encode_ahead(encode, blocks, processes=1):
     """Yield encode(block) for every block, in order, reading and encoding ahead."""
-    with _pool(encode, processes) as (submit, workers):
+    reader = in_background(blocks, depth=2)
+    with _pool(encode, processes) as (submit, workers), contextlib.closing(reader):
         futures, late_error = collections.deque(), None
         try:
-            try:
-                for block in in_background(blocks, depth=2):
-                    futures.append(submit(block))
-                    if len(futures) > AHEAD * workers - 1:
-                        yield futures.popleft().result()
-            except Exception as error:                   # of the reader; what was read before it comes first
-                late_error = error
+            while True:
+                try:
+                    block = next(reader)
+                except StopIteration:
+                    break
+                except Exception as error:       # what was read before it comes first
+                    late_error = error
+                    break
+                futures.append(submit(block))
+                if len(futures) >= AHEAD * workers:
+                    yield futures.popleft().result()
             while futures:
                 yield futures.popleft().result()
             if late_error:
@@ -70,17 +82,19 @@ def _pool(encode, processes):
     # spawned, not forked: a fork would inherit the locks of the library's threads
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _begin_worker, (encode,))
+
+    def submit(block):
+        with _signals_held(), _environment_of_workers():     # it may start a process
+            return pool.submit(_encode_in_worker, block)
     try:
-        with _signals_held(), _one_thread_each():
-            pool.submit(os.getpid)                       # starts all processes
-        yield lambda block: pool.submit(_encode_in_worker, block), processes
+        yield submit, processes
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def _signals_held():
-    """Hold Ctrl-C back while processes start: they inherit that, and only this one hears it later."""
+    """Hold Ctrl-C back: a new process inherits that, and only this one hears it later."""
     if not hasattr(signal, "pthread_sigmask"):           # Windows
         yield
         return
@@ -92,11 +106,10 @@ def _signals_held():
 
 
 @contextlib.contextmanager
-def _one_thread_each():
-    """An environment in which the libraries of a new process use one thread."""
-    names = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _environment_of_workers():
+    """The environment in which the libraries of a new process use one thread."""
+    before = {name: os.environ.get(name) for name in WORKERS}
+    os.environ.update(WORKERS)
     try:
         yield
     finally:

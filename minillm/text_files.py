@@ -69,8 +69,10 @@ class Source:
             try:
                 with open(path, "rb") as raw:
                     for block, share in self._blocks_of(path, raw, size):
-                        at = raw.tell() if share is None else share * os.path.getsize(path)
-                        self.position = finished + int(at)
+                        if share is not None:
+                            self.position = finished + int(share * os.path.getsize(path))
+                        elif raw.seekable():             # not a pipe
+                            self.position = finished + raw.tell()
                         yield block
                 self.position = finished = finished + os.path.getsize(path)
             except (EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:

@@ -133,20 +133,22 @@ def _line_values(block, report):
 
 
 def _decoded_lines(block, report):
-    """The lines of a block as text; None for one that does not decode."""
+    """Yield the lines of a block as text; None for one that does not decode."""
     try:
         lines = block.data.decode(block.encoding).split("\n")
     except UnicodeDecodeError:
-        lines = []
-        for number, line in enumerate(block.data.split(b"\n"), block.first):
-            try:
-                lines.append(line.decode(block.encoding))
-            except UnicodeDecodeError:
-                lines.append(None)
-                report.undecodable_line(line, block.encoding, f"{block.name}:{number}")
-    if lines[-1] == "":                                  # behind the last line end
+        lines = block.data.split(b"\n")
+    if not lines[-1]:                                    # behind the last line end
         lines.pop()
-    return lines
+    for number, line in enumerate(lines, block.first):
+        if isinstance(line, str):
+            yield line
+            continue
+        try:
+            yield line.decode(block.encoding)
+        except UnicodeDecodeError:
+            report.undecodable_line(line, block.encoding, f"{block.name}:{number}")
+            yield None
 
 
 def _several_values(text):

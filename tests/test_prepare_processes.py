@@ -111,7 +111,7 @@ def group_members(group):
     return found
 
 
-def wait_until(condition, limit=300):
+def wait_until(condition, limit=100):
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end
@@ -123,15 +123,15 @@ def wait_until(condition, limit=300):
 def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, status):
     """The input is a pipe that never ends, so the run is at work when the signal comes: to all, as by Ctrl-C, or to it alone."""
     os.mkfifo(tmp_path / "endless.jsonl")
-    arguments = [tmp_path / "endless.jsonl", f"--tokenizer={corpus}/tokenizer", f"--out_dir={tmp_path}/o", "--processes=3"]
+    arguments = [tmp_path / "endless.jsonl", f"--tokenizer={corpus}/tokenizer", f"--out_dir={tmp_path}/o", "--processes=3", "--batch_size=1000"]
     run = subprocess.Popen([sys.executable, "-m", "prepare_pretrain", *map(str, arguments)], cwd=ROOT, text=True,
                            stderr=subprocess.PIPE, start_new_session=True)
     with open(tmp_path / "endless.jsonl", "w") as pipe:
-        for text in texts(200):
+        for text in texts(2000):
             pipe.write('{"text": "%s"}\n' % text.replace("\n", ""))
         pipe.flush()
-        # itself, three that encode, and multiprocessing's own
-        wait_until(lambda: len(group_members(run.pid)) >= 4)
+        # itself, one that encodes, and multiprocessing's own
+        wait_until(lambda: len(group_members(run.pid)) >= 3)
         if number == signal.SIGINT:
             os.killpg(run.pid, number)
         else:
