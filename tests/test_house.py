@@ -142,6 +142,7 @@ KNOWN = {
     no_late_import_without_a_reason: set('''
         bench/data.py minillm/open_files.py tests/test_model.py tests/test_moe.py
         tests/test_resume.py tests/test_tokenizer.py
+        tests/test_prepare_kinds.py
     '''.split()),
     no_wide_line: set('''
         bench/data.py chat.py demo/town.py minillm/atomic_folder.py minillm/chat_records.py
@@ -158,10 +159,12 @@ KNOWN = {
         tests/test_model.py tests/test_moe.py tests/test_numerics.py tests/test_prepare.py
         tests/test_prepare_crashes.py tests/test_prepare_formats.py tests/test_resume.py
         tests/test_signals.py tests/test_tokenizer.py train_tokenizer.py
+        tests/test_prepare_kinds.py tests/test_prepare_processes.py
     '''.split()),
     no_long_file: set('''
         tests/test_chat.py tests/test_checkpoints.py tests/test_generation.py
         tests/test_prepare.py
+        tests/test_prepare_kinds.py
     '''.split()),
 }
 
