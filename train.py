@@ -67,7 +67,7 @@ class Settings:
     # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes
     batch_size: whole(1, 10**7) = 16        # windows in one micro-step of one process
     gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps in a step, over all processes
-    doc_mask: bool = False                  # attention never crosses from one document to the next
+    doc_mask: bool | None = None            # attention stays inside a document; auto: for SFT data
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks, AdamW for the rest

@@ -43,10 +43,10 @@ def replaced_folder(path, names):
             os.mkdir(fresh)
             yield fresh
             for file in os.listdir(fresh):
-                _sync(os.path.join(fresh, file))
-            _sync(fresh)
+                sync(os.path.join(fresh, file))
+            sync(fresh)
             _take_place(fresh, path)
-            _sync(parent)
+            sync(parent)
         except OSError as error:                 # disk full, above all
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         finally:
@@ -110,7 +110,8 @@ def _exchange(a, b):
         return False
 
 
-def _sync(path):
+def sync(path):
+    """Bring a file, or the names in a folder, to the disk: they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

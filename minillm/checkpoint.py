@@ -16,6 +16,7 @@ import zipfile
 
 import torch
 
+from minillm.atomic_folder import sync
 from minillm.errors import UserError
 from minillm.export_hf import read_model
 from minillm.tokenizer import Tokenizer
@@ -67,22 +68,10 @@ def save(path, state):
                     raise raw.error from None
                 raise
         os.replace(temporary, path)
-        sync_folder(os.path.dirname(path))
+        sync(os.path.dirname(path))
     except BaseException:
         remove(temporary)
         raise
-
-
-def sync_folder(folder):
-    """Make a rename inside `folder` survive a power cut."""
-    try:
-        handle = os.open(folder or ".", os.O_RDONLY)
-    except PermissionError:                      # Windows opens no folder
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path):

@@ -104,7 +104,7 @@ def configure(cls, argv=None):
             key = key.replace("-", "_")
             _check_key(key, hints, inputs, "flag")
             if not equals:
-                if hints[key] is bool and not (argv and argv[0] in _BOOLS):
+                if _parts(hints[key])[0] is bool and not (argv and argv[0] in _BOOLS):
                     text = "True"
                 elif argv and not argv[0].startswith("--"):
                     text = argv.pop(0)
@@ -215,6 +215,8 @@ def _parse(text, hint, where):
     """Turn the text of a flag into a value of the field's type."""
     kind, optional, _ = _parts(hint)
     if optional and text in ("None", "none", ""):
+        return None
+    if optional and kind is bool and text == "auto":
         return None
     if kind is bool:
         if text not in _BOOLS:

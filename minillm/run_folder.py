@@ -29,7 +29,7 @@ from minillm.token_files import fingerprint
 # settings of one command: config.py leaves them out
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")
 # settings that a resumed run keeps where its command does not repeat them, and their old values
-KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw"}
+KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
 
 
 # ---- may a run start or resume here
@@ -111,6 +111,9 @@ def state_shape(s, config, meta):
     for key, value in asdict(config).items():
         if getattr(s, key) != 0 or stands_for.get(key) != value:
             setattr(s, key, value)
+    if s.doc_mask is None:                       # rows of SFT data hold several conversations
+        s.doc_mask = meta["kind"] == "sft"
+        print0(f"doc_mask={s.doc_mask}, because {s.data_dir} holds {meta['kind']} data")
 
 
 def _check_identity(s, data, resumed):

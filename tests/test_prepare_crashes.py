@@ -105,7 +105,7 @@ def die_in(module, name, when):
 
 # where the run dies, and whether the folder is then still the old one
 STEPS = [
-    (output_folder.os, "mkdir", "after", "old"), (output_folder, "_sync", "before", "old"), (output_folder, "_sync", "after", "old"),
+    (output_folder.os, "mkdir", "after", "old"), (output_folder, "sync", "before", "old"), (output_folder, "sync", "after", "old"),
     (output_folder, "_take_place", "before", "old"), (output_folder, "_exchange", "before", "old"), (output_folder, "_exchange", "after", "new"),
     (output_folder, "_take_place", "after", "new"),
 ]
