@@ -11,6 +11,7 @@ question, A, B, C, D and answer (CSV or JSON lines). Two forms:
 
 Nothing is generated. As in lm-evaluation-harness, `accuracy` takes the choice of the largest
 log-probability, `accuracy_norm` divides it by the choice's number of characters first.
+scripts/lm_eval_choices.yaml is the same task for that program, on an exported model.
 """
 import csv
 import json
