@@ -66,5 +66,13 @@ def _advice(error):
 
 def _report(error):
     line = " ".join(str(error).split("\n")).strip()
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    print(f"{_program()}: {line}", file=sys.stderr, flush=True)
     return 2
+
+
+def _program():
+    """What the user started: "train.py", or "bench.train" of `python -m bench.train`."""
+    folder, name = os.path.split(sys.argv[0])
+    if os.path.exists(os.path.join(folder, "__init__.py")):
+        return os.path.basename(folder) + "." + name.removesuffix(".py")
+    return name

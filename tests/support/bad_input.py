@@ -52,7 +52,7 @@ def check(project, program, case):
 
     assert done.status == 2, f"exit {done.status}\n{done.output}"
     line = done.err.strip()
-    assert len(line.splitlines()) == 1 and line.startswith(f"{program}.py: "), done.err
+    assert len(line.splitlines()) == 1 and line.startswith(processes.prefix(program)), done.err
     assert len(line) < 500 and re.search(case.says, line), line
     after = tree(project)
     changed = sorted(set(after.items()) ^ set(before.items()))

@@ -13,8 +13,14 @@ import traceback
 import torch
 
 from minillm import errors
+from support import ROOT
 
 LIMIT = 600                                      # seconds; only a process that hangs takes so long
+
+
+def prefix(program):
+    """What its errors begin with: "train.py: ", or "bench.train: " of a module in a package."""
+    return f"{program}: " if "." in program else f"{program}.py: "
 
 
 class Fork:
@@ -46,7 +52,7 @@ class Fork:
             sys.stderr = os.fdopen(2, "w", errors="backslashreplace")
             if folder is not None:
                 os.chdir(folder)
-            sys.argv = [f"{program}.py", *argv]
+            sys.argv = [os.path.join(ROOT, *program.split(".")) + ".py", *argv]
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
             # threads that this process has don't survive a fork
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -138,6 +144,6 @@ def refused(program, argv, **options):
     child = run(program, argv, **options)
     assert child.status == 2, f"exit {child.status}\n{child.output}"
     assert "Traceback" not in child.output, child.output
-    lines = [line for line in child.err.splitlines() if line.startswith(f"{program}.py:")]
+    lines = [line for line in child.err.splitlines() if line.startswith(prefix(program))]
     assert len(lines) == 1 and child.err.endswith(lines[0] + "\n"), child.err
     return lines[0]
