@@ -48,14 +48,13 @@ def exact_match(folder):
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    runs = {stage: read_run(f"out/{name}_{stage}") for stage in TITLES}
     print()
     print(ROW.format(*HEAD))
-    for stage, title in TITLES.items():
-        folder = f"out/{name}_{stage}"
-        last = read_run(folder)
-        print(ROW.format(title, f"{last['active_parameters']:,}", f"{last['tokens']:,}",
+    for stage, last in runs.items():
+        print(ROW.format(TITLES[stage], f"{last['active_parameters']:,}", f"{last['tokens']:,}",
                          f"{last['seconds']:.0f}", f"{last['loss']:.4f}", f"{last['val_loss']:.4f}",
-                         exact_match(folder)))
+                         exact_match(f"out/{name}_{stage}")))
     print(END.format(name=name))
 
 

@@ -13,6 +13,7 @@ pretraining an answer is a guess among 24 values, 40 years.
 
 Everything is a pure function of the seed: the same bytes on every machine.
 """
+import itertools
 import json
 import os
 import random
@@ -114,17 +115,24 @@ def dialogue(*turns):
     return {"conversations": messages}
 
 
+def exchange(rng, questions, person, key):
+    """(question, answer) about one attribute of a person."""
+    return fill(rng.choice(questions[key]), person, key), fill(ANSWERS[key], person, key)
+
+
 def conversations(seed=1337):
-    """Yield the SFT conversations: about the taught half alone, with one to three turns, and small talk."""
+    """Yield the SFT conversations: one to three turns about the taught half alone; small talk."""
     rng = random.Random(f"conversations {seed}")
     taught, _ = taught_and_held_out(seed)
     for round in range(6):
         for person in rng.sample(taught, len(taught)):
             for key in rng.sample(list(ATTRIBUTES), len(ATTRIBUTES)):
-                turns = [(fill(rng.choice(QUESTIONS[key]), person, key), fill(ANSWERS[key], person, key))]
+                turns = [exchange(rng, QUESTIONS, person, key)]
                 if rng.random() < 0.3:
-                    for other in rng.sample([k for k in ATTRIBUTES if k != key], rng.randint(1, 2)):
-                        turns.append((fill(FOLLOW_UPS[other], person, other), fill(ANSWERS[other], person, other)))
+                    others = [other for other in ATTRIBUTES if other != key]
+                    for other in rng.sample(others, rng.randint(1, 2)):
+                        follow_up = fill(FOLLOW_UPS[other], person, other)
+                        turns.append((follow_up, fill(ANSWERS[other], person, other)))
                 if rng.random() < 0.1:
                     turns.insert(0, rng.choice(SMALL_TALK[:3]))
                 yield dialogue(*turns)
@@ -133,12 +141,14 @@ def conversations(seed=1337):
 
 
 def held_out_questions(seed=1337):
-    """Yield one conversation for each fact about the people that SFT never mentions; its last message
-    is the answer that counts as right."""
+    """Yield one conversation for each fact about the people that SFT never mentions.
+
+    Its last message is the answer that counts as right.
+    """
     rng = random.Random(f"held out {seed}")
     for person in taught_and_held_out(seed)[1]:
         for key in ATTRIBUTES:
-            yield dialogue((fill(rng.choice(QUESTIONS[key]), person, key), fill(ANSWERS[key], person, key)))
+            yield dialogue(exchange(rng, QUESTIONS, person, key))
 
 
 def choice_questions(seed=1337, wrong=3):
@@ -160,18 +170,30 @@ def choice_questions(seed=1337, wrong=3):
 def main():
     s = configure(Settings)
     if not s.out_dir:
-        for title, items in (("biographies", biographies(s.seed)), ("SFT", conversations(s.seed)), ("held out", held_out_questions(s.seed))):
-            print(f"--- {title}")
-            for _ in range(4):
-                item = next(items)
-                print(item if isinstance(item, str) else " / ".join(message["value"] for message in item["conversations"]))
+        show(s.seed)
         return
     os.makedirs(s.out_dir, exist_ok=True)
-    for name, items in (("pretrain", biographies(s.seed)), ("sft", conversations(s.seed)), ("held_out", held_out_questions(s.seed)),
-                        ("choices", choice_questions(s.seed))):
-        with open(os.path.join(s.out_dir, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            for item in items:
-                file.write(json.dumps({"text": item} if isinstance(item, str) else item, ensure_ascii=False) + "\n")
+    write(s, "pretrain", ({"text": text} for text in biographies(s.seed)))
+    write(s, "sft", conversations(s.seed))
+    write(s, "held_out", held_out_questions(s.seed))
+    write(s, "choices", choice_questions(s.seed))
+
+
+def show(seed):
+    """Print the first few of each kind."""
+    print("--- biographies")
+    for text in itertools.islice(biographies(seed), 4):
+        print(text)
+    for title, items in (("SFT", conversations(seed)), ("held out", held_out_questions(seed))):
+        print(f"--- {title}")
+        for item in itertools.islice(items, 4):
+            print(" / ".join(message["value"] for message in item["conversations"]))
+
+
+def write(s, name, records):
+    with open(os.path.join(s.out_dir, f"{name}.jsonl"), "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from minillm import tokenizer as tokenizer_module
 import train_tokenizer
+from bench.prose import write_documents
+from minillm import tokenizer as tokenizer_module
 from minillm.errors import UserError
+from minillm.tokenizer import (END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, StreamDecoder,
+                               Tokenizer)
 from support import ROOT
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 AWKWARD = {
     "empty": "",
@@ -280,9 +282,8 @@ def test_rare_pieces_are_counted_in_halves():
 @pytest.mark.parametrize("kind", ["prose", "noise"])
 def test_memory_of_training(tmp_path, kind):
     """200 MB of Chinese without a space, in prose and in characters at random: under 4 GiB."""
-    from bench import data as bench_data
     if kind == "prose":
-        bench_data.write_documents(tmp_path / "c.jsonl", 200)
+        write_documents(tmp_path / "c.jsonl", 200)
     else:
         rng = random.Random(4)
         characters = [chr(0x4E00 + i) for i in range(6000)]
