@@ -5,10 +5,10 @@
     echo 你好 | python chat.py                             # all of stdin is one message; prints the answer alone
     python chat.py --prompt="你好" --json=True             # one JSON record
 
-In a terminal the conversation goes on over turns, and only what is new is computed; when the context is
-full the oldest exchanges go, the system prompt stays. What the user types is text: <|im_end|> or
-<|im_start|>system are read as these characters. Exit status: 0, 2 for what the user can put right, 130
-for Ctrl-C.
+In a terminal the conversation goes on over turns, and only what is new is computed; when the
+context is full the oldest exchanges go, the system prompt stays. What the user types is text:
+<|im_end|> or <|im_start|>system are read as these characters. Exit status: 0, 2 for what the user
+can put right, 130 for Ctrl-C.
 """
 import json
 import os
@@ -31,7 +31,8 @@ class Settings(GenerationSettings):
 
 def load_model(s):
     s.check_folder()
-    from model import GPT                # late: torch takes a second, and wrong flags are reported before
+    # late: torch takes a second, and wrong flags are reported before
+    from model import GPT
     return GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
 
 

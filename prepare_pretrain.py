@@ -3,14 +3,14 @@
     python prepare_pretrain.py data/raw/corpus.jsonl --tokenizer=data/tokenizer --out_dir=data/pretrain
     python prepare_pretrain.py                       # the embedded demo corpus
 
-Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other), .txt
-and .parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record
-holds its text under `text_key`, or is a text itself.
+Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other),
+.txt and .parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A
+record holds its text under `text_key`, or is a text itself.
 
 Writes train.bin, val.bin (little-endian uint16, no header, <|endoftext|> after every document) and
 meta.json. The bytes depend on the input, the tokenizer and the seed alone, not on the number of
-processes. The text is read once, streaming. The shuffle takes as much disk as the token files, until
-the end. The old files stay until the new ones are complete.
+processes. The text is read once, streaming. The shuffle takes as much disk as the token files,
+until the end. The old files stay until the new ones are complete.
 """
 import os
 import struct
@@ -174,7 +174,8 @@ def cut_point(document, wanted, tokenizer):
     Returns (the place in the payload, the bytes behind it).
     """
     ids = memoryview(document.payload).cast("H")[:-1].tolist()
-    candidates = {}                      # kind of place -> (distance from what is wanted, place, bytes)
+    # kind of place -> (distance from what is wanted, place, bytes)
+    candidates = {}
     behind = 0
     for place in range(len(ids) - 1, 0, -1):
         behind += len(tokenizer.token_bytes[ids[place]])

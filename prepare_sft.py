@@ -1,22 +1,25 @@
-"""Conversations to token files for supervised fine-tuning: encoded as ChatML, masked, packed into rows.
+"""Conversations to token files for supervised fine-tuning: encoded as ChatML, masked, packed into
+rows.
 
     python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft
     python prepare_sft.py                            # the embedded demo conversations
     python prepare_sft.py chats.json --show=3        # print three as tokens, and write nothing
 
 Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other) and
-.parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record is a
-list of turns, or holds one under conversations, messages, conversation, dialogue, chat or turns; a
-turn has a role (from, role, speaker) and a text (value, content, text: a string, or a list of parts).
-Roles, in any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt, 助手; system,
-developer. Or a record is a pair: instruction (and input), prompt, question or query; output, response,
-completion, answer or target; with `history` before it. `system` or `system_prompt` is the system turn.
-`--map` names others. A turn with weight, loss, train, trainable or loss_mask 0 or false is context.
+.parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record
+is a list of turns, or holds one under conversations, messages, conversation, dialogue, chat or
+turns; a turn has a role (from, role, speaker) and a text (value, content, text: a string, or a list
+of parts). Roles, in any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt,
+助手; system, developer. Or a record is a pair: instruction (and input), prompt, question or query;
+output, response, completion, answer or target; with `history` before it. `system` or
+`system_prompt` is the system turn. `--map` names others. A turn with weight, loss, train, trainable
+or loss_mask 0 or false is context.
 
-Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin, val_mask.bin
-(uint8 of the same length: 1 on the supervised tokens, which are what the assistant says and its
-<|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first; each one ends in
-an <|endoftext|>, which is how attention finds where the next begins, and so does the padding.
+Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin,
+val_mask.bin (uint8 of the same length: 1 on the supervised tokens, which are what the assistant
+says and its <|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first;
+each one ends in an <|endoftext|>, which is how attention finds where the next begins, and so does
+the padding.
 
 The bytes depend on the input, the tokenizer and the seed alone. Conversations are shuffled as in
 prepare_pretrain.py, then packed a pool at a time: best-fit decreasing inside a pool, so memory is
@@ -143,7 +146,8 @@ class Encoder:
 
 
 def encode_conversations(tokenizer, chats, capacity, long, report):
-    """[(place, messages)] -> [Document], each at most `capacity` tokens, one <|endoftext|> included.
+    """[(place, messages)] -> [Document], each at most `capacity` tokens, one <|endoftext|>
+    included.
 
     The payload is the number of supervised bytes, the tokens, and their mask.
     """
@@ -255,7 +259,8 @@ def write_splits(folder, shuffle, split, capacity):
 
 
 def show(tokenizer, blocks, names, report, s):
-    """Print some conversations token by token, the supervised ones marked with *, long turns abridged.
+    """Print some conversations token by token, the supervised ones marked with *, long turns
+    abridged.
 
     Raises UserError where nothing was understood.
     """

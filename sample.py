@@ -5,10 +5,10 @@
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
     cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
 
-The text streams to stdout as it is made, and nothing else does; why a text ended and the speed go to
-stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context. Sample i
-draws from seed + i. The same seed gives the same text alone and in a batch with --dtype=float32; in
-16 bits a batch rounds differently, which now and then moves a draw.
+The text streams to stdout as it is made, and nothing else does; why a text ended and the speed go
+to stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context.
+Sample i draws from seed + i. The same seed gives the same text alone and in a batch with
+--dtype=float32; in 16 bits a batch rounds differently, which now and then moves a draw.
 """
 import json
 import random
@@ -40,7 +40,8 @@ def main():
         raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: they are made in one batch")
     prompt = read_prompt(s.prompt)
     s.check_folder()
-    from model import GPT                # late: torch takes a second, and wrong flags are reported before
+    # late: torch takes a second, and wrong flags are reported before
+    from model import GPT
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     ids = [END_OF_TEXT] + model.tokenizer.encode(prompt)
     if s.truncate_ctx:
@@ -56,7 +57,8 @@ def main():
 
     def add(row, piece):
         texts[row] += piece
-        if row == 0 and not s.json:                  # the first sample streams, the others follow it whole
+        # the first sample streams, the others follow it whole
+        if row == 0 and not s.json:
             print(piece, end="", flush=True)
 
     if not s.json:

@@ -4,11 +4,11 @@
     python train_tokenizer.py --special_tokens="<think>,</think>" corpus.jsonl
     python train_tokenizer.py                        # the embedded demo corpus
 
-Reads what prepare_pretrain.py and prepare_sft.py read: files of conversations serve as well as files
-of text. Writes tokenizer.json and tokenizer_config.json, the latter with the chat template for
-transformers. Of an input larger than max_bytes the sample is spread evenly over the whole of it. The
-same input gives the same tokenizer, on any number of processes. Memory stays under 4 GiB whatever
-max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
+Reads what prepare_pretrain.py and prepare_sft.py read: files of conversations serve as well as
+files of text. Writes tokenizer.json and tokenizer_config.json, the latter with the chat template
+for transformers. Of an input larger than max_bytes the sample is spread evenly over the whole of
+it. The same input gives the same tokenizer, on any number of processes. Memory stays under 4 GiB
+whatever max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
 """
 import json
 import re
@@ -54,7 +54,8 @@ FILES = {"tokenizer.json", "tokenizer_config.json"}
 PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes 110 bytes for each
 # Runs of characters that the tokens are learned from, see pre_token_pattern: no token is longer
 HAN_RUN, WORD, OTHER = 16, 24, 16
-HAN_RUN_DEMO = 4                     # a small town has few phrases, and they would fill its vocabulary
+# a small town has few phrases, and they would fill its vocabulary
+HAN_RUN_DEMO = 4
 
 
 def main():
@@ -136,8 +137,9 @@ def train_on(counts, vocab_size, nfkc=False, special=()):
 def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BYTES):
     """How often each pre-token occurs in the texts: a Counter. Special tokens are no part of any.
 
-    Han has no spaces, so most runs of it occur once, and the trainer would keep every one. Where the
-    pieces come to more than `limit` bytes, those that have occurred least are cut in half, and again.
+    Han has no spaces, so most runs of it occur once, and the trainer would keep every one. Where
+    the pieces come to more than `limit` bytes, those that have occurred least are cut in half, and
+    again.
     """
     normalizer = tokenizer_module.untrained(nfkc).normalizer
     pattern = tokenizer_module.pre_token_pattern(han_run, WORD, OTHER)
@@ -162,7 +164,8 @@ def halve_rare(counts, limit):
     rare, size = 1, _bytes(counts)
     if size <= limit:
         return
-    while size > 0.7 * limit and rare < 1 << 40:         # single characters, which cannot be cut, may be more
+    # single characters, which cannot be cut, may be more
+    while size > 0.7 * limit and rare < 1 << 40:
         for piece in [piece for piece, count in counts.items() if count <= rare and len(piece) > 1]:
             count, middle = counts.pop(piece), len(piece) // 2
             counts[piece[:middle]] += count
@@ -184,7 +187,8 @@ def written_out(counts, size=1 << 17):
     lines, length = [], 0
     while counts:
         piece, count = counts.popitem()
-        if piece == "\n":                                # a byte of the alphabet, in need of no merge
+        # a byte of the alphabet, in need of no merge
+        if piece == "\n":
             continue
         while count:
             times = min(count, max(1, size // len(piece)))
@@ -205,10 +209,11 @@ def demo_blocks():
 
 
 class Sample:
-    """Iterates over the sampled texts: the first `f` of the input may give the first `f` of max_bytes.
+    """Iterates over the sampled texts: the first `f` of the input may give the first `f` of
+    max_bytes.
 
-    And a hundredth ahead; blocks beyond that pass unparsed. `bytes` and `documents` say how much was
-    taken so far.
+    And a hundredth ahead; blocks beyond that pass unparsed. `bytes` and `documents` say how much
+    was taken so far.
     """
 
     def __init__(self, source, settings, report):

@@ -1,4 +1,6 @@
-"""Replacing an output folder as a whole: whoever looks, at any moment, finds the old files or the new ones.
+"""Replacing an output folder as a whole.
+
+Whoever looks, at any moment, finds the old files or the new ones.
 
     with replaced_folder("data/pretrain", {"train.bin", "val.bin", "meta.json"}) as folder:
         ...                     # write into `folder`; an exception leaves data/pretrain as it was
@@ -83,8 +85,8 @@ def _take_place(fresh, path):
     if not os.path.exists(path):
         return os.rename(fresh, path)
     if not _exchange(fresh, path):
-        # neither Linux nor macOS, or a file system without it (some network ones): two steps, with a
-        # moment between them in which `path` is missing; see _bring_back
+        # neither Linux nor macOS, or a file system without it (some network ones): two steps, with
+        # a moment between them in which `path` is missing; see _bring_back
         old = fresh + ".old"
         os.rename(path, old)
         os.rename(fresh, path)

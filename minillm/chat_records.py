@@ -3,8 +3,8 @@
     messages = clean_conversation(record, report, "chats.jsonl:7")
     # [{"role": "user", "content": "…"}, …]: perhaps system, then user and assistant in turn
 
-A turn that is context and not to be learned has "supervised": False. Nothing that changes the meaning
-is lost without being counted in the report.
+A turn that is context and not to be learned has "supervised": False. Nothing that changes the
+meaning is lost without being counted in the report.
 """
 import json
 import math
@@ -24,9 +24,10 @@ def clean_conversation(record, report, place, names=NAMES):
     """The messages of one JSON record, or None where nothing can be learned from it.
 
     Turns stand under `conversations`, `messages` …, or in pairs (`instruction`, `input`, `output`;
-    `prompt`, `response` …) with `history` before them and `system` on top. Cut before an empty turn,
-    a tool's turn and a later system turn. Skipped: no turns, an unknown role, no answer. Two turns
-    of one role running are joined; what the user did not ask for or nobody answered is dropped.
+    `prompt`, `response` …) with `history` before them and `system` on top. Cut before an empty
+    turn, a tool's turn and a later system turn. Skipped: no turns, an unknown role, no answer. Two
+    turns of one role running are joined; what the user did not ask for or nobody answered is
+    dropped.
     """
     report.records += 1
     left_out = set()
@@ -158,7 +159,7 @@ def _turns_in(turn, names, left_out, report):
 
 
 def _text(value, left_out):
-    """The text of a turn: a string, or a list of parts of which those of text are taken; None if empty."""
+    """The text of a turn, None if empty: a string, or the parts of a list that are text."""
     if _empty(value):
         return None
     if isinstance(value, list):
@@ -188,7 +189,10 @@ def _filled(record, keys):
 
 
 def _empty(value):
-    """Nothing is said: null, NaN (pandas' null), blank text, an empty list or object, also as text."""
+    """Whether nothing is said.
+
+    That is null, NaN (pandas' null), blank text, an empty list or object, also as text.
+    """
     if value is None or value == [] or value == {}:
         return True
     if isinstance(value, float):
@@ -230,7 +234,10 @@ def _with_flags_of(record, turns, start, left_out):
 
 
 def _check_unused(record, turns, keys, left_out):
-    """Beside a list of turns, what stands under the keys of pairs is not used; said, unless it is there."""
+    """Beside a list of turns, what stands under the keys of pairs is not used.
+
+    This is said, unless the turns hold it.
+    """
     said = {text for _, text, _ in turns}
     for key in (*keys["user"], "input", *keys["assistant"]):
         value = record.get(key)

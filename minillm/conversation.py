@@ -6,9 +6,10 @@
     conversation.last                    # tokens, seconds, why it ended ...
 
 The conversation keeps the ids of each turn, of an answer those that were sampled, so the next turn
-finds all but its own message in the cache. When the context is full the oldest exchanges (a question
-and its answer) go, until a quarter of the context is free; the system prompt stays. Dropping more than
-needed costs some memory of the conversation, and saves a full prefill on nearly every later turn.
+finds all but its own message in the cache. When the context is full the oldest exchanges (a
+question and its answer) go, until a quarter of the context is free; the system prompt stays.
+Dropping more than needed costs some memory of the conversation, and saves a full prefill on nearly
+every later turn.
 """
 import random
 import time
@@ -82,7 +83,10 @@ class Conversation:
     """
 
     def __init__(self, model, system="", context=0, cache=None):
-        """context: at most so many tokens (0: the model's block_size). cache: one to use instead of a new one."""
+        """context: at most so many tokens (0: the model's block_size).
+
+        cache: one to use instead of a new one.
+        """
         self.model, self.tokenizer = model, model.tokenizer
         self.cache = cache or model.new_cache(size=context)
         self.context = min(context or self.cache.size, self.cache.size)
@@ -93,7 +97,10 @@ class Conversation:
         self.set_system(system)
 
     def set_system(self, text):
-        """Set the system prompt; '' takes it away. Raises UserError if it leaves no room for a question."""
+        """Set the system prompt; '' takes it away.
+
+        Raises UserError if it leaves no room for a question.
+        """
         ids = self._ids("system", text) if text else []
         if len(ids) + len(self.generation_prompt) >= self.context:
             raise UserError(f"a system prompt of {len(ids)} tokens does not fit: the context holds {self.context}")
@@ -107,7 +114,10 @@ class Conversation:
         self.turns, self.first = [], 0
 
     def undo(self):
-        """Take back the last question and what follows it; return the question, None if there is none."""
+        """Take back the last question and what follows it.
+
+        Return the question, None if there is none.
+        """
         for i in reversed(range(len(self.turns))):
             if self.turns[i].role == "user":
                 question = self.turns[i].content
@@ -117,8 +127,11 @@ class Conversation:
         return None
 
     def load(self, messages):
-        """Go on from `messages`, as `messages()` gives them. Raises UserError if they are none, or their system
-        prompt doesn't fit; then nothing has changed."""
+        """Go on from `messages`, as `messages()` gives them.
+
+        Raises UserError if they are none, or their system prompt doesn't fit; then nothing has
+        changed.
+        """
         check_messages(messages)
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         turns = [Turn(m["role"], m["content"], self._ids(m["role"], m["content"])) for m in messages[1 if system else 0:]]
@@ -147,15 +160,19 @@ class Conversation:
     def ask(self, text, **options):
         """Say `text` and return the iterator of the answer's pieces; options: see `answer`.
 
-        Raises UserError if the message alone is longer than the context; then nothing has been said.
+        Raises UserError if the message alone is longer than the context; then nothing has been
+        said.
         """
         before = self.turns[:], self.first
         self.add("user", text)
         return self._answer_or_restore(before, options)
 
     def retry(self, **options):
-        """Take back the last answer and return the iterator of another one's pieces. Raises UserError, and keeps it, if
-        there is none, or no room since the system prompt has changed."""
+        """Take back the last answer and return the iterator of another one's pieces.
+
+        Raises UserError, and keeps it, if there is none, or no room since the system prompt has
+        changed.
+        """
         if not self.turns or self.turns[-1].role != "assistant":
             raise UserError("there is no answer to retry")
         before = self.turns[:], self.first
@@ -175,9 +192,9 @@ class Conversation:
 
         Whoever stops iterating and closes the generator keeps what was yielded as the answer. seed:
         None draws one. sampling: temperature, top_k, top_p, repetition_penalty, compile, as
-        model.generate takes them. `last` then tells tokens, seconds, first_token_seconds, prompt_tokens
-        (computed, not found in the cache), context_tokens, seed and finish: stop, length (max_new_tokens),
-        context (no room left), interrupt.
+        model.generate takes them. `last` then tells tokens, seconds, first_token_seconds,
+        prompt_tokens (computed, not found in the cache), context_tokens, seed and finish: stop,
+        length (max_new_tokens), context (no room left), interrupt.
         """
         seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         stream, text, ids = TextStream(self.tokenizer, stop), "", []
@@ -228,7 +245,7 @@ class Conversation:
         return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]
 
     def _droppable(self):
-        """Index of the turn with which the second exchange that the model sees begins; 0 if there is none."""
+        """Index of the turn that begins the second exchange that the model sees, or 0."""
         return next((i for i in range(self.first + 1, len(self.turns)) if self.turns[i].role == "user"), 0)
 
     def _make_room(self, n_answered):

@@ -1,9 +1,9 @@
 """Token files, and which windows of them step s learns from.
 
-The batch of a step is a pure function of (seed, step, global batch size). An epoch is a pseudo-random
-permutation of all windows, computed window by window, so neither memory nor start-up grows with the
-corpus, resuming needs nothing but the step number, and any number of processes sees the same data in
-the same order.
+The batch of a step is a pure function of (seed, step, global batch size). An epoch is a
+pseudo-random permutation of all windows, computed window by window, so neither memory nor start-up
+grows with the corpus, resuming needs nothing but the step number, and any number of processes sees
+the same data in the same order.
 """
 import hashlib
 import itertools
@@ -17,14 +17,15 @@ from minillm.errors import UserError
 from minillm.shuffle import scramble
 from minillm.token_files import read_meta
 
-SCAN_LIMIT = 64 << 20        # files up to this size are checked token by token at start, larger ones in samples
+# files up to this size are checked token by token at start, larger ones in samples
+SCAN_LIMIT = 64 << 20
 
 
 class TokenData:
     """One split ("train" or "val") of a folder that prepare_pretrain.py or prepare_sft.py wrote.
 
-    A window is block_size tokens and the one after them. Pretraining windows lie side by side in the
-    stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
+    A window is block_size tokens and the one after them. Pretraining windows lie side by side in
+    the stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
     Raises UserError where the files, meta.json and `block_size` contradict each other.
     """
 
@@ -57,8 +58,9 @@ class TokenData:
                 raise UserError(f"{folder}/{split}_mask.bin holds other values than 0 and 1: prepare it again")
         if sft and not any(self.mask[start: start + (1 << 20)].any() for start in range(0, len(self.mask), 1 << 20)):
             raise UserError(f"{folder}/{split}_mask.bin marks no token as learned: there is nothing to train or to score")
-        # windows come in random order: reading ahead of one fetches what no batch will want for hours. Without,
-        # windows of 513 tokens come from a cold disk ten times as fast (11,000 a second against 1,000)
+        # windows come in random order: reading ahead of one fetches what no batch will want for
+        # hours. Without, windows of 513 tokens come from a cold disk ten times as fast (11,000 a
+        # second against 1,000)
         for array in (self.tokens, self.mask) if hasattr(mmap, "MADV_RANDOM") else ():
             if array is not None:
                 array._mmap.madvise(mmap.MADV_RANDOM)
@@ -69,7 +71,10 @@ class TokenData:
             raise UserError(f"{self.path}: token {start + at:,} is {tokens[at]}, outside the vocabulary of {self.meta['vocab_size']:,}")
 
     def windows(self, indices):
-        """x, y for some windows: int64 tensors (len(indices), block_size); y is -1 where nothing is learned."""
+        """x, y for some windows: int64 tensors (len(indices), block_size).
+
+        y is -1 where nothing is learned.
+        """
         x = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         for row, index in enumerate(indices):
             start = int(index) * self.stride
@@ -102,8 +107,9 @@ def permute(indices, n, key):
     """Where a pseudo-random permutation of range(n) sends each of `indices`. O(1) memory for any n.
 
     A four-round Feistel network is a bijection on a power of four at least n; whatever falls
-    outside range(n) is sent on until it falls inside ("cycle walking", Black and Rogaway 2002), which
-    keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. Returns int64.
+    outside range(n) is sent on until it falls inside ("cycle walking", Black and Rogaway 2002),
+    which keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. Returns
+    int64.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -121,8 +127,11 @@ def permute(indices, n, key):
 
 
 def batch_windows(seed, step, batch, n_windows):
-    """The windows of global batch `step`: an array of `batch` indices. Epoch e is the permutation of
-    key (seed, e); batches follow one another through it and run on into the next epoch."""
+    """The windows of global batch `step`: an array of `batch` indices.
+
+    Epoch e is the permutation of key (seed, e); batches follow one another through it and run on
+    into the next epoch.
+    """
     position = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
     epoch = position // n_windows
     windows = np.empty(batch, dtype=np.int64)

@@ -21,7 +21,7 @@ import threading
 
 from minillm.errors import UserError
 
-AHEAD = 2                    # blocks per process that are under way; memory is a few blocks for each
+AHEAD = 2                    # blocks per process under way; memory is a few blocks for each
 SMALL = 32 << 20             # bytes of input that one process encodes before others have started
 WORKERS = {
     "RAYON_NUM_THREADS": "1",
@@ -33,7 +33,10 @@ WORKERS = {
 
 
 def default_processes(size):
-    """How many processes to use for `size` bytes of input: one per core, or one where that is enough."""
+    """How many processes to use for `size` bytes of input.
+
+    One per core, or one where that is enough.
+    """
     return 1 if size < SMALL else available_cores()
 
 

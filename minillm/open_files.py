@@ -5,7 +5,8 @@
             for name, kind, stream in open_streams(path, raw): …
 
 A directory stands for the files of a known kind below it, in the order of their paths; what begins
-with a dot is not looked at. A file's suffix says what it holds, its first bytes how it is compressed.
+with a dot is not looked at. A file's suffix says what it holds, its first bytes how it is
+compressed.
 """
 import bz2
 import gzip

@@ -15,11 +15,15 @@ from minillm.tokenizer import END_OF_TEXT
 
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
 POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
-_LEARNED = struct.Struct("<Q")       # UTF-8 bytes of the supervised contents, before tokens and mask
+# UTF-8 bytes of the supervised contents, before tokens and mask
+_LEARNED = struct.Struct("<Q")
 
 
 def to_payload(tokens, mask, learned_bytes):
-    """The bytes of a conversation. tokens: lists of ids; mask: bytes objects of the same lengths."""
+    """The bytes of a conversation.
+
+    tokens: lists of ids; mask: bytes objects of the same lengths.
+    """
     ids = np.fromiter(chain(*tokens, (END_OF_TEXT,)), "<u2").tobytes()
     return b"".join([_LEARNED.pack(learned_bytes), ids, *mask, b"\0"])
 
@@ -28,8 +32,8 @@ def pack(lengths, capacity):
     """Best-fit decreasing (Johnson 1974) of items into rows: lists of item indices.
 
     Every item, the longest first, goes into the fullest row with room for it. The rows are kept by
-    the room they have left, which is a small integer, and a bit set says which rooms there are; so the
-    time is linear in the number of items, and the same lengths always give the same rows.
+    the room they have left, which is a small integer, and a bit set says which rooms there are; so
+    the time is linear in the number of items, and the same lengths always give the same rows.
     """
     rows, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()

@@ -4,11 +4,11 @@
     shuffle.add([Document(digest, size, payload, place), …])      # in the order of arrival
     for document in shuffle.shuffled(): …                         # in an order of the seed alone
 
-Each document gets a pseudo-random 64-bit key and is appended to one of 256 bucket files by the key's
-top bits. Then one bucket after the other is read, sorted by key, and handed out. That is a uniform
-shuffle of the whole corpus with one bucket in memory (BUCKET_BYTES at most, else it is split again).
-The price is disk: beside the token files, as much again until the end of the run (two bytes per
-token, three for SFT, and about 50 per document). The raw text is never read twice.
+Each document gets a pseudo-random 64-bit key and is appended to one of 256 bucket files by the
+key's top bits. Then one bucket after the other is read, sorted by key, and handed out. That is a
+uniform shuffle of the whole corpus with one bucket in memory (BUCKET_BYTES at most, else it is
+split again). The price is disk: beside the token files, as much again until the end of the run (two
+bytes per token, three for SFT, and about 50 per document). The raw text is never read twice.
 """
 import hashlib
 import os
@@ -105,7 +105,10 @@ class DiskShuffle:
         shutil.rmtree(self._folder)
 
     def _in_order(self, files, folder, shift):
-        """Yield the documents of some buckets; `shift` is that of the next eight bits of the key."""
+        """Yield the documents of some buckets.
+
+        `shift` is that of the next eight bits of the key.
+        """
         for file in files.values():
             file.close()
         for bucket in sorted(files):
@@ -133,7 +136,10 @@ class DiskShuffle:
 
 
 def _allow_open_files(count):
-    """Raise the process's own limit to `count` where that is allowed; on macOS it is 256 at first."""
+    """Raise the process's own limit to `count` where that is allowed.
+
+    On macOS it is 256 at first.
+    """
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,8 +1,9 @@
 """The terminal side of chat.py: line editing, streaming, interrupts, commands.
 
-A message is a line; several lines go in one message when they are pasted, when a line ends with \\, or
-between two lines of three double quotes. Ctrl-C stops an answer and keeps what was said, twice in a row
-it leaves; Ctrl-D leaves. Colour only where stdout is a terminal that has it and NO_COLOR is not set.
+A message is a line; several lines go in one message when they are pasted, when a line ends with \\,
+or between two lines of three double quotes. Ctrl-C stops an answer and keeps what was said, twice
+in a row it leaves; Ctrl-D leaves. Colour only where stdout is a terminal that has it and NO_COLOR
+is not set.
 """
 import difflib
 import json
@@ -94,7 +95,8 @@ class Terminal:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
-        # A flag, looked at between tokens: an exception in the middle of a step would leave half of it in the cache
+        # A flag, looked at between tokens: an exception in the middle of a step would leave half of
+        # it in the cache
         before = signal.signal(signal.SIGINT, interrupt)
         end = ""
         try:
@@ -134,7 +136,8 @@ class Terminal:
         else:
             readline.parse_and_bind("tab: complete")
             readline.parse_and_bind("set enable-bracketed-paste on")
-            readline.parse_and_bind('"\\e\\C-m": "\\C-v\\C-j"')           # Alt-Enter: a line end in the message
+            # Alt-Enter: a line end in the message
+            readline.parse_and_bind('"\\e\\C-m": "\\C-v\\C-j"')
         readline.set_completer_delims(" \t\n")
         readline.set_completer(self.complete)
         readline.set_auto_history(True)
@@ -162,12 +165,14 @@ class Terminal:
 
     def read_message(self):
         """One message. Raises EOFError on Ctrl-D, KeyboardInterrupt on Ctrl-C."""
-        typed_ahead = waiting(0)                 # lines typed while the model spoke are messages of their own
+        # lines typed while the model spoke are messages of their own
+        typed_ahead = waiting(0)
         line = self.read_line("› ", "1;32")
         if line.startswith("/"):
             return line
         while not typed_ahead and waiting(PASTE_SECONDS):
-            line += "\n" + self.read_line("", "")        # pasted into a terminal without bracketed paste
+            # pasted into a terminal without bracketed paste
+            line += "\n" + self.read_line("", "")
         if line.strip() == '"""':
             lines = []
             while (line := self.read_line("… ", "2")).strip() != '"""':
@@ -291,7 +296,10 @@ class Terminal:
         return os.path.expanduser(text)
 
     def options(self):
-        """The sampling options; with a seed, each answer of the session draws from one of its own."""
+        """The sampling options.
+
+        With a seed, each answer of the session draws from one of its own.
+        """
         seed = self.settings.seed
         return self.settings.sampling() | {"seed": None if seed is None else seed + 7919 * self.n_answers}
 

@@ -3,8 +3,8 @@
     source = Source(["raw/", "corpus.tar.bz2"], report, encoding="utf-8", document="file")
     for block in source.blocks(): …              # to text_reader.py, in this process or in another
 
-Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz .zst)
-or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
+Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz
+.zst) or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
 directory stands for such files below it, in the order of their paths; what begins with a dot is not
 looked at. A byte order mark decides the encoding, else `encoding` does.
 

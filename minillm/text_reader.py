@@ -152,7 +152,10 @@ def _decoded_lines(block, report):
 
 
 def _several_values(text):
-    """The JSON values of a line that holds several, or a comma behind one; None if it is malformed."""
+    """The JSON values of a line that holds several, or a comma behind one.
+
+    None if it is malformed.
+    """
     values, at = [], 0
     while at < len(text):
         try:

@@ -1,4 +1,5 @@
-"""The format of the token files: train.bin, val.bin, and meta.json beside them, written and read here.
+"""The format of the token files: train.bin, val.bin, and meta.json beside them, written and read
+here.
 
     write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
     meta = read_meta("data/pretrain")

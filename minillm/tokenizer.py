@@ -4,11 +4,11 @@
     ids = tokenizer.encode("你好 <|im_start|>")           # no control token, whatever the text spells
     ids, mask = tokenizer.encode_chat([{"role": "user", "content": "你好"}], add_generation_prompt=True)
 
-`decode(encode(s)) == s` for every str that UTF-8 can hold (a lone surrogate, which it cannot, becomes
-U+FFFD). The folder also opens with transformers' AutoTokenizer, whose apply_chat_template gives the
-ids of `encode_chat`, also where a message spells a control token. A plain call of theirs does read
-control tokens in text, unless it says split_special_tokens=True. train_tokenizer.py makes the folder;
-neither torch nor transformers is imported.
+`decode(encode(s)) == s` for every str that UTF-8 can hold (a lone surrogate, which it cannot,
+becomes U+FFFD). The folder also opens with transformers' AutoTokenizer, whose apply_chat_template
+gives the ids of `encode_chat`, also where a message spells a control token. A plain call of theirs
+does read control tokens in text, unless it says split_special_tokens=True. train_tokenizer.py makes
+the folder; neither torch nor transformers is imported.
 """
 import codecs
 import functools
@@ -25,14 +25,15 @@ from minillm.errors import UserError
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END_OF_TEXT, IM_START, IM_END = range(3)
 MAX_VOCAB = 65535                    # token files are uint16
-MAX_PIECE = 1 << 18                  # characters encoded at once: the library takes 100 bytes for each
+# characters encoded at once: the library takes 100 bytes for each
+MAX_PIECE = 1 << 18
 ROLES = ("system", "user", "assistant")
 
-# Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at a
-# line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no spaces,
-# so nearly each run of it is a new word, and a trainer keeps all the words it meets: it is given
-# shorter runs. Encoding has no need of that: cut runs would give a name other tokens wherever it
-# stands, and take 7% more. LONGEST bounds the memory for odd input.
+# Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at
+# a line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no
+# spaces, so nearly each run of it is a new word, and a trainer keeps all the words it meets: it is
+# given shorter runs. Encoding has no need of that: cut runs would give a name other tokens wherever
+# it stands, and take 7% more. LONGEST bounds the memory for odd input.
 LONGEST = 1024
 
 
@@ -43,15 +44,18 @@ def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
         r"\p{N}",
         rf"\p{{Han}}{{1,{han_run}}}",
         rf" ?[[\p{{L}}\p{{M}}]&&[^\p{{Han}}]]{{1,{word}}}",     # a word, with the space before it
-        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]{{1,{other}}}",         # punctuation, symbols, control characters
-        rf"[^\S\n]{{1,{other}}}(?!\S)",                      # spaces, but the last goes with the word
+        # punctuation, symbols, control characters
+        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]{{1,{other}}}",
+        # spaces, but the last goes with the word
+        rf"[^\S\n]{{1,{other}}}(?!\S)",
         rf"[^\S\n]{{1,{other}}}",
     ])
 
 
 # transformers reads control tokens in any text. So the template writes a noncharacter into what a
-# message spells like one, "<|" becomes "<U+FDD0|", and the normalizer, which comes after control tokens
-# are found, takes it out again: the ids are those of the text. Our own load() drops that normalizer.
+# message spells like one, "<|" becomes "<U+FDD0|", and the normalizer, which comes after control
+# tokens are found, takes it out again: the ids are those of the text. Our own load() drops that
+# normalizer.
 ESCAPE, ESCAPED = "<|", "<\ufdd0|"
 UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
 
@@ -112,7 +116,10 @@ def save(backend, folder):
 
 
 class Tokenizer:
-    """A trained tokenizer. `vocab_size`: ids are below it; `hash`: sha256 of tokenizer.json, in hex."""
+    """A trained tokenizer.
+
+    `vocab_size`: ids are below it; `hash`: sha256 of tokenizer.json, in hex.
+    """
 
     def __init__(self, data, path="tokenizer.json"):
         """data: the bytes of a tokenizer.json; path: what messages call it."""
@@ -126,7 +133,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Open `folder`/tokenizer.json. UserError if it is missing, damaged, or of another program."""
+        """Open `folder`/tokenizer.json.
+
+        UserError if it is missing, damaged, or of another program.
+        """
         path = os.path.join(folder, "tokenizer.json")
         try:
             with open(path, "rb") as file:
@@ -156,10 +166,11 @@ class Tokenizer:
                 for text in texts]
 
     def encode_pieces(self, text):
-        """Yield the ids of a text of any length, piece by piece, in memory that does not grow with it.
+        """Yield the ids of a text of any length, piece by piece, in memory that does not grow with
+        it.
 
-        A text over MAX_PIECE characters is cut after a line end, which changes no id; only where none
-        is in reach it is cut anywhere, which may part one token into two.
+        A text over MAX_PIECE characters is cut after a line end, which changes no id; only where
+        none is in reach it is cut anywhere, which may part one token into two.
         """
         pieces = cut(text)
         for first in range(0, len(pieces), 4):
@@ -174,7 +185,10 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids, skip_special=True):
-        """The text of `ids`. Bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD."""
+        """The text of `ids`.
+
+        Bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD.
+        """
         if skip_special:
             pieces = [self.token_bytes[token] for token in ids]
         else:
@@ -192,10 +206,10 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=False):
         """ChatML ids and mask of a conversation.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. The mask is 1 on what
-        the assistant says and its <|im_end|>, else 0; and 0 on a message with "supervised": False.
-        With `add_generation_prompt` the ids end where the assistant's next answer begins. Raises
-        UserError for another role.
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. The mask is 1 on
+        what the assistant says and its <|im_end|>, else 0; and 0 on a message with "supervised":
+        False. With `add_generation_prompt` the ids end where the assistant's next answer begins.
+        Raises UserError for another role.
         """
         ids, mask = [], []
         contents = self.encode_batch([message["content"] for message in messages])
@@ -269,7 +283,8 @@ def _token_bytes(backend, path):
     """([id] -> the bytes of a token, {id: name in bytes} of the special ones, which have no bytes).
 
     Byte-level BPE writes a byte as a printable character: those of Latin-1 for themselves, the 68
-    others (controls, space …) as U+0100 and on (GPT-2's table). Added tokens are written as they are.
+    others (controls, space …) as U+0100 and on (GPT-2's table). Added tokens are written as they
+    are.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -296,7 +311,8 @@ class StreamDecoder:
     """Text out of tokens as they come, whole characters only.
 
     `push(id)` gives the text that is complete by now, `flush()` ends. Bytes that cannot become a
-    character are dropped, so no U+FFFD appears that the tokens do not spell; special tokens say nothing.
+    character are dropped, so no U+FFFD appears that the tokens do not spell; special tokens say
+    nothing.
     """
 
     def __init__(self, tokenizer):

@@ -1,4 +1,7 @@
-"""The repository root is the import path, as it is for a user's `python train.py`; and what every test may rely on."""
+"""The repository root is the import path, as it is for a user's `python train.py`.
+
+And what every test may rely on.
+"""
 import os
 import signal
 import sys
@@ -9,9 +12,11 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 pytest_plugins = ["support.small_project"]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Tests fork. A pool of compiler processes, once this one has it, is broken in its children, and they wait for it forever
+# Tests fork. A pool of compiler processes, once this one has it, is broken in its children, and
+# they wait for it forever
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-# What a shell starts in the background ignores Ctrl-C, and hands that on to the programs that the tests interrupt
+# What a shell starts in the background ignores Ctrl-C, and hands that on to the programs that the
+# tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # tqdm's lock is one for all forked processes: a child killed while it writes would hold it for ever
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))

@@ -1,7 +1,8 @@
-"""chat.py and sample.py as people use them: in a pseudo-terminal, through pipes, and for very many turns.
+"""chat.py and sample.py as people use them: in a pseudo-terminal, through pipes, and for very many
+turns.
 
-A tiny model with random weights says letters only and never stops by itself (tests/tiny_models.py), so that
-what is on the screen can be told from what the program says about it.
+A tiny model with random weights says letters only and never stops by itself (tests/tiny_models.py),
+so that what is on the screen can be told from what the program says about it.
 """
 import fcntl
 import gc
@@ -39,7 +40,10 @@ def folder(tmp_path_factory):
 
 
 class Session:
-    """chat.py in a terminal of its own. `expect` reads on until a pattern has come, whatever the colours."""
+    """chat.py in a terminal of its own.
+
+    `expect` reads on until a pattern has come, whatever the colours.
+    """
 
     def __init__(self, folder, *argv, command=None, **environment):
         self.pid, self.terminal = pty.fork()
@@ -116,7 +120,10 @@ def saved(session, folder, name="now.jsonl"):
 
 @pytest.fixture(scope="module")
 def session(folder):
-    """One program that most checks share; each leaves it at a prompt. It ends with Ctrl-D, status 0."""
+    """One program that most checks share; each leaves it at a prompt.
+
+    It ends with Ctrl-D, status 0.
+    """
     session = Session(folder, "--max_new_tokens=12", "--seed=1")
     banner = session.expect(r"[^\n]*/help\n")[0]
     assert re.search(r"tiny step 7 · 0\.0 M parameters · CPU, 1 threads? · (bfloat16|float32) · context 2000", banner)
@@ -138,7 +145,10 @@ def test_answer_streams_and_is_followed_by_its_numbers(session, folder):
 
 
 def test_text_comes_while_it_is_made(session):
-    """The first letters are on the screen long before the last; Ctrl-C then keeps those that were."""
+    """The first letters are on the screen long before the last.
+
+    Ctrl-C then keeps those that were.
+    """
     session.say("/set max_new_tokens=1900", "max_new_tokens=1900")
     session.say("/clear", "cleared")
     session.send("你好\r")
@@ -291,14 +301,16 @@ def test_history(session, folder):
 
 def test_chinese_with_backspace(session, folder):
     session.say("/clear", "cleared")
-    session.say("你好吗\x7f\x7f们\x1b[D\x1b[D我a\x7f")       # two characters back; left twice, one more in front
+    # two characters back; left twice, one more in front
+    session.say("你好吗\x7f\x7f们\x1b[D\x1b[D我a\x7f")
     assert saved(session, folder)[0]["content"] == "我你们"
 
 
 def test_pasted_text_is_one_message(session, folder):
     lines = [f"第{i}行 line {i}" for i in range(20)]
     session.say("/clear", "cleared")
-    session.send("\x1b[200~" + "\n".join(lines) + "\x1b[201~")       # a terminal that marks what is pasted
+    # a terminal that marks what is pasted
+    session.send("\x1b[200~" + "\n".join(lines) + "\x1b[201~")
     session.say("")
     assert saved(session, folder)[0]["content"] == "\n".join(lines)
     session.say("/clear", "cleared")
@@ -386,7 +398,10 @@ def test_one_ctrl_c_at_the_prompt_is_a_hint(session):
 
 
 def test_no_color_and_ctrl_c_twice(folder):
-    """NO_COLOR: not one colour. Ctrl-C twice in a row leaves, also in the middle of an answer: status 130."""
+    """NO_COLOR: not one colour.
+
+    Ctrl-C twice in a row leaves, also in the middle of an answer: status 130.
+    """
     session = Session(folder, "--max_new_tokens=1900", NO_COLOR="1")
     session.prompt()
     session.send("你好\r")
@@ -428,7 +443,10 @@ def test_chat_through_tee_says_what_it_waits_for(folder):
 
 
 def test_stdin_in_the_encoding_of_the_terminal(folder):
-    """A GBK terminal pipes GBK: read as such; where the terminal is UTF-8, the line says what to do."""
+    """A GBK terminal pipes GBK: read as such.
+
+    Where the terminal is UTF-8, the line says what to do.
+    """
     command = [sys.executable, os.path.join(ROOT, "chat.py"), "--out_dir=tiny", "--json",
                "--max_new_tokens=5", "--device=cpu"]
     for encoding, status in (("gbk", 0), ("utf-8", 2)):
@@ -507,7 +525,10 @@ def test_samples_of_one_batch(folder):
 
 @pytest.mark.parametrize("n_expert", [0, 4], ids=["dense", "moe"])
 def test_200_turns_do_not_grow(n_expert, monkeypatch):
-    """Neither in tensors nor in work a token. (Time and memory themselves are too noisy to test.)"""
+    """Neither in tensors nor in work a token.
+
+    (Time and memory themselves are too noisy to test.)
+    """
     model = talkative(tiny_model(n_expert, block_size=128))
     conversation = Conversation(model, "助手")
     work = []

@@ -1,4 +1,7 @@
-"""Checkpoints: whole or not at all; what is damaged, foreign or hostile is named and passed over or refused; a full disk is survived."""
+"""Checkpoints: whole or not at all.
+
+What is damaged, foreign or hostile is named and passed over or refused; a full disk is survived.
+"""
 import errno
 import hashlib
 import io
@@ -49,7 +52,10 @@ def died(data, tmp_path_factory):
 # ---- what is kept
 
 def test_the_newest_few_and_the_best_are_kept(data, tmp_path):
-    """best.pt holds the weights of the least validation loss, whatever came after; and no optimizer."""
+    """best.pt holds the weights of the least validation loss, whatever came after.
+
+    It holds no optimizer.
+    """
     argv = [*TINY, "--eval_interval=5", "--min_lr=3", "--eval_iters=50", "--max_iters=40", f"--data_dir={data}"]   # a rate that rises, and ends badly
     finish([*argv, f"--out_dir={tmp_path}/out", "--keep_checkpoints=3"])
     names = {name for name in os.listdir(tmp_path / "out") if name.endswith(".pt")}
@@ -80,7 +86,10 @@ def test_no_save_best_and_checkpoints_only_at_the_end(data, tmp_path):
 # ---- how it is written
 
 def test_written_beside_synced_then_renamed(tmp_path, monkeypatch):
-    """The order of system calls that survives a power cut: data synced, then the name, then the folder synced."""
+    """The order of system calls that survives a power cut.
+
+    Data synced, then the name, then the folder synced.
+    """
     calls = []
 
     def record(name, describe):
@@ -137,7 +146,10 @@ def test_a_damaged_newest_is_named_and_the_one_before_goes_on(data, straight, di
 
 
 def test_any_damage_is_found(died, tmp_path):
-    """60 cuts and 200 flipped bits anywhere: refused with one line, or the tensors are the same to the bit."""
+    """60 cuts and 200 flipped bits anywhere.
+
+    Refused with one line, or the tensors are the same to the bit.
+    """
     source, path, draw = checkpoint.step_path(died, 15), str(tmp_path / "file.pt"), random.Random(0)
     good, refused_flips = checkpoint.load(source), 0
     for _ in range(60):
@@ -244,7 +256,10 @@ def hostile_files(command, honest):
 
 @pytest.mark.parametrize("name", hostile_files("true", {}))
 def test_a_hostile_checkpoint_executes_nothing(data, died, tmp_path, name):
-    """Resuming, starting from it and generating from it refuse it with one line; its command never runs."""
+    """Resuming, starting from it and generating from it refuse it with one line.
+
+    Its command never runs.
+    """
     touched, out = tmp_path / "touched", tmp_path / "out"
     shutil.copytree(died, out)
     content = hostile_files(f"touch {touched}", torch.load(checkpoint.step_path(died, 15)))[name]
@@ -286,7 +301,10 @@ def small_files_only(first, last, limit):
 
 
 def test_a_save_that_finds_no_room_is_survived(data, straight, tmp_path):
-    """Steps 7 to 12 cannot save: it says so, keeps the checkpoint before, goes on, saves the next; every number is the same."""
+    """Steps 7 to 12 cannot save: it says so, keeps the checkpoint before, goes on, saves the next.
+
+    Every number is the same.
+    """
     output = finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--keep_checkpoints=9"], before=small_files_only(7, 12, 100_000))
     assert output.count("could not save") == 2 and "ckpt_00000010.pt: " in output and "best.pt: " in output
     assert "the checkpoints before it are untouched, training goes on" in output
@@ -323,7 +341,10 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(data, straight, small_disk):
-    """Nothing more can be written from step 12 on: the run ends with exit 2; with room made it goes on exactly."""
+    """Nothing more can be written from step 12 on: the run ends with exit 2.
+
+    With room made it goes on exactly.
+    """
     argv = [*SHORT, f"--data_dir={data}", f"--out_dir={small_disk}/out"]
     filler = small_disk / "filler"
 

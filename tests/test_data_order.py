@@ -1,4 +1,7 @@
-"""Which windows a step learns from: a pure function of (seed, step, global batch), for any number of processes."""
+"""Which windows a step learns from.
+
+A pure function of (seed, step, global batch), for any number of processes.
+"""
 import json
 import os
 import tracemalloc
@@ -30,17 +33,23 @@ def test_permutation_looks_random():
     n = 20_000
     image = permute(np.arange(n), n, 7)
     assert abs(np.corrcoef(np.arange(n), image)[0, 1]) < 0.03
-    assert abs(np.abs(np.diff(image)).mean() / n - 1 / 3) < 0.01            # of two independent uniform places
-    assert (image == np.arange(n)).sum() < 10                             # fixed points: 1 is expected
+    # of two independent uniform places
+    assert abs(np.abs(np.diff(image)).mean() / n - 1 / 3) < 0.01
+    # fixed points: 1 is expected
+    assert (image == np.arange(n)).sum() < 10
     # where one window stands in 400 epochs: uniform over ten tenths of the epoch
     places = np.array([permute([17], 500, key)[0] for key in range(400)])
     counts = np.bincount(places * 10 // 500, minlength=10)
-    assert ((counts - 40) ** 2 / 40).sum() < 27.9                           # chi-square, 9 degrees of freedom, p = 0.001
+    # chi-square, 9 degrees of freedom, p = 0.001
+    assert ((counts - 40) ** 2 / 40).sum() < 27.9
 
 
 @pytest.fixture
 def positions(tmp_path):
-    """A corpus whose tokens are their own positions: 600 windows of 100 tokens, and the one after."""
+    """A corpus whose tokens are their own positions.
+
+    600 windows of 100 tokens, and the one after.
+    """
     meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 65535, "splits": {}}
     for split, count in (("train", 60_001), ("val", 1_001)):
         np.arange(count, dtype="<u2").tofile(tmp_path / f"{split}.bin")
@@ -62,7 +71,10 @@ def test_an_epoch_holds_every_token_once(positions):
 
 
 def test_batches_run_on_into_the_next_epoch():
-    """A batch that doesn't divide the epoch loses and repeats nothing: three epochs are three permutations."""
+    """A batch that doesn't divide the epoch loses and repeats nothing.
+
+    Three epochs are three permutations.
+    """
     stream = np.concatenate([batch_windows(0, step, 16, 100) for step in range(20)])[:300].reshape(3, 100)
     assert np.array_equal(np.sort(stream, axis=1), np.tile(np.arange(100), (3, 1)))
     # nor does a batch larger than the corpus
@@ -85,7 +97,10 @@ def record_windows(folder):
 
 @pytest.mark.parametrize("world, batch_size, accumulation", [(1, 16, 1), (1, 2, 8), (2, 4, 4), (4, 2, 8), (8, 1, 16)])
 def test_every_world_size_sees_the_same_batches(tmp_path, world, batch_size, accumulation):
-    """train.py itself, as 1, 2, 4 and 8 gloo processes: what they read, put together, is the same 3 global batches."""
+    """train.py itself, as 1, 2, 4 and 8 gloo processes.
+
+    What they read, put together, is the same 3 global batches.
+    """
     data = make_data(tmp_path / "data")
     argv = [*TINY, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}", "--max_iters=3", "--eval_interval=0",
             "--checkpoint_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--n_layer=1"]
@@ -113,7 +128,10 @@ def test_resuming_continues_with_the_next_batch(tmp_path):
 
 
 def open_and_draw(folder, tokens):
-    """Open a corpus of `tokens` tokens (holes in a sparse file) and draw a late batch: (windows, memory at its peak in bytes)."""
+    """Open a corpus of `tokens` tokens (holes in a sparse file) and draw a late batch.
+
+    (windows, memory at its peak in bytes).
+    """
     meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 300,
             "splits": {"train": {"tokens": tokens}, "val": {"tokens": 0}}}
     os.mkdir(folder)
@@ -133,7 +151,10 @@ def open_and_draw(folder, tokens):
 
 
 def test_a_billion_windows_cost_no_more_than_a_few(tmp_path, monkeypatch):
-    """16 GB of tokens: as much memory as for 1.6 MB, and at the start a bounded number of tokens read."""
+    """16 GB of tokens.
+
+    As much memory as for 1.6 MB, and at the start a bounded number of tokens read.
+    """
     monkeypatch.setattr(data, "SCAN_LIMIT", 8 << 20)         # what holds for 64 MB holds for 8
     read = []
     inner = TokenData._check_ids

@@ -1,5 +1,5 @@
-"""The demo's town proves something only if its two halves never meet: the facts asked for at the end must
-stand in the pretraining text alone, and guessing must not answer them."""
+"""The demo's town proves something only if its two halves never meet: the facts asked for at the
+end must stand in the pretraining text alone, and guessing must not answer them."""
 import collections
 import hashlib
 import itertools
@@ -73,7 +73,8 @@ def test_biographies_of_one_person_stand_apart(texts, town):
     for place, name in enumerate(who):
         gaps.append(place - last.get(name, -999))
         last[name] = place
-    # a window holds about four biographies: a paraphrase in the same window would be copied, not learned
+    # a window holds about four biographies: a paraphrase in the same window would be copied, not
+    # learned
     assert sum(gap < 4 for gap in gaps) < 0.01 * len(gaps)
 
 

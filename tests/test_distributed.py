@@ -1,4 +1,5 @@
-"""One step is one step, however it is cut: micro-steps and processes give the loss and gradients of one big batch.
+"""One step is one step, however it is cut: micro-steps and processes give the loss and gradients of
+one big batch.
 
 And a job whose process dies ends, or under torchrun --max-restarts goes on exactly.
 """
@@ -25,7 +26,8 @@ def masks(kind):
     """Which tokens of the 16 rows are learned, by the place of the row in the first batch."""
     learned = torch.zeros(ROWS, BLOCK + 1, dtype=torch.uint8)
     for place in range(ROWS):
-        if kind == "uneven":                     # 0, 2, 4 ... tokens: the first row has none, the second half most
+        # 0, 2, 4 ... tokens: the first row has none, the second half most
+        if kind == "uneven":
             learned[place, 1: 1 + 2 * place] = 1
         elif kind == "one rank has none":
             learned[place, 1: 6 + place] = int(place < 8)
@@ -81,7 +83,10 @@ def reference(base, data):
 
 @pytest.mark.parametrize("kind", ["uneven", "one rank has none", "one token in all"])
 def test_any_cut_gives_loss_and_gradients_of_the_whole(base, tmp_path, kind):
-    """Float32 against float64 of one big batch: within 1e-5 of it, for loss and for the gradient of every parameter."""
+    """Float32 against float64 of one big batch.
+
+    Within 1e-5 of it, for loss and for the gradient of every parameter.
+    """
     data = make_data(tmp_path / "data", "sft", train=ROWS * (BLOCK + 1), val=ROWS * (BLOCK + 1), mask=masks(kind))
     loss, gradients = reference(base, data)
     for world, batch_size, accumulation in CUTS:
@@ -99,7 +104,10 @@ def test_any_cut_gives_loss_and_gradients_of_the_whole(base, tmp_path, kind):
 
 
 def test_a_step_with_nothing_to_learn_is_no_nan(base, tmp_path):
-    """None of 16 windows has a learned token: loss 0, gradient 0, nothing skipped; the next step learns."""
+    """None of 16 windows has a learned token: loss 0, gradient 0, nothing skipped.
+
+    The next step learns.
+    """
     mask = torch.zeros(2 * ROWS, BLOCK + 1, dtype=torch.uint8)
     mask[torch.from_numpy(batch_windows(1337, 1, ROWS, 2 * ROWS)), 5:9] = 1
     mask = mask.flatten().numpy()
@@ -114,7 +122,10 @@ def test_a_step_with_nothing_to_learn_is_no_nan(base, tmp_path):
 
 
 def test_training_is_the_same_for_any_number_of_processes(base, tmp_path):
-    """12 steps and 3 validations, over rows that no number of processes divides: the same losses to 1e-4."""
+    """12 steps and 3 validations, over rows that no number of processes divides.
+
+    The same losses to 1e-4.
+    """
     mask = {split: (torch.rand(count * (BLOCK + 1), generator=torch.Generator().manual_seed(1)) < 0.2).to(torch.uint8).numpy()
             for split, count in (("train", 50), ("val", 13))}
     data = make_data(tmp_path / "data", "sft", train=50 * (BLOCK + 1), val=13 * (BLOCK + 1), mask=mask)
@@ -132,7 +143,10 @@ def test_training_is_the_same_for_any_number_of_processes(base, tmp_path):
 
 
 def test_bf16_and_experts_run_on_two_processes(tmp_path):
-    """Experts with noise and balance loss, bf16: two processes agree on every weight at the end, and learn."""
+    """Experts with noise and balance loss, bf16.
+
+    Two processes agree on every weight at the end, and learn.
+    """
     data = make_data(tmp_path / "data")
     argv = [*TINY, "--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48", "--dtype=bfloat16", "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     children = ranks(2, argv, before=[functools.partial(keep_weights, f"{tmp_path}/weights_{rank}") for rank in range(2)])
@@ -145,7 +159,10 @@ def test_bf16_and_experts_run_on_two_processes(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others(tmp_path, victim):
-    """SIGKILL of one rank in the midst: the other leaves too, not with exit 0; resuming is exact."""
+    """SIGKILL of one rank in the midst: the other leaves too, not with exit 0.
+
+    Resuming is exact.
+    """
     data = make_data(tmp_path / "data")
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}"]
     train_as(2, [*argv, f"--out_dir={tmp_path}/straight"], [None, None])

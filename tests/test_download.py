@@ -35,7 +35,10 @@ def corpora():
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; `.asked` lists (name, first byte asked for or None, bytes sent). The switches break it."""
+    """Serves `files`; `.asked` lists (name, first byte asked for or None, bytes sent).
+
+    The switches break it.
+    """
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -98,7 +101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             pass
         finally:
-            if last is None:                                   # the question for the size is not counted
+            # the question for the size is not counted
+            if last is None:
                 server.asked.append((name, first if asked else None, sent))
             self.close_connection = sent < whole
 
@@ -136,7 +140,8 @@ def test_broken_connections_are_resumed(server, tmp_path, redirect):
     for name, data in server.files.items():
         starts = [first or 0 for asked, first, _ in server.asked if asked == name]
         assert len(starts) == -(-len(data) // 20_000) > 2
-        assert starts == sorted(starts) and len(set(starts)) == len(starts)              # nothing is fetched twice
+        # nothing is fetched twice
+        assert starts == sorted(starts) and len(set(starts)) == len(starts)
         assert sum(sent for asked, _, sent in server.asked if asked == name) < 1.2 * len(data) + 20_000
 
 
@@ -147,7 +152,8 @@ def test_next_steps_can_be_run(server, tmp_path):
     for _, script, argument in steps:
         assert os.path.exists(f"{ROOT}/{script}")
         assert os.path.exists(tmp_path / argument) or os.path.exists(f"{ROOT}/{argument}")
-    assert texts(1)[0][:10].split()[0] in out and chats(1)[0][0]["content"][:8].split()[0] in out       # the first records, shown
+    # the first records, shown
+    assert texts(1)[0][:10].split()[0] in out and chats(1)[0][0]["content"][:8].split()[0] in out
 
 
 def wait_until(condition):

@@ -1,4 +1,7 @@
-"""Training in 8 bits: its products against float64, what is cut off, what is refused, and a whole run."""
+"""Training in 8 bits.
+
+Its products against float64, what is cut off, what is refused, and a whole run.
+"""
 import pytest
 import torch
 
@@ -18,7 +21,10 @@ def error(ours, exact):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_products_are_those_of_the_rounded_numbers(compiled):
-    """All three, with sizes that all differ: as near to the products of what e4m3 and e5m2 make of the operands as bfloat16 lets them be."""
+    """All three, with sizes that all differ.
+
+    As near to the products of what e4m3 and e5m2 make of the operands as bfloat16 lets them be.
+    """
     torch.manual_seed(0)
     x, weight, grad = torch.randn(96, 64).bfloat16().requires_grad_(), (0.02 * torch.randn(80, 64)).requires_grad_(), torch.randn(96, 80).bfloat16() / 96
     y = (torch.compile(Float8Function.apply, fullgraph=True) if compiled else Float8Function.apply)(x, weight)
@@ -51,7 +57,10 @@ def model_and_its_float8(device=CPU, **options):
 
 
 def test_only_training_is_in_8_bits():
-    """Validation, and other programs that open the checkpoint, see the weights in 16 bits; the head never is in 8."""
+    """Validation, and other programs that open the checkpoint, see the weights in 16 bits.
+
+    The head never is in 8.
+    """
     plain, model = model_and_its_float8(bias=True)
     assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 2 * 4
     assert model.state_dict().keys() == plain.state_dict().keys()

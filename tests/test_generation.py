@@ -1,4 +1,7 @@
-"""Generation: the cache, sampling, streams of text, conversations. The referee is the model without a cache."""
+"""Generation: the cache, sampling, streams of text, conversations.
+
+The referee is the model without a cache.
+"""
 import math
 import random
 import re
@@ -29,7 +32,10 @@ SAMPLED = dict(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2)
 
 
 def uncached(model, prompt, n, seed=0, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, stop_ids=(), size=None):
-    """What `generate` must give for one prompt: a full forward pass a token, penalty and cuts written out in plain Python."""
+    """What `generate` must give for one prompt.
+
+    A full forward pass a token, penalty and cuts written out in plain Python.
+    """
     u = torch.rand(n, generator=torch.Generator().manual_seed(seed)).tolist()
     ids, out = list(prompt), []
     while len(out) < n and len(ids) < (size or model.config.block_size):
@@ -112,7 +118,10 @@ def test_cached_equals_uncached(kind, options):
 @pytest.mark.parametrize("kind", [DENSE, MOE], ids=["dense", "moe"])
 @torch.inference_mode()
 def test_batch_equals_its_rows_alone(kind, options):
-    """Eight prompts of different lengths; the long ones run to the end of the context while the others go on."""
+    """Eight prompts of different lengths.
+
+    The long ones run to the end of the context while the others go on.
+    """
     model = tiny_model(**kind)
     prompts = [random_ids(length) for length in (1, 47, 5, 30, 2, 46, 12, 40)]
     batch = rows(model, prompts, 25, seed=3, **options)
@@ -125,7 +134,10 @@ def test_batch_equals_its_rows_alone(kind, options):
 @pytest.mark.parametrize("kind", [DENSE, MOE], ids=["dense", "moe"])
 @torch.inference_mode()
 def test_five_turns_with_trimming(kind, batch):
-    """One cache over five turns, in which every row loses its oldest tokens at another time: as without a cache."""
+    """One cache over five turns, in which every row loses its oldest tokens at another time.
+
+    As without a cache.
+    """
     model = tiny_model(**kind)
     cache = model.new_cache(batch)
     generator, prompts, trimmed = random.Random(5), [[] for _ in range(batch)], 0
@@ -178,7 +190,8 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
             break
     prompt += said + random_ids(3)
     assert list(model.generate(prompt, 9, seed=2, cache=cache)) == uncached(model, prompt, 9, seed=2)
-    assert cache.prefilled == 10 + 4             # the seventh was shown, but not yet read by the model
+    # the seventh was shown, but not yet read by the model
+    assert cache.prefilled == 10 + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -192,10 +205,12 @@ def test_batch_size_1_equals_the_modules(options, dtype, way):
         pytest.skip("compiled once for the dense model, once with biases, once for the mixture")
     model = tiny_model(**options)
     for parameter in model.parameters():
-        if parameter.dim() == 1:                 # norms of 1 and biases of 0 would hide that they are left out
+        # norms of 1 and biases of 0 would hide that they are left out
+        if parameter.dim() == 1:
             parameter.data += torch.randn_like(parameter) / 4
     model.for_generation(torch.device("cpu"), dtype)
-    draw = random.Random(1)                      # of its own: the same ids in whatever order the tests run
+    # of its own: the same ids in whatever order the tests run
+    draw = random.Random(1)
     ids = next(ids for ids in iter(lambda: random_ids(20, draw), None) if router_is_decided(model, ids))
     for_a_compiler = decode_gpu.decode_one_token
     if way == "compiled":
@@ -255,7 +270,8 @@ def test_topk_of_ours_is_topk(size):
     logits = torch.randn(5, size)
     logits[1, 64:128] += 9
     logits[2, 7:] = -float("inf")
-    logits[3] = logits[3].round()                # ties: the values are the same, which ids they have is open
+    # ties: the values are the same, which ids they have is open
+    logits[3] = logits[3].round()
     for k in (1, 6, 20, min(size, 300)):
         for topk in (topk_by_parts, topk_by_counting) if size <= 5000 else (topk_by_parts,):
             values, ids = topk(logits, k)
@@ -309,7 +325,8 @@ def test_same_seed_same_text():
     answers = {model.chat(messages, max_new_tokens=20, seed=3), "".join(model.chat(messages, max_new_tokens=20, seed=3, stream=True)),
                tiny_model().chat(messages, max_new_tokens=20, seed=3)}
     assert len(answers) == 1
-    assert len({model.chat(messages, max_new_tokens=20) for _ in range(4)}) > 1      # no seed: another each time
+    # no seed: another each time
+    assert len({model.chat(messages, max_new_tokens=20) for _ in range(4)}) > 1
 
 
 def test_rows_of_the_embedding_without_a_token_are_never_drawn():
@@ -354,7 +371,10 @@ def pieces_of(ids, stop=()):
 
 
 def test_no_stream_shows_half_a_character():
-    """Random ids are mostly broken UTF-8. All that is whole comes out, in order, and nothing else."""
+    """Random ids are mostly broken UTF-8.
+
+    All that is whole comes out, in order, and nothing else.
+    """
     generator = random.Random(0)
     clean = 0
     for _ in range(600):
@@ -425,7 +445,8 @@ def test_a_turn_computes_only_what_is_new():
     assert conversation.last["prompt_tokens"] == len(conversation.system_ids + conversation.turns[0].ids) + head
     for text in ("世界", "从前有座山"):
         ask(conversation, text)
-        # the last token of the answer before, which nothing had read yet, its <|im_end|> and line end; the question
+        # the last token of the answer before, which nothing had read yet, its <|im_end|> and line
+        # end; the question
         assert conversation.last["prompt_tokens"] == 3 + len(conversation.turns[-2].ids) + head
     # a changed system prompt changes everything behind it
     conversation.set_system("别的")
@@ -602,7 +623,10 @@ def test_examples_in_the_docstrings(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("top_k", [0, 4])
 @pytest.mark.parametrize("kind, batch, compile", [(DENSE, 1, False), (DENSE, 1, True), (DENSE, 3, True), (MOE, 1, True), (MOE, 12, False)])
 def test_graphs_on_a_gpu_give_the_likeliest_token(kind, batch, compile, top_k):
-    """Over four turns, prompt and answer from CUDA graphs in bfloat16: each token is, within rounding, the likeliest without a cache."""
+    """Over four turns, prompt and answer from CUDA graphs in bfloat16.
+
+    Each token is, within rounding, the likeliest without a cache.
+    """
     model = tiny_model(**kind, n_embd=64, n_inner=64, block_size=96).for_generation(torch.device("cuda"), torch.bfloat16)
     draw = random.Random(0)
     prompts, cache = [[draw.randrange(300) for _ in range(3 + 4 * b)] for b in range(batch)], model.new_cache(batch)

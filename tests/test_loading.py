@@ -1,4 +1,7 @@
-"""How quickly a model is ready to talk: what is imported for it, and that its weights are neither initialised nor copied."""
+"""How quickly a model is ready to talk.
+
+What is imported for it, and that its weights are neither initialised nor copied.
+"""
 import os
 import subprocess
 import sys
@@ -10,7 +13,8 @@ from support.processes import LIMIT
 from model import GPT
 from support.tiny_models import talkative, tiny_model, write_folder
 
-# Each costs between 0.2 and 2 s. What is measured: an answer of one token, through the whole of chat.py.
+# Each costs between 0.2 and 2 s. What is measured: an answer of one token, through the whole of
+# chat.py.
 NOT_NEEDED = ("transformers", "torch._dynamo", "torch._inductor", "sympy", "matplotlib", "pandas", "train", "data", "bench")
 
 
@@ -35,7 +39,10 @@ def test_wrong_settings_are_said_before_torch_is_imported():
 
 
 def test_weights_are_not_copied(tmp_path):
-    """float32 on the CPU: the parameters are the mapped file itself, and no random number was drawn for them."""
+    """float32 on the CPU.
+
+    The parameters are the mapped file itself, and no random number was drawn for them.
+    """
     model = tiny_model()
     write_folder(tmp_path / "tiny", model)
     state = torch.get_rng_state()

@@ -1,4 +1,7 @@
-"""The dense model: against transformers' Arcee, causality, parameter counts, packed rows, document masks."""
+"""The dense model.
+
+Against transformers' Arcee, causality, parameter counts, packed rows, document masks.
+"""
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,7 +27,10 @@ def small(**changes):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_transformers_arcee(bias):
-    """The same weights in transformers' Arcee (RMSNorm, RoPE, GQA, an MLP without gate): the same logits to 1e-4."""
+    """The same weights in transformers' Arcee (RMSNorm, RoPE, GQA, an MLP without gate).
+
+    The same logits to 1e-4.
+    """
     transformers = pytest.importorskip("transformers")
     model = small(bias=bias, rope_theta=500.0, n_inner=200)
     c = model.config
@@ -55,7 +61,10 @@ def test_equals_transformers_arcee(bias):
 
 
 def test_parameter_counts():
-    """171 M for the dense model of config/pretrain.py; on the meta device, so that nothing is allocated."""
+    """171 M for the dense model of config/pretrain.py.
+
+    On the meta device, so that nothing is allocated.
+    """
     with torch.device("meta"):
         total, active = GPT(GPTConfig()).n_params()
     assert total == active and abs(total / 171e6 - 1) < 0.01
@@ -96,7 +105,8 @@ def test_packed_rows_give_every_document_its_loss_alone(n_expert):
             loss, _ = model(x, mine, document_mask(x))
             torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-5)
             at += len(row)
-        assert (model(x)[0][30] - logits[30]).abs().max() > 1e-2      # without the mask they would see one another
+        # without the mask they would see one another
+        assert (model(x)[0][30] - logits[30]).abs().max() > 1e-2
 
 
 def test_flex_attention_sees_what_the_dense_mask_shows():
@@ -167,7 +177,10 @@ def test_linear_cross_entropy_is_cross_entropy():
 
 @pytest.mark.parametrize("confidence", [0.2, 1.0, 4.0])
 def test_linear_cross_entropy_of_a_confident_model(confidence):
-    """Compiled, in bfloat16, with probabilities near 1: loss and gradients as near to float64 as those of F.cross_entropy."""
+    """Compiled, in bfloat16, with probabilities near 1.
+
+    Loss and gradients as near to float64 as those of F.cross_entropy.
+    """
     torch.manual_seed(2)
     weight = torch.randn(300, 64)
     targets = torch.randint(0, 300, (200,))
@@ -182,7 +195,8 @@ def test_linear_cross_entropy_of_a_confident_model(confidence):
     def plain(x, weight, targets):
         return F.cross_entropy((x @ weight.t()).float(), targets, reduction="sum")
     with torch.no_grad():
-        logits = (x @ weight.t()).double()       # rounded to bfloat16: this rounding is not to be blamed on either
+        # rounded to bfloat16: this rounding is not to be blamed on either
+        logits = (x @ weight.t()).double()
     p = logits.softmax(-1)
     p[torch.arange(200), targets] = -(p.sum(-1) - p[torch.arange(200), targets])
     exact = p @ weight.detach().double(), p.t() @ x.detach().double()
@@ -197,7 +211,10 @@ def test_linear_cross_entropy_of_a_confident_model(confidence):
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_gradients_of_a_step_on_a_gpu(experts, compiled):
-    """In bfloat16, as train.py compiles it with LinearCrossEntropy, and without: loss and gradients against float64. All experts are chosen, without noise."""
+    """In bfloat16, as train.py compiles it with LinearCrossEntropy, and without.
+
+    Loss and gradients against float64. All experts are chosen, without noise.
+    """
     from minillm.device import compile_for_training
     options = dict(n_expert=experts, n_expert_per_tok=4, n_embd=64, n_head=4, n_inner=64, n_kv_head=2)
     model, exact = small(**options).cuda().use_fast(compiled), small(**options).double().cuda()
@@ -230,7 +247,10 @@ def test_shapes_that_do_not_fit_are_refused(changes, words):
 
 
 def test_flops_per_token():
-    """6 × (parameters without norms) + 6 · layers · T · width; for 12 × 1024 at 512: 1.065 GFLOP."""
+    """6 × (parameters without norms) + 6 · layers · T · width; for 12 × 1024 at 512.
+
+    1.065 GFLOP.
+    """
     with torch.device("meta"):
         model = GPT(GPTConfig())
     norms = 25 * 1024

@@ -1,4 +1,7 @@
-"""The mixture of experts: against a loop over tokens in float64, transformers' Mixtral routing, balance, gradients."""
+"""The mixture of experts.
+
+Against a loop over tokens in float64, transformers' Mixtral routing, balance, gradients.
+"""
 import math
 
 import pytest
@@ -38,7 +41,8 @@ def uneven(moe, case):
     with torch.no_grad():
         if case == "one takes most":
             moe.router.weight_DE[:, 0] *= 20
-        elif case == "half are empty":           # tokens are positive below, so these logits are far below the others
+        # tokens are positive below, so these logits are far below the others
+        elif case == "half are empty":
             moe.router.weight_DE[:, ::2] = -5.0
 
 
@@ -46,7 +50,10 @@ def uneven(moe, case):
 @pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("experts", [loop_over_experts, grouped_experts])
 def test_equals_a_loop_over_tokens(experts, case, tokens):
-    """Output and every gradient in float64, to 1e-9; among the cases experts without a token, whose gradient is zero."""
+    """Output and every gradient in float64, to 1e-9.
+
+    Among the cases experts without a token, whose gradient is zero.
+    """
     moe = layer(experts).double().eval()
     uneven(moe, case)
     x = torch.rand(1, tokens, 32, dtype=torch.float64)
@@ -89,7 +96,10 @@ def test_grouped_product_is_near_float64(dtype, limit, case):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_twins_of_the_loop_agree_with_it(dtype, limit):
-    """Sorted by expert, or all experts for all tokens; the weights as they lie and turned for decoding."""
+    """Sorted by expert, or all experts for all tokens.
+
+    The weights as they lie and turned for decoding.
+    """
     moe = layer().eval().to(dtype).requires_grad_(False)
     x = torch.randn(6, 32).to(dtype)
     routed = moe.router(x)
@@ -139,7 +149,8 @@ def test_noise_is_training_only_and_learned():
     moe.router.noise_DE.data.zero_()
     first, second = moe.router(x)[1], moe.router(x)[1]
     assert not torch.equal(first, second)
-    moe.router.noise_DE.data.fill_(-100)         # x is made positive: softplus(-large) is no noise at all
+    # x is made positive: softplus(-large) is no noise at all
+    moe.router.noise_DE.data.fill_(-100)
     assert torch.equal(moe.router(x.abs())[1], moe.router(x.abs())[1])
     moe.eval()
     moe.router.noise_DE.data.fill_(100)
@@ -167,7 +178,10 @@ def test_router_computes_in_float32_under_autocast():
 
 
 def test_one_expert_per_token_is_scaled_by_its_probability():
-    """Its gate is that of a softmax over all experts; the balance loss still is 0 where all is even."""
+    """Its gate is that of a softmax over all experts.
+
+    The balance loss still is 0 where all is even.
+    """
     moe = layer(n_expert_per_tok=1).eval()
     x = torch.randn(50, 32)
     gate, expert = moe.router(x)
@@ -179,7 +193,10 @@ def test_one_expert_per_token_is_scaled_by_its_probability():
 
 
 def test_balance_loss():
-    """KL(uniform ‖ mean gate): 0 when even, its formula otherwise, finite for an expert that nobody chose."""
+    """KL(uniform ‖ mean gate).
+
+    0 when even, its formula otherwise, finite for an expert that nobody chose.
+    """
     expert_TK = torch.tensor([[0, 1], [2, 3]])
     even = torch.full((2, 2), 0.5)
     assert balance_loss(even, expert_TK, 4).abs() < 1e-6
@@ -194,7 +211,10 @@ def test_balance_loss():
 
 
 def test_shares_add_up():
-    """What is logged of the load: each layer's shares sum to 1, and count the rows that each expert got."""
+    """What is logged of the load.
+
+    Each layer's shares sum to 1, and count the rows that each expert got.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(**CONFIG)).eval()
     idx = torch.randint(101, (4, 32))

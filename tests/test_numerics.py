@@ -1,4 +1,7 @@
-"""Steps that are not finite: skipped by all processes alike, counted, logged, and in the end explained."""
+"""Steps that are not finite.
+
+Skipped by all processes alike, counted, logged, and in the end explained.
+"""
 import math
 import os
 
@@ -20,7 +23,10 @@ def data(tmp_path_factory):
 
 
 def spoil(how, steps):
-    """In the child: make loss or gradient of the given steps' second micro-batch (or of the only one) not finite."""
+    """In the child.
+
+    Make loss or gradient of the given steps' second micro-batch (or of the only one) not finite.
+    """
     def before():
         now, micro = [-1], [0]
 
@@ -54,7 +60,10 @@ def assert_step_changed_nothing(out_dir, step):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, how, dtype):
-    """Weights, moments and the optimizer's count of steps stay to the bit; it is logged though no log line was due."""
+    """Weights, moments and the optimizer's count of steps stay to the bit.
+
+    It is logged though no log line was due.
+    """
     argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6", "--log_interval=50", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     output = finish(argv, before=spoil(how, {3}))
     assert_step_changed_nothing(tmp_path / "out", 3)
@@ -70,7 +79,10 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, how, dtype):
 @pytest.mark.parametrize("how", ["nan", "gradient"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_all_processes_skip_together(data, tmp_path, how, dtype):
-    """Only rank 1 of 2 has a step that is not finite; afterwards both still hold the same weights."""
+    """Only rank 1 of 2 has a step that is not finite.
+
+    Afterwards both still hold the same weights.
+    """
     def keep(rank):
         def before():
             spoil(how, {3} if rank == 1 else set())()
@@ -86,9 +98,13 @@ def test_all_processes_skip_together(data, tmp_path, how, dtype):
 
 
 def test_too_many_in_a_row_stop_the_run_and_name_the_windows(data, tmp_path):
-    """The line names step and windows; --inspect_step prints just these windows as text, and touches nothing."""
+    """The line names step and windows.
+
+    --inspect_step prints just these windows as text, and touches nothing.
+    """
     argv = [*TINY, "--max_bad_steps=3", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
-    line = refused(argv, before=spoil("nan", {2, 7, 8, 9, 10}))          # the lone one doesn't count: it was followed by good ones
+    # the lone one doesn't count: it was followed by good ones
+    line = refused(argv, before=spoil("nan", {2, 7, 8, 9, 10}))
     windows = batch_windows(1337, 9, 4, 124).tolist()
     assert f"stopped at step 9, the last of 3 in a row without a finite loss and gradient; its windows: {windows}" in line
     assert "--inspect_step=9" in line
@@ -124,7 +140,10 @@ def test_all_processes_stop_together(data, tmp_path):
 
 
 def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):
-    """float16: an overflow halves the scale; the next run goes on with it, and with the count of good steps since."""
+    """float16: an overflow halves the scale.
+
+    The next run goes on with it, and with the count of good steps since.
+    """
     argv = [*TINY, "--dtype=float16", "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     finish([*argv, "--max_iters=5"], before=spoil("gradient", {2}))
     saved = newest(tmp_path / "out")["scaler"]

@@ -48,7 +48,8 @@ def sft(folder, out, *argv, files=("chats.jsonl",), block_size=255, fraction=0.1
     return output, meta(out)
 
 
-# Change these only if the format of the token files is meant to change: every prepared corpus is then another one.
+# Change these only if the format of the token files is meant to change: every prepared corpus is
+# then another one.
 PINNED_PRETRAIN = {"train.bin": "89da9438ecc954de", "val.bin": "1eec58c3195b8bba"}
 PINNED_SFT = {"train.bin": "e4f93fc33842992b", "train_mask.bin": "ab549271ebb96b16", "val.bin": "35a2a969635dc892", "val_mask.bin": "4a36d604a4bc7af2"}
 
@@ -109,7 +110,8 @@ def test_split_is_by_content(folder, tmp_path, tokenizer):
     both = validation(tmp_path / "2", "--seed=5", files=("b.jsonl", "a.jsonl"))
     assert alone and alone == both & set(texts(120))
     larger = validation(tmp_path / "3", fraction=0.3)
-    assert both < larger and 40 < len(larger) < 80                               # 60 expected, standard deviation 6.5
+    # 60 expected, standard deviation 6.5
+    assert both < larger and 40 < len(larger) < 80
 
 
 def documents_of(sizes):
@@ -147,7 +149,10 @@ def test_few_conversations_give_one_to_validation(folder, tmp_path):
 @pytest.mark.parametrize("fraction", [0.01, 0.05])
 @pytest.mark.parametrize("lines", [1, 400])
 def test_a_book_gives_its_share_to_validation(folder, tmp_path, tokenizer, fraction, lines):
-    """A text of 40 KB: its end, cut at a line, or at a sentence where there is no line; nothing is lost."""
+    """A text of 40 KB: its end, cut at a line, or at a sentence where there is no line.
+
+    Nothing is lost.
+    """
     book = "".join(f"第{number}句，天地玄黄。" + ("\n" if lines > 1 else "") for number in range(1400))
     (tmp_path / "book.txt").write_text(book)
     _, made = pretrain(tmp_path, tmp_path / "p", f"--tokenizer={folder}/tokenizer", files=("book.txt",), fraction=fraction)
@@ -171,7 +176,8 @@ def test_duplicates(folder, tmp_path, tokenizer):
     assert sorted(found) == sorted(items)
     (reason, entry), = made["skipped"].items()
     assert "duplicate" in reason and entry["count"] == 22 and "skipped 22: duplicate" in output
-    assert int(entry["first"].rsplit(":", 1)[1]) > 50                            # the first copy stays, the later ones go
+    # the first copy stays, the later ones go
+    assert int(entry["first"].rsplit(":", 1)[1]) > 50
     write_chats(folder / "d.jsonl", chats(20) + chats(5))
     _, made = sft(folder, tmp_path / "3", "--dedup=True", files=("d.jsonl",), block_size=1000)
     assert made["splits"]["train"]["documents"] + made["splits"]["val"]["documents"] == 20
@@ -198,10 +204,14 @@ def test_shuffle_with_buckets_over_the_limit(tmp_path, monkeypatch, dedup):
 
 
 def expected_parts(tokenizer, messages, capacity, long):
-    """By the contract, spelled out: [(ids, mask)] of the parts of a conversation without a system turn."""
+    """By the contract, spelled out.
+
+    [(ids, mask)] of the parts of a conversation without a system turn.
+    """
     parts, exchanges = [], [messages[start: start + 2] for start in range(0, len(messages), 2)]
     while exchanges:
-        for count in range(len(exchanges), 0, -1):       # as many exchanges as fit, with one <|endoftext|>
+        # as many exchanges as fit, with one <|endoftext|>
+        for count in range(len(exchanges), 0, -1):
             ids, mask = tokenizer.encode_chat(sum(exchanges[:count], []))
             if len(ids) + 1 <= capacity:
                 parts.append((ids, mask))
@@ -248,7 +258,10 @@ def test_rows_hold_whole_exchanges(folder, tmp_path, tokenizer, block_size, long
 
 
 def test_parts_of_a_conversation_share_system_turn_and_split(folder, tmp_path, tokenizer):
-    """Each part begins with the system turn; all of a conversation are on one side; every answer is learned once."""
+    """Each part begins with the system turn; all of a conversation are on one side.
+
+    Every answer is learned once.
+    """
     conversations = [[{"role": "system", "content": f"善{number}"}] + messages
                      for number, messages in enumerate(chats(40))]
     write_chats(folder / "system.jsonl", conversations)
@@ -338,8 +351,10 @@ def fewest_rows(lengths, capacity):
     items, tokens = np.append(0, count.cumsum()), np.append(0, (count * np.arange(capacity + 1)).cumsum())
     best = 0
     for small in range(capacity // 2 + 1):
-        alone = items[-1] - items[capacity - small + 1]                          # nothing of `small` or more fits beside them
-        half = items[capacity - small + 1] - items[capacity // 2 + 1]            # no two of them fit together
+        # nothing of `small` or more fits beside them
+        alone = items[-1] - items[capacity - small + 1]
+        # no two of them fit together
+        half = items[capacity - small + 1] - items[capacity // 2 + 1]
         room = half * capacity - (tokens[capacity - small + 1] - tokens[capacity // 2 + 1])
         rest = tokens[capacity // 2 + 1] - tokens[small]
         best = max(best, int(alone + half + max(0, -(-(rest - room) // capacity))))
@@ -361,7 +376,10 @@ def test_packing(capacity, shape):
 
 @pytest.mark.slow
 def test_packing_ten_million_conversations(tmp_path):
-    """RowWriter on simulated lengths: ten times the conversations, ten times the time, the same memory."""
+    """RowWriter on simulated lengths.
+
+    Ten times the conversations, ten times the time, the same memory.
+    """
     capacity, seconds, peaks, padding = 513, [], [], []
     for name in ("train.bin", "train_mask.bin"):
         (tmp_path / name).symlink_to("/dev/null")
@@ -378,12 +396,16 @@ def test_packing_ten_million_conversations(tmp_path):
         padding.append(writer.counts["padding_tokens"] / writer.counts["tokens"])
         print(f"{count:,} conversations: {seconds[-1]:.1f} s, peak {peaks[-1]:.0f} MiB, padding {padding[-1]:.3%}")
     assert seconds[1] < 15 * seconds[0]
-    assert peaks[1] < peaks[0] + 700                                             # the list of lengths above takes 400 of it
+    # the list of lengths above takes 400 of it
+    assert peaks[1] < peaks[0] + 700
     assert padding[1] < 0.03
 
 
 def test_few_files_may_be_open(folder, tmp_path):
-    """As on macOS, where a process begins with a limit of 256; here 45 beyond what the child inherits."""
+    """As on macOS, where a process begins with a limit of 256.
+
+    Here 45 beyond what the child inherits.
+    """
     def limit():
         inherited = max(map(int, os.listdir("/dev/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (inherited + 45, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -1,4 +1,7 @@
-"""Whatever stops preparation, at whatever moment: the old files are whole, or the new ones are, and the next run cleans up."""
+"""Whatever stops preparation, at whatever moment.
+
+The old files are whole, or the new ones are, and the next run cleans up.
+"""
 import errno
 import os
 import random
@@ -51,7 +54,8 @@ def battery(case, tmp_path, kills, seed):
     """Kill a run that replaces old files, and one that writes the first ones, at random moments."""
     stage, old_argv, new_argv, old, new = case
     out, rng = tmp_path / "out", random.Random(seed)
-    # the reference's meta.json and this one's name the same sources and tokenizer, so files compare byte for byte
+    # the reference's meta.json and this one's name the same sources and tokenizer, so files compare
+    # byte for byte
     finish(stage, *old_argv(out))
     assert fingerprint(out) == old
     start = time.monotonic()
@@ -75,7 +79,8 @@ def battery(case, tmp_path, kills, seed):
         if number % 5 == 0 or kills < 10:
             finish(stage, *new_argv(out))
             assert fingerprint(out) == new
-            assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]       # nothing left behind
+            # nothing left behind
+            assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]
     finish(stage, *new_argv(out))
     assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]
     return left
@@ -127,7 +132,10 @@ def test_killed_at_every_step(case, tmp_path, step):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_where_folders_cannot_be_exchanged(case, tmp_path, when):
-    """On a file system without an atomic exchange the old folder may be aside for a moment; the next run, even one that fails, brings it back."""
+    """On a file system without an atomic exchange the old folder may be aside for a moment.
+
+    The next run, even one that fails, brings it back.
+    """
     stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
     finish(stage, *old_argv(out))
@@ -181,8 +189,10 @@ def test_second_run_is_refused(case, tmp_path):
     first = Fork(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
     wait_stopped(first)
     assert "another run is writing" in refused(stage, *new_argv(out))
-    assert "another run is writing" in refused(stage, *old_argv(os.path.join(out, "..", "out")))        # by whatever name
-    finish(stage, *old_argv(tmp_path / "beside"))                                # the folder next to it is free
+    # by whatever name
+    assert "another run is writing" in refused(stage, *old_argv(os.path.join(out, "..", "out")))
+    # the folder next to it is free
+    finish(stage, *old_argv(tmp_path / "beside"))
     assert fingerprint(out) == old
     first.kill(signal.SIGCONT)
     assert first.wait() == 0 and fingerprint(out) == new

@@ -1,4 +1,7 @@
-"""What the real corpora look like, and worse: for each oddity the rule (kept, repaired, skipped), counted and printed."""
+"""What the real corpora look like, and worse.
+
+For each oddity the rule (kept, repaired, skipped), counted and printed.
+"""
 import bz2
 import concurrent.futures
 import gzip
@@ -144,7 +147,10 @@ def test_chat_rules(tmp_path, name):
 
 
 def test_every_rule_is_counted_and_printed(tmp_path):
-    """All of the two tables in one file each: the report is their sum, on the terminal and in meta.json."""
+    """All of the two tables in one file each.
+
+    The report is their sum, on the terminal and in meta.json.
+    """
     make_tokenizer(tmp_path / "tokenizer")
     fillers = texts(30)
     # one file has one beginning and one end
@@ -267,7 +273,10 @@ def test_other_key(tmp_path):
 
 
 def test_position_seen_by_another_thread(tmp_path):
-    """The progress bar looks while the files are read and closed: it only ever goes forward, to the size of all."""
+    """The progress bar looks while the files are read and closed.
+
+    It only ever goes forward, to the size of all.
+    """
     for number in range(1000):
         (tmp_path / f"{number:03}.jsonl").write_bytes(A * 3)
     source = Source([str(tmp_path)], Report())
@@ -295,7 +304,10 @@ def test_position_seen_by_another_thread(tmp_path):
 
 @pytest.mark.slow
 def test_line_of_50_megabytes(tmp_path):
-    """Whole and lossless in pretraining, cut to its first exchange in SFT; in memory that stays under 1 GiB."""
+    """Whole and lossless in pretraining, cut to its first exchange in SFT.
+
+    In memory that stays under 1 GiB.
+    """
     make_tokenizer(tmp_path / "tokenizer")
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
     long = "".join(f"第{i}句，的是人在一。" for i in range(50_000_000 // 31))

@@ -1,4 +1,7 @@
-"""Files that were made for other programs: each kind opens, and nothing that means something is lost in silence."""
+"""Files that were made for other programs.
+
+Each kind opens, and nothing that means something is lost in silence.
+"""
 import codecs
 import gzip
 import json
@@ -191,7 +194,10 @@ def test_map_is_checked(mapping):
 
 
 def test_what_is_left_out_and_unknown_is_said(tokenizer, tmp_path):
-    """By key, with the number of records; an unknown key only if more than 1% have it, once, and no number of it."""
+    """By key, with the number of records.
+
+    An unknown key only if more than 1% have it, once, and no number of it.
+    """
     records = [messages(QA[0], ("assistant", f"答{number}", {"reasoning_content": "想"} if number % 2 else {}), mood="好", id=number)
                for number in range(300)]
     records[5]["rare"] = 1
@@ -301,7 +307,10 @@ def test_utf_8_sig_is_utf_8(tmp_path):
 ])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_encoding_that_fits_is_proposed(tokenizer, tmp_path, encoding, text, share):
-    """Where lines fail, whatever else is wrong: how many, why, and what to try; not "bring more documents"."""
+    """Where lines fail, whatever else is wrong: how many, why, and what to try.
+
+    Not "bring more documents".
+    """
     lines = [(f"{number} {text}\n").encode("utf-8" if number >= 40 * share else encoding) for number in range(40)]
     (tmp_path / "c.txt").write_bytes(b"".join(lines))
     arguments = ["prepare_pretrain", tmp_path / "c.txt", f"--tokenizer={tokenizer}", f"--out_dir={tmp_path}/o"]

@@ -1,4 +1,7 @@
-"""Encoding on many processes: the same bytes, and none of them outlives the run, however it ends."""
+"""Encoding on many processes.
+
+The same bytes, and none of them outlives the run, however it ends.
+"""
 import os
 import signal
 import subprocess
@@ -121,7 +124,10 @@ def wait_until(condition, limit=100):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, status):
-    """The input is a pipe that never ends, so the run is at work when the signal comes: to all, as by Ctrl-C, or to it alone."""
+    """The input is a pipe that never ends, so the run is at work when the signal comes.
+
+    To all, as by Ctrl-C, or to it alone.
+    """
     os.mkfifo(tmp_path / "endless.jsonl")
     arguments = [tmp_path / "endless.jsonl", f"--tokenizer={corpus}/tokenizer", f"--out_dir={tmp_path}/o", "--processes=3", "--batch_size=1000"]
     run = subprocess.Popen([sys.executable, "-m", "prepare_pretrain", *map(str, arguments)], cwd=ROOT, text=True,

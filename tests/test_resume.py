@@ -1,4 +1,7 @@
-"""Exact resume: a run that is killed, again and again and anywhere, ends with the bits of one that never was."""
+"""Exact resume.
+
+A run that is killed, again and again and anywhere, ends with the bits of one that never was.
+"""
 import json
 import os
 import random
@@ -23,11 +26,13 @@ def sft(tmp_path_factory):
 
 
 def kill_and_resume(argv, straight, out_dir, kills, seed, duration):
-    """Start, SIGKILL at a random moment, resume, SIGKILL ... until `kills` kills are done; then let it end.
+    """Start, SIGKILL at a random moment, resume, SIGKILL ... until `kills` kills are done; then let
+    it end.
 
-    Half of the moments are a random time, half are drawn inside one phase, each phase in turn, so that the short
-    ones have their share. A run that ends before its kill starts over in a fresh folder: its kills count, and
-    its end is compared too. Returns ({phase: kills}, number of finished runs compared).
+    Half of the moments are a random time, half are drawn inside one phase, each phase in turn, so
+    that the short ones have their share. A run that ends before its kill starts over in a fresh
+    folder: its kills count, and its end is compared too. Returns ({phase: kills}, number of
+    finished runs compared).
     """
     draw, hit, compared, round = random.Random(seed), dict.fromkeys(PHASES, 0), 0, 0
     phases = [phase for phase in PHASES if phase not in ("start", "end")]
@@ -62,7 +67,10 @@ def kill_and_resume(argv, straight, out_dir, kills, seed, duration):
 
 @pytest.mark.parametrize("name, extra", [("dense", []), ("moe bf16", [*MOE, "--dtype=bfloat16"]), ("dense fp16", ["--dtype=float16"])])
 def test_killed_runs_resume_exactly(data, tmp_path, name, extra):
-    """Dropout, router noise, accumulation, the schedule, the loss scale: six kills each, every bit the same in the end."""
+    """Dropout, router noise, accumulation, the schedule, the loss scale.
+
+    Six kills each, every bit the same in the end.
+    """
     argv = [*TINY, *extra, f"--data_dir={data}", "--max_iters=40", "--eval_interval=10"]
     start = time.monotonic()
     finish([*argv, f"--out_dir={tmp_path}/straight"])
@@ -76,9 +84,13 @@ def test_killed_runs_resume_exactly(data, tmp_path, name, extra):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_battery_of_kills(data, tmp_path, kind, dtype, compile, capsys):
-    """The long one: 24 kills of 60 steps for each of dense/MoE, float32/bf16, compile off/on. Prints its figures."""
+    """The long one: 24 kills of 60 steps for each of dense/MoE, float32/bf16, compile off/on.
+
+    Prints its figures.
+    """
     argv = [*TINY, *(MOE if kind == "moe" else []), f"--dtype={dtype}", f"--compile={compile}", f"--data_dir={data}"]
-    finish([*argv, f"--out_dir={tmp_path}/warm"])                # what is compiled once is found on disk later
+    # what is compiled once is found on disk later
+    finish([*argv, f"--out_dir={tmp_path}/warm"])
     start = time.monotonic()
     finish([*argv, f"--out_dir={tmp_path}/straight"])
     hit, compared = kill_and_resume(argv, f"{tmp_path}/straight", f"{tmp_path}/killed", 24, f"{kind} {dtype} {compile}", time.monotonic() - start)
@@ -99,7 +111,11 @@ def test_kills_on_a_gpu(tmp_path, capsys):
 
 
 def kill_processes(argv, data, folder, kills, capsys):
-    """train.py as a user starts it: killed after so many logged steps, drawn at random, `kills` times; then compared with a straight run."""
+    """train.py as a user starts it.
+
+    Killed after so many logged steps, drawn at random, `kills` times; then compared with a straight
+    run.
+    """
     command = [PYTHON, "train.py", *argv, f"--data_dir={data}"]
     subprocess.run([*command, f"--out_dir={folder}/straight"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     steps, draw, done = len(numbers(folder / "straight")), random.Random(1), []
@@ -137,7 +153,10 @@ def test_sigterm_ends_and_resume_is_exact_with_compile(data, tmp_path):
 
 
 def test_sft_resumes_without_naming_the_shape(data, sft, tmp_path):
-    """SFT takes its shape from the pretrained folder; so does its resumption, and torchrun's restart of it, from the checkpoint."""
+    """SFT takes its shape from the pretrained folder.
+
+    So does its resumption, and torchrun's restart of it, from the checkpoint.
+    """
     finish([*TINY, "--max_iters=3", f"--data_dir={data}", f"--out_dir={tmp_path}/base"])
     argv = ["--block_size=32", "--batch_size=2", "--max_iters=8", "--eval_interval=0", "--log_interval=1", "--checkpoint_interval=4", "--doc_mask",
             "--device=cpu", f"--data_dir={sft}", f"--init_from={tmp_path}/base"]
@@ -155,7 +174,10 @@ def test_sft_resumes_without_naming_the_shape(data, sft, tmp_path):
 
 
 def test_a_restart_never_goes_on_with_another_job(data, tmp_path):
-    """torchrun restarts after a refusal too; the second attempt must be refused as the first was."""
+    """torchrun restarts after a refusal too.
+
+    The second attempt must be refused as the first was.
+    """
     argv = [*TINY, "--max_iters=2", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     finish(argv, env={"TORCHELASTIC_RUN_ID": "yesterday"})
     for count in "01":
@@ -197,7 +219,10 @@ def data_of_another_tokenizer(folder):
 
 
 def test_new_settings_take_effect_on_resuming(data, tmp_path):
-    """The optimizer's own copy of its decay doesn't win over the flag: the weights differ from then on."""
+    """The optimizer's own copy of its decay doesn't win over the flag.
+
+    The weights differ from then on.
+    """
     argv = [*TINY, "--max_iters=4", f"--data_dir={data}"]
     for name in "ab":
         finish([*argv, f"--out_dir={tmp_path}/{name}"])
@@ -207,7 +232,10 @@ def test_new_settings_take_effect_on_resuming(data, tmp_path):
 
 
 def test_metrics_after_a_crash(data, tmp_path):
-    """Half a line, garbage and records from after the checkpoint are dropped; what comes again stands there once."""
+    """Half a line, garbage and records from after the checkpoint are dropped.
+
+    What comes again stands there once.
+    """
     argv = [*TINY, "--max_iters=8", f"--data_dir={data}"]
     finish([*argv, f"--out_dir={tmp_path}/straight"])
     child = Run([*argv, f"--out_dir={tmp_path}/out"], before=lambda: die_at(7))

@@ -1,4 +1,7 @@
-"""Being told to stop: the step is finished, the state saved, exit 0, on every process; a second Ctrl-C leaves at once."""
+"""Being told to stop: the step is finished, the state saved, exit 0, on every process.
+
+A second Ctrl-C leaves at once.
+"""
 import os
 import signal
 import time
@@ -67,7 +70,8 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
         def windows(self, indices):
             if self.split == "val":
                 count[0] += 1
-                if count[0] == 15:               # of 11 batches at step 0 and 11 at step 10: the fourth of the second
+                # of 11 batches at step 0 and 11 at step 10: the fourth of the second
+                if count[0] == 15:
                     os.kill(os.getpid(), signal.SIGTERM)
             return inner(self, indices)
         train.TokenData.windows = windows
@@ -96,7 +100,10 @@ def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):
 
 
 def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
-    """torchrun passes on what the terminal has sent already: two at once are one, on several processes."""
+    """torchrun passes on what the terminal has sent already.
+
+    Two at once are one, on several processes.
+    """
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     children = ranks(2, argv, before=[signal_at(7, signal.SIGINT, times=2)] * 2)
     assert [child.wait() for child in children] == [0, 0], children[0].output
@@ -117,7 +124,10 @@ def has_record(out_dir, step):
 
 
 def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_path):
-    """Step 17 takes minutes: the first Ctrl-C waits for it, the second doesn't. What step 15 saved is whole; resuming is exact."""
+    """Step 17 takes minutes: the first Ctrl-C waits for it, the second doesn't.
+
+    What step 15 saved is whole; resuming is exact.
+    """
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     child = Run(argv, before=stall(17))
     child.wait_until(lambda: has_record(tmp_path / "out", 16))
@@ -131,7 +141,10 @@ def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_pat
 
 
 def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
-    """The write of step 15 takes minutes: left half-written under its temporary name; step 10 is whole, and the remains go."""
+    """The write of step 15 takes minutes: left half-written under its temporary name.
+
+    Step 10 is whole, and the remains go.
+    """
     def before():
         inner = os.fsync
 
@@ -154,7 +167,10 @@ def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
 
 
 def test_ctrl_c_while_starting_is_no_traceback(data, tmp_path):
-    """Before the first step there is nothing to save: it leaves with 130 and no more than a line."""
+    """Before the first step there is nothing to save.
+
+    It leaves with 130 and no more than a line.
+    """
     def before():
         inner = train.TokenData
 

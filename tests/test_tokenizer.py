@@ -56,7 +56,8 @@ def referee(folder):
 def test_round_trip(tokenizer, name):
     ids = tokenizer.encode(AWKWARD[name])
     assert tokenizer.decode(ids) == AWKWARD[name]
-    assert all(IM_END < id < tokenizer.vocab_size for id in ids)        # no control token, whatever the text spells
+    # no control token, whatever the text spells
+    assert all(IM_END < id < tokenizer.vocab_size for id in ids)
 
 
 def test_round_trip_of_random_unicode(tokenizer):
@@ -92,7 +93,8 @@ def test_long_text_in_pieces(tokenizer, monkeypatch):
     unbroken = "好" * 1000
     whole = tokenizer.encode(lines)
     monkeypatch.setattr(tokenizer_module, "MAX_PIECE", 100)
-    assert tokenizer.encode(lines) == whole                              # cut at line ends: the same ids
+    # cut at line ends: the same ids
+    assert tokenizer.encode(lines) == whole
     assert tokenizer.encode_batch(["a", lines, "b"])[1] == whole
     assert max(map(len, tokenizer_module.cut(unbroken))) == 100
     assert tokenizer.decode(tokenizer.encode(unbroken)) == unbroken
@@ -100,7 +102,8 @@ def test_long_text_in_pieces(tokenizer, monkeypatch):
 
 def test_encodes_as_transformers(tokenizer, referee):
     for name, text in AWKWARD.items():
-        if "<|im" not in text:                                           # there transformers reads control tokens
+        # there transformers reads control tokens
+        if "<|im" not in text:
             assert referee(text)["input_ids"] == tokenizer.encode(text), name
 
 
@@ -122,7 +125,8 @@ def test_chat_equals_chat_template(tokenizer, referee, messages):
     prompt = messages[:-1]
     prompt_ids, prompt_mask = tokenizer.encode_chat(prompt, add_generation_prompt=True)
     assert prompt_ids == list(referee.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
-    assert ids[:len(prompt_ids)] == prompt_ids and len(prompt_ids) == len(prompt_mask)   # what training saw before the answer
+    # what training saw before the answer
+    assert ids[:len(prompt_ids)] == prompt_ids and len(prompt_ids) == len(prompt_mask)
 
 
 def test_chat_mask_is_what_the_assistant_says(tokenizer):
@@ -166,7 +170,8 @@ def test_stream_drops_what_is_no_character(tokenizer):
     assert len(emoji) > 1 and "".join(_stream(tokenizer, emoji[:-1])) == ""
     decoder = StreamDecoder(tokenizer)
     decoder.push(emoji[0]), decoder.flush()
-    assert "".join(map(decoder.push, tokenizer.encode("甲"))) == "甲"     # flush leaves nothing behind
+    # flush leaves nothing behind
+    assert "".join(map(decoder.push, tokenizer.encode("甲"))) == "甲"
 
 
 def test_loading_what_is_broken(folder, tmp_path):
@@ -272,9 +277,11 @@ def test_rare_pieces_are_counted_in_halves():
     size = lambda counts: sum(len(piece.encode()) for piece in counts)
     characters = lambda counts: sum(len(piece) * count for piece, count in counts.items())
     assert size(whole) > 400_000 and size(halved) <= 50_000
-    assert characters(whole) == characters(halved) == sum(map(len, texts))       # nothing goes uncounted
+    # nothing goes uncounted
+    assert characters(whole) == characters(halved) == sum(map(len, texts))
     assert whole["万里长城永不倒"] == halved["万里长城永不倒"] == 1000
-    for limit in (1, 1000):                                                      # not to be had: single characters are more
+    # not to be had: single characters are more
+    for limit in (1, 1000):
         assert set(map(len, train_tokenizer.count_pieces(texts, limit=limit))) == {1}
 
 
@@ -316,4 +323,5 @@ def test_bad_input_is_one_line(tmp_path, arguments, word):
     (tmp_path / "picture.png").write_text("")
     result = _train(tmp_path, *arguments, "--out_dir=t")
     assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "picture.png"]       # nothing half-written
+    # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "picture.png"]

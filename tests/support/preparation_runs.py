@@ -72,7 +72,10 @@ def meta(folder):
 
 
 def fingerprint(folder):
-    """{name: sha256} of the token files in a folder (or of any files); {} where there is no folder."""
+    """{name: sha256} of the token files in a folder (or of any files).
+
+    {} where there is no folder.
+    """
     if not os.path.isdir(folder):
         return {}
     prints = {}
@@ -97,14 +100,19 @@ def read_documents(folder, split):
 
 
 def read_rows(folder, split, capacity):
-    """The rows of an SFT split: for each a list of (ids, mask), a conversation each, its <|endoftext|> cut off, and the padding's length."""
+    """The rows of an SFT split.
+
+    For each a list of (ids, mask), a conversation each, its <|endoftext|> cut off, and the
+    padding's length.
+    """
     tokens = np.fromfile(os.path.join(folder, f"{split}.bin"), "<u2").reshape(-1, capacity).tolist()
     masks = np.fromfile(os.path.join(folder, f"{split}_mask.bin"), "u1").reshape(-1, capacity).tolist()
     rows = []
     for row, mask in zip(tokens, masks):
         found, start = [], 0
         while start < capacity and row[start] != END_OF_TEXT:
-            end = row.index(END_OF_TEXT, start)         # ValueError: a conversation that runs out of its row
+            # ValueError: a conversation that runs out of its row
+            end = row.index(END_OF_TEXT, start)
             found.append((row[start:end], mask[start:end]))
             assert mask[end] == 0
             start = end + 1

@@ -10,7 +10,10 @@ from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
 
 def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=VOCAB, **config):
-    """A float32 model whose attention and FFN matter: its weights are ten times those of a fresh one."""
+    """A float32 model whose attention and FFN matter.
+
+    Its weights are ten times those of a fresh one.
+    """
     torch.manual_seed(seed)
     config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert_per_tok=2) | config
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_expert=n_expert, **config)).eval().requires_grad_(False)
@@ -24,8 +27,8 @@ def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=VOCAB, **config):
 def talkative(model):
     """`model`, which now says nothing but letters and never ends an answer by itself.
 
-    The first channel of the embedding parts letters (+3) from all other tokens (-3). The last FFN's first
-    two neurons turn it into its magnitude, so that it is positive in every output.
+    The first channel of the embedding parts letters (+3) from all other tokens (-3). The last FFN's
+    first two neurons turn it into its magnitude, so that it is positive in every output.
     """
     letters = torch.tensor([bool(data) and data.decode("utf-8", "replace").isalpha() for data in tokenizer().token_bytes])
     model.wte.weight[:, 0] = torch.where(letters, 3.0, -3.0)

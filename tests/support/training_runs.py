@@ -1,4 +1,5 @@
-"""Tiny training runs for the tests: their data, running train.py in a forked process, killing it, comparing two runs.
+"""Tiny training runs for the tests: their data, running train.py in a forked process, killing it,
+comparing two runs.
 
 A run of 60 tiny steps takes half a second.
 """
@@ -13,7 +14,8 @@ import time
 import numpy as np
 import torch
 
-import torch._inductor                           # train.py's first call into torch imports it, for most of a second in each child
+# train.py's first call into torch imports it, for most of a second in each child
+import torch._inductor
 
 import train
 from minillm import checkpoint
@@ -29,7 +31,10 @@ MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
 
 
 def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None, mask=None):
-    """A folder of token files with a tokenizer beside it. tokens, mask: {"train": array, "val": array} in place of random ones."""
+    """A folder of token files with a tokenizer beside it.
+
+    tokens, mask: {"train": array, "val": array} in place of random ones.
+    """
     folder = str(folder)
     make_tokenizer(os.path.join(folder, "tokenizer"))
     random = np.random.default_rng(5)
@@ -112,12 +117,18 @@ def finish(argv, **options):
 
 
 def refused(argv, **options):
-    """Run; returns the one line of the refusal. Fails unless it exits 2 with one line and no traceback."""
+    """Run; returns the one line of the refusal.
+
+    Fails unless it exits 2 with one line and no traceback.
+    """
     return processes.refused("train", argv, **options)
 
 
 def ranks(world, argv, before=None, env=None):
-    """`world` children that form one gloo job, rank 0 first. before: a list of functions, one a rank, or None."""
+    """`world` children that form one gloo job, rank 0 first.
+
+    before: a list of functions, one a rank, or None.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -156,14 +167,20 @@ def die_at(step):
 
 
 def numbers(out_dir, drop=("tokens_per_s", "mfu")):
-    """What metrics.jsonl says of every step and validation, but for speeds; the opening and the closing record are left out."""
+    """What metrics.jsonl says of every step and validation, but for speeds.
+
+    The opening and the closing record are left out.
+    """
     with open(os.path.join(out_dir, "metrics.jsonl")) as file:
         records = [json.loads(line) for line in file]
     return [{key: value for key, value in record.items() if key not in drop} for record in records if "parameters" not in record]
 
 
 def keep_weights(path):
-    """In the child: write down the weights before every update, in the optimizer's order; the last stay."""
+    """In the child: write down the weights before every update, in the optimizer's order.
+
+    The last stay.
+    """
     inner = torch.optim.AdamW.step
 
     def step(optimizer, *args, **kwargs):
