@@ -11,10 +11,11 @@ removes. A second run into the same folder, while one is at work, is refused.
 """
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import sys
+
+import filelock
 
 from minillm.errors import UserError
 
@@ -57,27 +58,32 @@ def replaced_folder(path, names):
 
 @contextlib.contextmanager
 def _locked(lock, path):
-    """Hold the lock file; it is removed at the end, so one may have gone between open and flock."""
-    try:
-        while True:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(lock) and os.path.sameopenfile(handle, (again := os.open(lock, os.O_RDONLY))):
-                    os.close(again)
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(handle)
-    except BlockingIOError:
-        raise UserError(f"another run is writing {path}: wait for it, or choose another --out_dir") from None
-    except OSError as error:
-        raise UserError(f"cannot write beside {path}: {error.strerror}") from None
+    held = hold(lock, f"another run is writing {path}")
     try:
         yield
     finally:
-        os.unlink(lock)
-        os.close(handle)
+        # still held: whoever waits for this file finds that it has no name any more. (Windows
+        # doesn't remove an open file: there it stays, empty)
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
+        held.release()
+
+
+def hold(lock, busy):
+    """Hold the lock file `lock` until release() or the end of this process; returns the lock.
+
+    Raises UserError that begins with `busy` if another process holds it.
+    """
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{busy}: wait for it, or choose another --out_dir") from None
+    except NotImplementedError:
+        pass                                     # a file system without locks
+    except OSError as error:
+        raise UserError(f"cannot write to {os.path.dirname(lock)}: {error.strerror}") from None
+    return held
 
 
 def _take_place(fresh, path):
@@ -102,19 +108,26 @@ def _bring_back(old, path):
 
 def _exchange(a, b):
     """Exchange two paths atomically; False where the system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
     a, b = os.fsencode(a), os.fsencode(b)
     try:
+        libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
             return libc.renamex_np(a, b, 2) == 0                     # RENAME_SWAP
         return libc.renameat2(-100, a, -100, b, 2) == 0              # AT_FDCWD, RENAME_EXCHANGE
-    except AttributeError:
+    except (AttributeError, TypeError):          # another system; Windows knows no CDLL(None)
         return False
 
 
 def sync(path):
     """Bring a file, or the names in a folder, to the disk: they survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = os.path.isdir(path)
+    try:
+        # Windows syncs what is open for writing, and opens no folders
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -18,9 +18,8 @@ import shutil
 import socket
 from dataclasses import asdict
 
-import filelock
-
 from minillm import checkpoint
+from minillm.atomic_folder import hold
 from minillm.configurator import field_comments
 from minillm.distributed import print0
 from minillm.errors import UserError
@@ -149,17 +148,7 @@ def lock(folder):
         raise UserError(f"cannot make the folder {folder!r} for out_dir: {reason}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"no permission to write to {folder}")
-    held = filelock.FileLock(os.path.join(folder, ".lock"))
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another run is at work in {folder}: wait for it, "
-                        "or choose another --out_dir") from None
-    except NotImplementedError:
-        pass                                     # a file system without locks
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    return held
+    return hold(os.path.join(folder, ".lock"), f"another run is at work in {folder}")
 
 
 def lock_existing(folder):
