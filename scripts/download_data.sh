@@ -3,6 +3,7 @@
 #
 #   scripts/download_data.sh                     both, into data/raw/
 #   scripts/download_data.sh belle               one of them: seq-monkey or belle
+#   scripts/download_data.sh seq-monkey --part   its first 800 MB (--part=MB: as many), unpacked
 #   scripts/download_data.sh --huggingface       Belle from huggingface.co, where hf-mirror.com is not the nearer one
 #   scripts/download_data.sh --out=/disk/raw     elsewhere
 #
@@ -17,20 +18,23 @@ out=data/raw
 modelscope=${MODELSCOPE_ENDPOINT:-https://www.modelscope.cn}
 hf=${HF_ENDPOINT:-https://hf-mirror.com}
 retries=${RETRIES:-20} delay=${RETRY_DELAY:-5}
-wanted=()
+wanted=() part_mb=
 
 die() { printf 'download_data.sh: %s\n' "$*" >&2; exit 2; }
 
 for argument in "$@"; do
     case $argument in
         --huggingface) hf=https://huggingface.co ;;
+        --part) part_mb=800 ;;
+        --part=[1-9]*) part_mb=${argument#--part=} ;;
         --out=?*) out=${argument#--out=} ;;
         seq-monkey | belle) wanted+=("$argument") ;;
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit ;;
-        *) die "unknown argument $argument: seq-monkey, belle, --huggingface and --out=DIR are known" ;;
+        *) die "unknown argument $argument: seq-monkey, belle, --part, --huggingface and --out=DIR are known" ;;
     esac
 done
 [ ${#wanted[@]} -gt 0 ] || wanted=(seq-monkey belle)
+[[ $part_mb =~ ^[0-9]*$ ]] || die "--part=$part_mb is not a number of megabytes"
 command -v curl >/dev/null || die "curl is needed"
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3) || die "python3 is needed"
@@ -48,9 +52,9 @@ remote_size() {
                           END { if (size ~ /^[0-9]+$/) print size }'
 }
 
-# fetch URL FILE: the whole of it, however often the connection breaks
+# fetch URL FILE [BYTES]: the whole of it, or its first BYTES, however often the connection breaks
 fetch() {
-    local url=$1 file=$2 part=$2.part size had have idle=0 status
+    local url=$1 file=$2 most=${3:-} part=$2.part size had have idle=0 status
     exec 9>"$part.lock"
     if command -v flock >/dev/null && ! flock -n 9; then die "another download of $file is under way"; fi
     while size=$(remote_size "$url"); [ -z "$size" ]; do
@@ -58,6 +62,7 @@ fetch() {
         [ "$idle" -lt "$retries" ] || die "no answer with a size from $url"
         sleep "$delay"
     done
+    if [ -n "$most" ] && [ "$most" -lt "$size" ]; then size=$most; fi
     have=$(size_of "$part")
     if [ "$have" -gt "$size" ]; then
         echo "  what was fetched before is larger than the file on the server: starting over"
@@ -72,7 +77,8 @@ fetch() {
         [ "$have" = 0 ] || echo "  going on at byte $have of $size"
         had=$have status=0
         # a connection that gives less than 1 kB/s for a minute is taken for dead
-        curl -fL -C - --connect-timeout 30 --speed-limit 1000 --speed-time 60 --progress-bar -o "$part" "$url" || status=$?
+        curl -fL -C "$have" --connect-timeout 30 --speed-limit 1000 --speed-time 60 --progress-bar "$url" |
+            head -c $((size - have)) >>"$part" || status=$?
         if [ "$status" = 33 ] || [ "$status" = 36 ]; then
             echo "  the server cannot resume: starting over"
             rm -f "$part"
@@ -89,6 +95,21 @@ fetch() {
     mv "$part" "$file"
     rm -f "$part.lock"
     exec 9>&-
+}
+
+# unpack ARCHIVE FILE: the whole lines of a tar.bz2 that may end in the middle
+unpack() {
+    "$python" - "$@" <<'END'
+import sys, tarfile
+archive, path = sys.argv[1:]
+with tarfile.open(archive, "r|bz2") as tar, open(path + ".new", "wb") as file:
+    member = next(member for member in tar if member.isfile())
+    try:
+        file.writelines(tar.extractfile(member))
+    except (EOFError, tarfile.ReadError):
+        pass                     # the part ends here; the line that it cuts is left out
+END
+    mv "$2.new" "$2"
 }
 
 # check KIND FILE: read its first records as the preparation will
@@ -117,11 +138,18 @@ for name in "${wanted[@]}"; do
         belle) kind=chats url=$hf/datasets/BelleGroup/train_3.5M_CN/resolve/main/train_3.5M_CN.json ;;
     esac
     file=$out/${url##*/}
+    if [ "$name" = seq-monkey ] && [ -n "$part_mb" ]; then file=$out/seq_monkey_part.jsonl; fi
     if [ -e "$file" ]; then
         echo "$name: $file is there"
     else
         echo "$name: $url"
-        fetch "$url" "$file"
+        if [ "$name" = seq-monkey ] && [ -n "$part_mb" ]; then
+            fetch "$url" "$file.tar.bz2" $((part_mb * 1000000))
+            unpack "$file.tar.bz2" "$file"
+            rm "$file.tar.bz2"
+        else
+            fetch "$url" "$file"
+        fi
     fi
     if ! check "$kind" "$file"; then
         mv "$file" "$file.damaged"
@@ -130,7 +158,9 @@ for name in "${wanted[@]}"; do
     echo "  $(size_of "$file") bytes in $file"
 done
 
-text=$out/mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2 chats=$out/train_3.5M_CN.json
+text=$out/mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2
+[ -z "$part_mb" ] || text=$out/seq_monkey_part.jsonl
+chats=$out/train_3.5M_CN.json
 echo
 echo "next:"
 if [ -e "$text" ]; then

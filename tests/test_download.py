@@ -3,6 +3,7 @@ import http.server
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -263,3 +264,34 @@ def test_arguments(tmp_path):
     assert result.returncode == 2 and "unknown argument wiki" in result.stderr and not list(tmp_path.iterdir())
     result = subprocess.run([SCRIPT, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "seq-monkey" in result.stdout and "set -" not in result.stdout
+
+
+def test_a_part_of_seq_monkey_is_unpacked_to_whole_lines(server, tmp_path):
+    source = random.Random(1)
+    lines = [json.dumps({"text": "".join(chr(source.randrange(0x4E00, 0x9FFF)) for _ in range(400))})
+             for _ in range(2000)]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:bz2") as archive:
+        entry = tarfile.TarInfo("corpus.jsonl")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    server.files[TEXT] = buffer.getvalue()
+    assert len(server.files[TEXT]) > 1_100_000
+    server.drop = 400_000
+
+    code, out, err = download(server, tmp_path, "seq-monkey", "--part=1")
+
+    assert code == 0, err
+    [(name, data)] = fetched(tmp_path).items()
+    assert name == "seq_monkey_part.jsonl" and name in out.split("next:")[1]
+    assert content.startswith(data) and data.endswith(b"\n")
+    assert len(content) / 4 < len(data) < len(content)
+    assert sum(sent for _, _, sent in server.asked) < 1_100_000
+
+
+@pytest.mark.parametrize("flag", ["--part=x", "--part=0", "--part=1.5"])
+def test_a_part_that_is_no_number_of_megabytes(server, tmp_path, flag):
+    code, _, err = download(server, tmp_path, flag)
+
+    assert code == 2 and flag in err and not fetched(tmp_path)
