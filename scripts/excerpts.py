@@ -5,8 +5,9 @@
 
 A document marks what it quotes by a comment above a fenced block:
 
-    <!-- code model.py Attention.forward 3-12 -->    lines 3 to 12 of that definition, or all of it
-    <!-- run python -m demo.town -->                 what the command prints
+    <!-- code model.py Attention.forward -->         a definition, all of it
+    <!-- code model.py GPT 'def logits(' 2 -->       2 lines of it, from the first that has this text
+    <!-- run python -m demo.town -->                 the command, and what it prints
     <!-- ran python train.py -->                     printed once, too long to repeat: left alone
 
 The line between the comment and the block names the file and its lines; it is refreshed too. With
@@ -15,6 +16,7 @@ The line between the comment and the block names the file and its lines; it is r
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from minillm.configurator import configure, positional
 from minillm.errors import UserError, run
 
 BLOCK = re.compile(
-    r"<!-- (?P<kind>code|run) (?P<what>.+?) -->\n(?P<label>(?!```)[^\n]*\n)?"
+    r"<!-- (?P<kind>code|run) (?P<what>(?:(?!-->).)+?)\s-->\n(?P<label>(?!```)[^\n]*\n)?"
     r"```(?P<language>\w*)\n(?P<body>.*?)```\n", re.DOTALL)
 
 
@@ -49,33 +51,36 @@ def definition(tree, name):
 
 
 def excerpt(what):
-    """(label, text) of "FILE DEFINITION" or "FILE DEFINITION FIRST-LAST"."""
-    path, name, *lines = what.split()
+    """(label, text) of "FILE DEFINITION", or of "FILE DEFINITION 'TEXT' LINES"."""
+    path, name, *place = shlex.split(what)
     with open(os.path.join(ROOT, path), encoding="utf-8") as file:
         source = file.read()
+    lines = source.splitlines()
     node = definition(ast.parse(source), name)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     last = node.end_lineno
-    if lines:
-        start, stop = map(int, lines[0].split("-"))
-        if not 1 <= start <= stop <= last - first + 1:
-            raise UserError(f"{path} {name} has {last - first + 1} lines, not {lines[0]}")
-        first, last = first + start - 1, first + stop - 1
-    quoted = source.splitlines()[first - 1: last]
+    if place:
+        text, count = place
+        found = [number for number in range(first, last + 1) if text in lines[number - 1]]
+        if not found:
+            raise UserError(f"{path}: {name} has no line with {text}")
+        first, last = found[0], min(last, found[0] + int(count) - 1)
+    quoted = lines[first - 1: last]
     indent = min(len(line) - len(line.lstrip()) for line in quoted if line.strip())
     text = "".join(f"{line[indent:]}\n" for line in quoted)
     return f"`{path}:{first}-{last}`\n", text
 
 
 def output(command):
-    """What a shell command prints when it runs in the root of the project."""
+    """The command and what it prints, run by a shell where this script was started."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(["bash", "-c", command], cwd=os.getcwd(), capture_output=True,
+    done = subprocess.run(["bash", "-c", command], capture_output=True,
                           encoding="utf-8", env=environment)
     if done.returncode:
         raise UserError(f"{command} ended with status {done.returncode}: {done.stderr[-300:]}")
-    return done.stdout
+    lines = [command] if "<<" in command else command.splitlines()
+    return "".join(f"$ {line}\n" for line in lines) + done.stdout
 
 
 def refreshed(text, repeat):
@@ -87,7 +92,7 @@ def refreshed(text, repeat):
             label, body = excerpt(match["what"])
         elif repeat:
             body = output(match["what"])
-        mark = f"<!-- {match['kind']} {match['what']} -->\n"
+        mark = match[0][:match[0].index("-->\n")] + "-->\n"
         return f"{mark}{label}```{match['language']}\n{body}```\n"
     return BLOCK.sub(renew, text)
 

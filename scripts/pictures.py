@@ -4,8 +4,8 @@
     python scripts/pictures.py demo load             # by name
 
 block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
-and the schedule as they are; demo and load read the runs that `make demo` and `make demo MODEL=moe`
-leave. Each is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
+and the schedule as they are; demo, chat and load read the runs that `make demo` and `make demo
+MODEL=moe` leave, loss and dense_and_moe the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
 """
 import json
 import os
@@ -25,6 +25,7 @@ from minillm.packing import pack
 from minillm.tokenizer import END_OF_TEXT, Tokenizer
 from model import GPT, GPTConfig
 from moe import Router
+from scripts.curves import dense_and_moe, loss, read_records
 from scripts.svg import Picture
 
 TOKENIZER = "data/demo/tokenizer"
@@ -32,7 +33,7 @@ TOKENIZER = "data/demo/tokenizer"
 
 @dataclass
 class Settings:
-    names: list[str] = positional()   # block mask packing routing schedule pipeline demo load
+    names: list[str] = positional()   # of pictures; none: those that need no trained model
     out_dir: str = "assets"           # where the pictures go
 
 
@@ -86,7 +87,7 @@ def block(say):
                 f"{config.n_head} 个查询头共用 {config.n_kv_head} 组 64 维的键/值头")
     picture.text(310, 48 + 4 * 37 + 18, heads, size=12, colour="soft")
     experts = say("MoE: the two green layers become 8 experts, 4 per token",
-                  "MoE：绿色两层换成 8 个专家，每个词元走 4 个")
+                  "MoE：绿色两层换成 8 个专家，每个 token 走 4 个")
     picture.text(310, 48 + 6 * 37 + 18, experts, size=12, colour="green")
     return picture
 
@@ -110,7 +111,7 @@ def mask(say):
         x += width + 5
     learned, total = sum(supervised), len(ids)
     note = say(f"green: {learned} supervised tokens of {total}; train_mask.bin holds 1 there",
-               f"绿色：{total} 个词元中 {learned} 个计入损失，train_mask.bin 在这些位置为 1")
+               f"绿色：{total} 个 token 中 {learned} 个计入损失，train_mask.bin 在这些位置为 1")
     picture.text(20, 190, note, size=12, colour="soft")
     return picture
 
@@ -133,7 +134,7 @@ def packing(say):
             width = (capacity - at) * 22
             picture.rect(30 + at * 22, 60 + r * 52, width - 3, 34, line="line", round=6)
     note = say(f"rows of {capacity} tokens; numbers are lengths",
-               f"每行 {capacity} 个词元；数字为长度")
+               f"每行 {capacity} 个 token；数字为长度")
     picture.text(30, 60 + len(rows) * 52 + 16, note, size=12, colour="soft")
     first = max(rows, key=len)
     ids = torch.cat([torch.tensor([5] * (lengths[item] - 1) + [END_OF_TEXT]) for item in first])
@@ -143,7 +144,7 @@ def packing(say):
         for k in range(capacity):
             colour, opacity = ("blue", 0.7) if visible[q, k] else ("panel", 1.0)
             picture.rect(520 + k * 15, 55 + q * 15, 13, 13, colour, opacity=opacity)
-    picture.text(520, 315, say("which token (row) sees which (column)", "哪个词元（行）能看到哪个（列）"),
+    picture.text(520, 315, say("which token (row) sees which (column)", "哪个 token（行）能看到哪个（列）"),
                  size=12, colour="soft")
     return picture
 
@@ -155,14 +156,14 @@ def routing(say):
     with torch.no_grad():
         gates, experts = router(torch.randn(6, 64))
     title = say("Each token visits the 4 of 8 experts that the router scores highest",
-                "每个词元只经过路由打分最高的 4 个专家（共 8 个）")
+                "每个 token 只经过路由打分最高的 4 个专家（共 8 个）")
     picture = Picture(720, 300, title)
     for expert in range(8):
         x = 170 + expert * 62
         picture.text(x, 62, f"E{expert}", size=12, colour="soft", anchor="middle", mono=True)
     for t in range(6):
         y = 76 + t * 32
-        picture.text(30, y + 18, say(f"token {t}", f"词元 {t}"), size=12, mono=True)
+        picture.text(30, y + 18, say(f"token {t}", f"token  {t}"), size=12, mono=True)
         for expert in range(8):
             picture.rect(142 + expert * 62, y, 56, 26, "panel", line="line", round=5)
         for gate, expert in zip(gates[t].tolist(), experts[t].tolist()):
@@ -194,6 +195,26 @@ def schedule(say):
     return picture
 
 
+def chat(say):
+    """The demo's model answers; in English with what it means."""
+    model = GPT.from_checkpoint("out/demo_sft", device="cpu")
+    questions = [("你好", "Hello"), ("沈琴明住在哪里？", "Where does Shen Qinming live?"),
+                 ("请问沈琴明爱吃什么？", "What does Shen Qinming like to eat?")]
+    meanings = {"你好！想打听镇上的谁？": "Hello! Whom in town are you asking about?",
+                "住在桂花巷。": "In Osmanthus Lane.", "最爱吃鱼香茄子。": "Fish-fragrant aubergine."}
+    picture = Picture(820, 262, say("Trained on a laptop: SFT never mentioned her",
+                                    "在笔记本上训练：SFT 从没提到过她"))
+    picture.text(30, 58, "$ .venv/bin/python chat.py", size=13, colour="soft", mono=True)
+    for i, (question, meaning) in enumerate(questions):
+        y = 90 + i * 58
+        answer = model.chat([{"role": "user", "content": question}], temperature=0)
+        picture.text(30, y, f"> {question}", size=14, colour="blue", mono=True)
+        picture.text(30, y + 24, answer, size=14, mono=True)
+        picture.text(420, y, say(meaning, ""), size=12, colour="soft")
+        picture.text(420, y + 24, say(meanings.get(answer, ""), ""), size=12, colour="soft")
+    return picture
+
+
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
@@ -221,13 +242,7 @@ def demo(say):
 
 
 def load(say):
-    path = "out/demo_moe_pretrain/metrics.jsonl"
-    try:
-        with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-    except OSError as error:
-        hint = "make demo MODEL=moe writes it"
-        raise UserError(f"cannot read {path}: {error.strerror}; {hint}") from None
+    records = read_records("out/demo_moe_pretrain/metrics.jsonl")
     loads = [record["load"] for record in records if "load" in record][-1]
     width, experts = 70, len(loads[0])
     picture = Picture(140 + max(experts * width, 420), 130 + 34 * len(loads),
@@ -241,18 +256,20 @@ def load(say):
             picture.rect(x, y, width - 5, 28, "blue", round=5, opacity=opacity)
             picture.text(x + 32, y + 19, f"{fair:.2f}", size=12, anchor="middle", mono=True)
     note = say("share of the tokens over the fair share, last step of make demo MODEL=moe",
-               "分到的词元与平均份额之比（make demo MODEL=moe 的最后一步）")
+               "分到的 token 与平均份额之比（make demo MODEL=moe 的最后一步）")
     picture.text(20, 95 + 34 * len(loads), note, size=12, colour="soft")
     return picture
 
 
 PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing,
-            "routing": routing, "schedule": schedule, "demo": demo, "load": load}
+            "routing": routing, "schedule": schedule, "demo": demo, "load": load, "chat": chat,
+            "loss": loss, "dense_and_moe": dense_and_moe}
+NEED_NO_RUN = ["pipeline", "block", "mask", "packing", "routing", "schedule"]
 
 
 def main():
     s = configure(Settings)
-    for name in s.names or ["pipeline", "block", "mask", "packing", "routing", "schedule"]:
+    for name in s.names or NEED_NO_RUN:
         if name not in PICTURES:
             raise UserError(f"unknown picture {name}: {', '.join(PICTURES)}")
         for suffix, language in (("", 0), ("_zh", 1)):
