@@ -55,8 +55,9 @@ def loss(say):
         training, validation = curve(path, "loss"), curve(path, "val_loss")
         values = [value for _, value in training[len(training) // 10:] + validation]
         lowest, highest = int(min(values)), int(max(values)) + 1
-        panel(picture, x, 320, [(training, "line", 1.2), (validation, colour, 2.4)], lowest, highest,
-              name + say(", million tokens", "，百万 token"))
+        label = name + say(", million tokens", "，百万 token")
+        series = [(training, "line", 1.2), (validation, colour, 2.4)]
+        panel(picture, x, 320, series, lowest, highest, label)
         last = validation[-1][1]
         picture.text(x + 310, 78, say(f"validation {last:.3f}", f"验证 {last:.3f}"), size=13,
                      colour=colour, anchor="end", weight=600)
@@ -78,7 +79,8 @@ def dense_and_moe(say):
             (60, short, "tokens", say("million tokens", "百万 token")),
             (470, long, "flops", say("training FLOPs, 10^15", "训练 FLOPs，10^15"))):
         curves = [curve(path, "val_loss", axis, bits) for path in (other, moe)]
-        panel(picture, x, 320, [(curves[0], "blue", 2.2), (curves[1], "orange", 2.2)], 1.2, 2.2, label)
+        series = [(curves[0], "blue", 2.2), (curves[1], "orange", 2.2)]
+        panel(picture, x, 320, series, 1.2, 2.2, label)
         for points, colour, name, y in ((curves[0], "blue", say("dense", "稠密"), 78),
                                         (curves[1], "orange", "MoE", 98)):
             picture.text(x + 310, y, f"{name} {points[-1][1]:.3f}", size=13, colour=colour,

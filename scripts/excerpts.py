@@ -6,7 +6,7 @@
 A document marks what it quotes by a comment above a fenced block:
 
     <!-- code model.py Attention.forward -->         a definition, all of it
-    <!-- code model.py GPT 'def logits(' 2 -->       2 lines of it, from the first that has this text
+    <!-- code model.py GPT 'def logits(' 2 -->       2 lines, from the first that has this text
     <!-- run python -m demo.town -->                 the command, and what it prints
     <!-- ran python train.py -->                     printed once, too long to repeat: left alone
 

@@ -4,8 +4,9 @@
     python scripts/pictures.py demo load             # by name
 
 block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
-and the schedule as they are; demo, chat and load read the runs that `make demo` and `make demo
-MODEL=moe` leave, loss and dense_and_moe the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese (assets/NAME_zh.svg).
+and the schedule as they are; demo and chat read what `make demo` leaves; loss, dense_and_moe and
+load the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese
+(assets/NAME_zh.svg).
 """
 import json
 import os
@@ -242,29 +243,29 @@ def demo(say):
 
 
 def load(say):
-    records = read_records("out/demo_moe_pretrain/metrics.jsonl")
+    records = read_records("assets/pretrain_876m_1110_steps.jsonl")
     loads = [record["load"] for record in records if "load" in record][-1]
-    width, experts = 70, len(loads[0])
-    picture = Picture(140 + max(experts * width, 420), 130 + 34 * len(loads),
-                      say("Every expert stays in use", "所有专家都在工作"))
+    experts = len(loads[0])
+    picture = Picture(720, 110 + 26 * len(loads), say(
+        f"All {len(loads) * experts} experts stay in use", f"{len(loads) * experts} 个专家都在工作"))
     for layer, shares in enumerate(loads):
-        y = 60 + layer * 34
-        picture.text(20, y + 19, say(f"layer {layer}", f"第 {layer} 层"), size=12, colour="soft")
+        y = 52 + layer * 26
+        picture.text(20, y + 16, say(f"layer {layer}", f"第 {layer} 层"), size=12, colour="soft")
         for expert, share in enumerate(shares):
             fair = share * experts
-            x, opacity = 110 + expert * width, min(0.15 + fair * 0.35, 1)
-            picture.rect(x, y, width - 5, 28, "blue", round=5, opacity=opacity)
-            picture.text(x + 32, y + 19, f"{fair:.2f}", size=12, anchor="middle", mono=True)
-    note = say("share of the tokens over the fair share, last step of make demo MODEL=moe",
-               "分到的 token 与平均份额之比（make demo MODEL=moe 的最后一步）")
-    picture.text(20, 95 + 34 * len(loads), note, size=12, colour="soft")
+            x, opacity = 100 + expert * 74, min(0.1 + fair * 0.3, 1)
+            picture.rect(x, y, 70, 23, "blue", round=4, opacity=opacity)
+            picture.text(x + 35, y + 16, f"{fair:.2f}", size=12, anchor="middle", mono=True)
+    note = say("tokens of each expert over the fair share, last step of the 876M MoE (1,110 steps)",
+               "每个专家分到的 token 与平均份额之比，876M MoE 的最后一步（共 1,110 步）")
+    picture.text(20, 84 + 26 * len(loads), note, size=12, colour="soft")
     return picture
 
 
 PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing,
             "routing": routing, "schedule": schedule, "demo": demo, "load": load, "chat": chat,
             "loss": loss, "dense_and_moe": dense_and_moe}
-NEED_NO_RUN = ["pipeline", "block", "mask", "packing", "routing", "schedule"]
+NEED_NO_RUN = [name for name in PICTURES if name not in ("demo", "chat")]
 
 
 def main():
