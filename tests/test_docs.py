@@ -74,7 +74,8 @@ def fresh_copy(folder):
 
 
 def run_python(folder, *arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True,
+                          encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -84,7 +85,7 @@ def run_python(folder, *arguments):
 def test_code_excerpts_are_true(path):
     text = read(path)
 
-    assert excerpts.refreshed(text, repeat=False) == text, "scripts/excerpts.py --write refreshes it"
+    assert excerpts.refreshed(text, repeat=False) == text, "refresh: scripts/excerpts.py --write"
 
 
 def test_both_tours_run_the_same_and_print_the_same():
@@ -226,8 +227,8 @@ def tiny(command):
     if command.startswith(("git clone", "pip install")):
         return None
     if command == "make demo":
-        return ("python train_tokenizer.py && python prepare_pretrain.py && python prepare_sft.py && "
-                "python train.py --max_iters=2 --eval_interval=0 && "
+        return ("python train_tokenizer.py && python prepare_pretrain.py && "
+                "python prepare_sft.py && python train.py --max_iters=2 --eval_interval=0 && "
                 "python train.py config/demo_sft.py --epochs=0 --max_iters=2 --eval_interval=0")
     if command.startswith(".venv/bin/python chat.py"):
         return "echo 你好 | python chat.py"
@@ -262,8 +263,9 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
     env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     for command in filter(None, map(tiny, commands("README.md"))):
         serving = command.startswith("python serve.py")
-        child = subprocess.Popen(["bash", "-c", "exec " + command if serving else command], cwd=copy,
-                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        shell = ["bash", "-c", "exec " + command if serving else command]
+        child = subprocess.Popen(shell, cwd=copy, env=env, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT)
         if serving:
             for line in child.stdout:
                 if b"http" in line:
