@@ -276,11 +276,11 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
 
 
 @pytest.mark.slow
-def test_python_of_the_readme_runs(tmp_path):
+def test_python_of_the_documents_runs(tmp_path):
     copy = fresh_copy(tmp_path)
     for stage in ("train_tokenizer.py", "prepare_pretrain.py"):
         run_python(copy, stage)
     run_python(copy, "train.py", "--out_dir=out/small_sft", "--max_iters=2", "--eval_interval=0")
-    [block] = re.findall(r"^```python\n(.*?)^```$", read("README.md"), re.DOTALL | re.MULTILINE)
+    [block] = re.findall(r"^```python\n(.*?)^```$", read("docs/FAQ.md"), re.DOTALL | re.MULTILINE)
 
     run_python(copy, "-c", block)

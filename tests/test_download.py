@@ -287,7 +287,7 @@ def test_a_part_of_seq_monkey_is_unpacked_to_whole_lines(server, tmp_path):
     assert name == "seq_monkey_part.jsonl" and name in out.split("next:")[1]
     assert content.startswith(data) and data.endswith(b"\n")
     assert len(content) / 4 < len(data) < len(content)
-    assert sum(sent for _, _, sent in server.asked) < 1_100_000
+    assert {first or 0 for _, first, _ in server.asked} <= {0, 400_000, 800_000}
 
 
 @pytest.mark.parametrize("flag", ["--part=x", "--part=0", "--part=1.5"])
