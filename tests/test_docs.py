@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -240,6 +243,8 @@ def tiny(command):
         command = command.replace("--n_embd=32", "--n_embd=32 --n_expert=4 --n_expert_per_tok=2")
     if command.startswith("python train_tokenizer.py"):
         command = command.replace("--vocab_size=32000", "--vocab_size=400")
+    if command.startswith("python serve.py"):
+        command += " --port=0"
     if command.startswith("python chat.py"):
         command = f"echo 你好 | {command}"
     if re.match("python (chat|sample).py", command) or "| python chat.py" in command:
@@ -254,6 +259,15 @@ def corpora(folder):
     os.rename(folder / "data/raw/sft.jsonl", folder / "data/raw/train_3.5M_CN.json")
 
 
+def wait_for_answer(url):
+    """Until the server at `url` answers; its line is printed a moment before."""
+    while True:
+        try:
+            return urllib.request.urlopen(url)
+        except urllib.error.URLError:
+            time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_order(tmp_path):
     copy = fresh_copy(tmp_path)
@@ -262,15 +276,15 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     for command in filter(None, map(tiny, commands("README.md"))):
+        print(command, flush=True)
         serving = command.startswith("python serve.py")
         shell = ["bash", "-c", "exec " + command if serving else command]
         child = subprocess.Popen(shell, cwd=copy, env=env, stdout=subprocess.PIPE,
                                  stderr=subprocess.STDOUT)
         if serving:
-            for line in child.stdout:
-                if b"http" in line:
-                    child.send_signal(signal.SIGTERM)
-                    break
+            line = next(line for line in child.stdout if b"http" in line)
+            wait_for_answer(re.search(rb"http://\S+", line)[0].decode())
+            child.send_signal(signal.SIGTERM)
         output, _ = child.communicate()
         assert child.returncode == 0, f"{command}\n{output.decode()}"
 
