@@ -1,6 +1,7 @@
 """What the documents say is so: excerpts, printed outputs, commands, flags, links, sizes."""
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -298,3 +299,12 @@ def test_python_of_the_documents_runs(tmp_path):
     [block] = re.findall(r"^```python\n(.*?)^```$", read("docs/FAQ.md"), re.DOTALL | re.MULTILINE)
 
     run_python(copy, "-c", block)
+
+
+def test_notebook_was_executed_to_its_end():
+    cells = json.loads(read("notebooks/demo.ipynb"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+
+    assert all(cell["outputs"] for cell in code)
+    assert {output["output_type"] for cell in code for output in cell["outputs"]} == {"stream"}
+    assert "questions answered exactly" in str(code)
