@@ -35,7 +35,8 @@ from minillm.device import (autocast, compile_for_training, pick_device, pick_dt
                             to_device)
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
-from minillm.optimizer import init_for_muon, make_optimizer
+from minillm.init import init_for_muon, redraw_collapsed_rows
+from minillm.optimizer import make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
 from minillm.stop_signal import StopSignal
 from minillm.tokenizer import Tokenizer
@@ -70,26 +71,26 @@ class Settings:
     doc_mask: bool | None = None            # attention stays inside a document; auto: for SFT data
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the blocks, AdamW for the rest
-    max_iters: NonNegative = 1500           # steps; 0: as many as epochs says
+    optimizer: Literal["muon", "adamw"] = "muon"   # muon: of the blocks, AdamW for the rest
+    max_iters: NonNegative = 700            # steps; 0: as many as epochs says
     epochs: NonNegativeFloat = 0.0          # passes over the data; with max_iters: what ends sooner
-    learning_rate: NonNegativeFloat = 4e-3  # at the end of the warm-up
-    min_lr: NonNegativeFloat = 4e-4         # at the end of the decay
-    warmup_iters: NonNegative = 100         # steps of linear warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine" # linear: first constant
+    learning_rate: NonNegativeFloat = 0.03  # at the end of the warm-up
+    min_lr: NonNegativeFloat = 0.0          # at the end of the decay
+    warmup_iters: NonNegative = 20          # steps of linear warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "linear" # linear: first constant
     decay_share: Fraction = 0.5             # linear: share of the steps in which it decays
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: the same as --schedule=constant
-    embedding_rate: NonNegativeFloat = 1.0  # muon: of the embedding, as a multiple of learning_rate
-    vector_rate: NonNegativeFloat = 1.0     # muon: of norms, biases and routers
+    embedding_rate: NonNegativeFloat = 1.67 # muon: of the embedding, as a multiple of learning_rate
+    vector_rate: NonNegativeFloat = 0.067   # muon: of norms, biases and routers
     weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
-    beta1: BelowOne = 0.9                   # AdamW's decay of the mean gradient
+    beta1: BelowOne = 0.7                   # AdamW's decay of the mean gradient
     beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
     grad_clip: NonNegativeFloat = 1.0       # largest gradient norm; 0: no clipping
     aux_loss_weight: NonNegativeFloat = 0.05    # weight of the load-balancing loss of an MoE
     # watching and saving
     log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
-    eval_interval: NonNegative = 500        # steps between validations; 0: none
+    eval_interval: NonNegative = 350        # steps between validations; 0: none
     eval_iters: Positive = 50               # validation batches of batch_size windows
     checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: Positive = 2          # how many of the newest to keep
@@ -183,10 +184,7 @@ def build_model(s, data, start):
 
 @torch.no_grad()
 def validation_loss(forward, data, s, device, rank, world, stop):
-    """Mean loss per supervised token over validation windows, always the same ones.
-
-    The language loss alone. None if a signal cut it short.
-    """
+    """Mean language loss per supervised token, always over the same windows; None if cut short."""
     windows = permute(range(min(s.eval_iters * s.batch_size, data.n_windows)), data.n_windows, 0)
     # sums in float64, which mps does not have
     sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
@@ -236,6 +234,8 @@ def main():
         start = checkpoint.load_for_inference(s.init_from, s.checkpoint, check=True)
         s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
     model = build_model(s, train_data, start)
+    if start is not resumed:
+        redraw_collapsed_rows(model, train_data, s.seed)
     run_folder.state_shape(s, model.config, train_data.meta)
     # torch has no compiler for Apple's GPUs
     compiled = s.compile and device.type != "mps"
@@ -256,7 +256,6 @@ def main():
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
                         "that all of them share")
     outcome = describe_run(s, model, train_data, device, dtype, world, first_step)
-
     step_model = model
     if compiled and world > 1:
         from minillm.speed.parts import compile_in_parts     # late: minillm/speed may be deleted

@@ -1,13 +1,15 @@
-"""The demo's SFT: questions and answers about one half of the town, on top of out/demo_pretrain."""
+"""The demo's SFT: questions about one half of the town, on top of out/demo_pretrain."""
 out_dir = "out/demo_sft"
 data_dir = "data/demo/sft"
 init_from = "out/demo_pretrain"
-doc_mask = True
-epochs = 6
+
+epochs = 3
 max_iters = 0                   # as many as epochs says
-learning_rate = 7e-4
-min_lr = 7e-5
-warmup_iters = 20
-eval_interval = 100
+optimizer = "adamw"             # it moves the facts in the FFNs less than Muon does
+learning_rate = 1e-3
+beta1 = 0.9
+warmup_iters = 10
+decay_share = 1.0               # linear to zero from the start
+eval_interval = 75
 checkpoint_interval = 0
-log_interval = 20
+log_interval = 25

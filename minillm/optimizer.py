@@ -11,8 +11,6 @@ import torch
 from minillm.errors import UserError
 from minillm.muon import Muon
 
-EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
-
 
 def make_optimizer(model, s, compile=False):
     """The optimizer of a training run. s: the Settings of train.py."""
@@ -41,18 +39,6 @@ def make_optimizer(model, s, compile=False):
               {"params": by_role["vectors"], "multiple": s.vector_rate, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return Optimizer(model, [muon, torch.optim.AdamW(groups, **options)], asks_host=not fused)
-
-
-@torch.no_grad()
-def init_for_muon(model):
-    """Start with a larger embedding, and a last norm that gives the logits their usual spread.
-
-    The embedding is also the output projection: Muon's blocks learn best on top of inputs of
-    about the size of their own outputs.
-    """
-    width = model.wte.weight.shape[1]
-    model.wte.weight.mul_(EMBEDDING_STD / 0.02)      # model.py draws it with 0.02
-    model.norm.weight.fill_(0.64 / EMBEDDING_STD / math.sqrt(width))
 
 
 def parameters_by_role(model):

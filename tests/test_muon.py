@@ -7,7 +7,8 @@ import torch
 
 from minillm.errors import UserError
 from minillm.muon import POLAR_EXPRESS, Muon, orthogonalise
-from minillm.optimizer import init_for_muon, make_optimizer, parameters_by_role
+from minillm.init import init_for_muon
+from minillm.optimizer import make_optimizer, parameters_by_role
 from model import GPT, GPTConfig
 from support.tiny_models import tiny_model
 

@@ -26,7 +26,8 @@ PYTHON = sys.executable
 BLOCK = 32
 TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--batch_size=2", "--gradient_accumulation_steps=2",
         "--max_iters=60", "--warmup_iters=5", "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5", "--dropout=0.1",
-        "--device=cpu", "--dtype=float32", "--learning_rate=1e-2"]
+        "--device=cpu", "--dtype=float32", "--optimizer=adamw", "--learning_rate=1e-2", "--min_lr=4e-4",
+        "--schedule=cosine", "--beta1=0.9"]
 MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
 
 

@@ -1,0 +1,56 @@
+"""Embeddings of tokens that earlier training never saw are drawn anew, and nothing else."""
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from minillm.init import redraw_collapsed_rows
+from minillm.tokenizer import IM_START
+from support.tiny_models import tiny_model
+
+COLLAPSED = [IM_START, 2, 5, 9, 11]
+
+
+def collapsed_model():
+    model = tiny_model()
+    row = torch.linspace(-1, 1, model.config.n_embd)
+    for token in COLLAPSED:
+        model.wte.weight.data[token] = row * 0.01 + 1e-6 * token
+    return model
+
+
+def test_only_collapsed_rows_of_the_coming_data_are_redrawn():
+    model = collapsed_model()
+    before = model.wte.weight.detach().clone()
+    data = SimpleNamespace(tokens=np.array([0, 1, 2, 5, 7, 7, 1], np.uint16))
+
+    count = redraw_collapsed_rows(model, data, seed=3)
+
+    changed = (model.wte.weight != before).any(1).nonzero()[:, 0].tolist()
+    assert (count, changed) == (3, [1, 2, 5])
+    new = model.wte.weight[[1, 2, 5]]
+    assert F.cosine_similarity(new[0], new[1], dim=0) < 0.9
+    others = [token for token in range(len(before)) if token not in COLLAPSED]
+    ratio = new.square().mean().sqrt() / before[others].square().mean().sqrt()
+    assert 0.7 < ratio < 1.4
+
+
+def test_the_same_seed_draws_the_same_rows():
+    data = SimpleNamespace(tokens=np.array(COLLAPSED, np.uint16))
+    models = [collapsed_model() for _ in range(3)]
+
+    for model, seed in zip(models, (1, 1, 2)):
+        redraw_collapsed_rows(model, data, seed)
+
+    first, again, other = (model.wte.weight for model in models)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_model_that_has_seen_chats_keeps_its_rows():
+    model = tiny_model()
+    before = model.wte.weight.detach().clone()
+    data = SimpleNamespace(tokens=np.arange(20, dtype=np.uint16))
+
+    assert redraw_collapsed_rows(model, data, seed=1) == 0
+    assert torch.equal(model.wte.weight, before)
