@@ -29,17 +29,18 @@ def init_for_muon(model):
 def redraw_collapsed_rows(model, data, seed):
     """Before training goes on with other data: new embeddings for tokens never seen before.
 
-    A token that no text contains gets one tiny gradient, the same for all such tokens: AdamW turns it
-    into full steps in one direction, weight decay removes the random start, and the rows collapse into
-    one. SFT would first have to tell them apart (control tokens, and words that only questions have),
-    and forgets facts meanwhile. <|im_start|> is in no text, so what looks like its row has collapsed.
+    A token that no text contains gets one tiny gradient, the same for all such tokens: AdamW turns
+    it into full steps in one direction, weight decay removes the random start, and the rows
+    collapse into one. SFT would first have to tell them apart (control tokens, and words that only
+    questions have), and forgets facts meanwhile. <|im_start|> is in no text, so what looks like its
+    row has collapsed.
 
     data: a TokenData; only the tokens that it holds get new rows, as large as the others are.
     Returns how many.
     """
     weight = model.wte.weight
     alike = F.cosine_similarity(weight, weight[IM_START], dim=1) > ALIKE
-    if alike.sum() < 2:                              # <|im_start|> stands alone: it has been trained
+    if alike.sum() < 2:              # <|im_start|> stands alone: it has been trained
         return 0
     tokens = torch.from_numpy(np.unique(data.tokens[:SCANNED]).astype(np.int64))
     rows = tokens[alike[tokens]]
