@@ -92,7 +92,7 @@ def test_any_cut_gives_loss_and_gradients_of_the_whole(base, tmp_path, kind):
     for world, batch_size, accumulation in CUTS:
         out = f"{tmp_path}/{world}_{batch_size}_{accumulation}"
         argv = [f"--block_size={BLOCK}", f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}", "--max_iters=1", "--log_interval=1",
-                "--eval_interval=0", "--device=cpu", "--dtype=float32", f"--data_dir={data}", f"--init_from={base}", f"--out_dir={out}"]
+                "--eval_interval=0", "--doc_mask=False", "--device=cpu", "--dtype=float32", f"--data_dir={data}", f"--init_from={base}", f"--out_dir={out}"]
         train_as(world, argv, [keep_gradients(f"{out}_gradients_{rank}") for rank in range(world)])
         record = numbers(out)[0]
         assert record["loss"] == pytest.approx(loss, rel=1e-5)
