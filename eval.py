@@ -55,17 +55,16 @@ class Settings:
 
 def main():
     s = configure(Settings)
-    started = time.time()
+    started = time.monotonic()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype="float32", which=s.checkpoint)
     report = (lambda line: None) if s.json else print
 
     # 1) find what is missing before anything is scored
-    trained, data = {}, None
+    data, doc_mask = None, False
     if s.data_dir != "none":
-        trained = read_settings(s.out_dir, "data_dir", "doc_mask")
-        data = open_data(s, model, trained)
+        data, doc_mask = open_data(s, model)
     questions = open_questions(s, data, report)
     choices = open_choices(s)
 
@@ -74,7 +73,7 @@ def main():
     results = {"step": model.step}
     if data:
         results["data_dir"] = s.data_dir
-        results |= validation.score(model, data, trained["doc_mask"], s.batch_size, s.eval_iters,
+        results |= validation.score(model, data, doc_mask, s.batch_size, s.eval_iters,
                                     device, dtype)
         results["perplexity"] = math.exp(min(results["loss"], 700))
         results["bits_per_byte"] = validation.bits_per_byte(results["loss"], data.meta)
@@ -89,7 +88,7 @@ def main():
                                                s.batch_size, device, dtype)
         results["multiple_choice"] = {"answer_by": s.answer_by, "template": s.template} | scores
         report_choices(s, choices, chosen, scores, report)
-    results["seconds"] = time.time() - started
+    results["seconds"] = time.monotonic() - started
     problem = write_results(s, results)
     if problem:
         print(f"eval.py: {problem}", file=sys.stderr)
@@ -97,15 +96,22 @@ def main():
         print(json.dumps(results, ensure_ascii=False))
 
 
-def open_data(s, model, trained):
-    """The validation split. UserError if it is not of this model."""
+def open_data(s, model):
+    """The validation split, and: is attention to stay inside a document, as it was in training?
+
+    Without config.py (best.pt was copied alone) data_dir must be given, and train.py's rule for
+    doc_mask holds: SFT data have it. UserError if the split is not of this model.
+    """
+    trained = {}
+    if not s.data_dir or os.path.exists(os.path.join(s.out_dir, "config.py")):
+        trained = read_settings(s.out_dir, data_dir=str, doc_mask=bool)
     s.data_dir = s.data_dir or trained["data_dir"]
     data = TokenData(s.data_dir, "val", model.config.block_size)
     if data.meta["tokenizer_hash"] != model.tokenizer.hash:
         raise UserError(f"{s.data_dir} was prepared with another tokenizer than the model in "
                         f"{s.out_dir} has")
     validation.check_counts(data.meta)
-    return data
+    return data, trained.get("doc_mask", data.meta["kind"] == "sft")
 
 
 def open_questions(s, data, report):

@@ -86,7 +86,7 @@ def notes_on_training(out_dir):
     """The notes for the model card that follow from how the model was trained."""
     if not os.path.exists(os.path.join(out_dir, "config.py")):
         return []
-    return ["masks"] if read_settings(out_dir, "doc_mask")["doc_mask"] else []
+    return ["masks"] if read_settings(out_dir, doc_mask=bool)["doc_mask"] else []
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Settings:
     # files
     out_dir: str = "out/demo_pretrain"      # checkpoints, tokenizer, config and metrics go here
     data_dir: str = "data/demo/pretrain"    # what prepare_pretrain.py or prepare_sft.py wrote
-    init_from: str = "scratch"              # scratch, resume (in out_dir), or a folder or .pt file
+    init_from: str = "scratch"              # scratch, resume (in out_dir), DIR, FILE.pt, hf:DIR
     checkpoint: str = "newest"              # of init_from: newest, best, or a step to go back to
     tokenizer: str = ""                     # its folder; empty: where meta.json says, or near it
     overwrite: bool = False                 # start over in an out_dir that already holds a run

@@ -221,6 +221,9 @@ def model_config(state, kind):
         if key not in types:
             raise UserError(f"{state['path']}: model_config has an unknown key {key!r}: "
                             "it was written by another version or program")
+        if type(value) is int and value.bit_length() > 40:
+            raise UserError(f"{state['path']}: model_config has {key} = a number of "
+                            f"{value.bit_length()} bits")
         if type(value) is int and types[key] is float:
             config[key] = float(value)
         elif type(value) is not types[key]:

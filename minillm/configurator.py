@@ -18,6 +18,7 @@ for a bool, a lone `--key` are all understood.
 Whatever the user gets wrong raises UserError; `run(main)` turns that into one line on stderr and
 exit status 2. Anything else is a bug and keeps its traceback.
 """
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -54,6 +55,8 @@ class Bounds:
             rules.append(f"below {self.below}")
         elif self.most != LARGEST or value > self.most:
             rules.append(f"at most {self.most:,}")
+        if isinstance(value, int) and value.bit_length() > 64:
+            value = f"(a number of {value.bit_length()} bits)"   # Python refuses to print some
         raise UserError(f"{key}={value} must be {' and '.join(rules)}")
 
 
@@ -265,11 +268,13 @@ def _read_config(path, hints, inputs):
             continue
         _check_key(key, hints, inputs, f"key in {path}:")
         kind, optional, _ = _parts(hints[key])
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and value.bit_length() <= 64:
             value = float(value)
         if kind is int and type(value) is float and value.is_integer():
             value = int(value)
         if not (type(value) is kind or (optional and value is None)):
-            raise UserError(f"{path}: {key} takes {_kind_name(kind)}, not {value!r}")
+            with contextlib.suppress(ValueError):        # more digits than Python prints
+                raise UserError(f"{path}: {key} takes {_kind_name(kind)}, not {value!r}")
+            raise UserError(f"{path}: {key} takes {_kind_name(kind)}")
         values[key] = value
     return values

@@ -228,10 +228,10 @@ def prune(folder, keep, keep_every=0):
 
 # ---- config.py
 
-def read_settings(folder, *needed):
+def read_settings(folder, **needed):
     """The settings of the run that left `folder`, a dict, from its config.py. Nothing is executed.
 
-    UserError if it cannot be read, or lacks one of the keys in `needed`.
+    needed: keys and their types. UserError if the file cannot be read, or lacks one of them.
     """
     path = os.path.join(folder, "config.py")
     try:
@@ -242,8 +242,12 @@ def read_settings(folder, *needed):
     except (OSError, SyntaxError, ValueError, AttributeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
-    if missing := set(needed) - settings.keys():
+    if missing := needed.keys() - settings.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it is not what train.py wrote")
+    for key, kind in needed.items():
+        if type(settings[key]) is not kind:
+            raise UserError(f"{path} has {key} = {settings[key]!r}, which is not of type "
+                            f"{kind.__name__}: it is not what train.py wrote")
     return settings
 
 

@@ -112,7 +112,7 @@ class RunLog:
         self.tokens_before = resumed.get("tokens", self.first_step * tokens_per_step)
         self.seconds_before = resumed.get("seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
-        self.started = time.time()
+        self.started = time.monotonic()
         self.waiting = self.last_step = None
         self.validated = None
         self.has_begun = False
@@ -145,7 +145,7 @@ class RunLog:
 
     def seconds(self):
         """Seconds of the whole run so far, sessions before a resume included."""
-        return self.seconds_before + time.time() - self.started
+        return self.seconds_before + time.monotonic() - self.started
 
     def state(self, step):
         """What a checkpoint keeps of the log."""

@@ -56,7 +56,12 @@ class Source:
         self.encoding = known_encoding(encoding)
         self.document = document
         self.files = [file for path in paths for file in find_files(path)]
-        self.size = sum(map(os.path.getsize, self.files))
+        self.size = 0
+        for path in self.files:
+            try:
+                self.size += os.path.getsize(path)
+            except OSError as error:     # a link to nowhere
+                raise UserError(f"cannot read {path}: {error.strerror}") from None
         self.position = 0                # set by the thread that reads; others only look at it
 
     def has_txt(self):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -207,3 +208,17 @@ def test_validation_may_be_left_out(run_folder, tmp_path):
 
     assert "loss" not in results and results["multiple_choice"]["questions"] == 300
     assert results["multiple_choice"]["chance"] == 0.25
+
+
+def test_best_alone_is_scored_as_the_whole_folder(run_folder, tmp_path):
+    """best.pt and the tokenizer, copied to share the model: there is no config.py."""
+    out, data = run_folder
+    shutil.copytree(out / "tokenizer", tmp_path / "share/tokenizer")
+    shutil.copy(out / "best.pt", tmp_path / "share/best.pt")
+
+    alone, _ = evaluate(tmp_path / "share", f"--data_dir={data}")
+    whole, _ = evaluate(out, "--checkpoint=best")
+
+    assert (alone["loss"], alone["step"]) == (whole["loss"], whole["step"])
+    line = processes.refused("eval", [f"--out_dir={tmp_path}/share", *FLAGS])
+    assert "config.py: No such file" in line

@@ -4,7 +4,7 @@ import lzma
 import os
 
 from support.bad_input import Case, check, common, parametrize
-from support.damage import cut, forbid, put
+from support.damage import cut, each, forbid, link, make, put
 from support.small_project import PRETRAIN
 
 FOREIGN = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
@@ -12,6 +12,11 @@ FOREIGN = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1},
 CASES = [
     Case("no such file", "nowhere.txt --tokenizer=tok --out_dir=new",
          "no such file or directory: nowhere.txt"),
+    Case("a link to itself", "corpus --tokenizer=tok --out_dir=new",
+         "cannot read corpus/a.txt: Too many levels of symbolic links",
+         each(make("corpus"), link("a.txt", "corpus/a.txt"))),
+    Case("a link to nowhere", "corpus --tokenizer=tok --out_dir=new",
+         "cannot read corpus/a.txt: No such file", each(make("corpus"), link("b", "corpus/a.txt"))),
     Case("no tokenizer", "corpus.jsonl --tokenizer=nowhere --out_dir=new",
          "cannot read nowhere/tokenizer.json.*train_tokenizer.py"),
     Case("tokenizer cut short", PRETRAIN,

@@ -131,6 +131,16 @@ def test_closed_streams(data, tmp_path, closed):
     assert newest(tmp_path / "out")["step"] == 6 and numbers(tmp_path / "out")[-1]["step"] == 6
 
 
+def test_a_clock_that_is_set_back(data, tmp_path):
+    def before():
+        then = iter(range(10**9, 0, -1000))
+        run_log.time.time = lambda: next(then)
+
+    finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
+
+    assert newest(tmp_path / "out")["seconds"] >= 0
+
+
 def test_training_without_what_windows_lacks(data, tmp_path):
     """fcntl, resource, termios and readline do not exist there, and folders cannot be opened."""
     code = ("import os, sys\n"
@@ -250,6 +260,7 @@ def drop(name):
     (spoil_config(n_layer="two"), "model_config has n_layer='two', which is not of type int"),
     (spoil_config(n_embd=None), "model_config has n_embd='None', which is not of type int"),
     (spoil_config(bias=0), "model_config has bias='0', which is not of type bool"),
+    (spoil_config(block_size=10**30), "model_config has block_size = a number of 100 bits"),
     (spoil_config(n_layer=10**9), "n_layer=1000000000, but the file holds only"),
     (spoil_config(n_layer=3), "blocks.2.* is missing"),
     (spoil_config(n_layer=1), "blocks.1.* is unknown"),

@@ -35,6 +35,9 @@ def tree(folder):
             found[os.path.relpath(os.path.join(where, name), folder)] = "folder"
         for name in files:
             path = os.path.join(where, name)
+            if os.path.islink(path):
+                found[os.path.relpath(path, folder)] = ("link", os.readlink(path))
+                continue
             with open(path, "rb") as file:
                 content = hashlib.sha256(file.read()).hexdigest()
             found[os.path.relpath(path, folder)] = (os.stat(path).st_mode, content)

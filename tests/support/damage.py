@@ -47,6 +47,11 @@ def put(path, content):
 
 
 @planned
+def link(target, path):
+    os.symlink(target, path)
+
+
+@planned
 def append(path, content):
     with open(path, "ab") as file:
         file.write(content)

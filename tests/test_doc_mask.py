@@ -1,0 +1,34 @@
+"""doc_mask=auto: attention stays inside a document for SFT data, unless told otherwise."""
+import pytest
+
+from minillm import run_folder
+from support.training_runs import finish, make_data
+
+ARGV = ["--block_size=32", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16",
+        "--batch_size=2", "--max_iters=2", "--eval_interval=0", "--log_interval=1", "--device=cpu",
+        "--dtype=float32"]
+
+
+@pytest.mark.parametrize("kind, flags, expected", [
+    ("sft", [], True), ("sft", ["--doc_mask=auto"], True), ("sft", ["--doc_mask=False"], False),
+    ("pretrain", [], False), ("pretrain", ["--doc_mask"], True)])
+def test_the_kind_of_data_decides(tmp_path, kind, flags, expected):
+    data = make_data(tmp_path / "data", kind)
+    argv = [*ARGV, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    output = finish([*argv, *flags])
+
+    settings = run_folder.read_settings(tmp_path / "out", doc_mask=bool)
+    assert settings["doc_mask"] is expected
+    said = f"doc_mask={expected}, because {data} holds {kind} data" in output
+    assert said == (flags in ([], ["--doc_mask=auto"]))
+
+
+def test_a_resumed_run_keeps_its_own(tmp_path):
+    data = make_data(tmp_path / "data", "sft")
+    argv = [*ARGV, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--doc_mask=False"])
+
+    finish([*argv, "--init_from=resume", "--max_iters=3"])
+
+    assert run_folder.read_settings(tmp_path / "out", doc_mask=bool)["doc_mask"] is False
