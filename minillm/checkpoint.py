@@ -264,6 +264,8 @@ def load_weights(model, state, assign=False):
         found = weights.get(name)
         if not isinstance(found, torch.Tensor):
             refuse(f"{name} is missing")
+        if found.layout != torch.strided or found.is_meta:
+            refuse(f"{name} holds no plain numbers")
         if found.shape != tensor.shape or not found.is_floating_point():
             refuse(f"{name} is {found.dtype} of shape {tuple(found.shape)}, "
                    f"not {tuple(tensor.shape)}")

@@ -391,7 +391,9 @@ def test_full_context_is_said_and_a_long_message_refused(session, folder):
 
 
 def test_one_ctrl_c_at_the_prompt_is_a_hint(session):
-    session.send("half a line\x03")
+    session.send("half a line")
+    session.expect("half a line")                # readline is in its loop
+    session.send("\x03")
     session.expect("Ctrl-C again, Ctrl-D or /exit leaves")
     session.prompt()
     session.say("好")

@@ -267,6 +267,8 @@ def drop(name):
     (spoil_config(n_head=3), "model_config: n_embd=32 is not divisible by n_head=3"),
     (spoil_config(vocab_size=301), r"wte.weight is .* of shape \(300, 32\), not \(301, 32\)"),
     (drop("norm.weight"), "norm.weight is missing"),
+    (lambda state: state["model"].update({"norm.weight": torch.ones(32).to_sparse()}),
+     "norm.weight holds no plain numbers"),
     (lambda state: state["model"].update({"norm.weight": 3}), "norm.weight is missing"),
     (lambda state: state["model"].update({"norm.weight": torch.ones(32).int()}), "torch.int32"),
 ])
