@@ -1,9 +1,9 @@
 """Talk to a trained model, in the terminal or through a pipe.
 
-    python chat.py                                         # the demo's model; /help lists the commands
+    python chat.py                                   # the demo's model; /help lists the commands
     python chat.py --out_dir=out/sft --system="你是一个助手。" --temperature=0
-    echo 你好 | python chat.py                             # all of stdin is one message; prints the answer alone
-    python chat.py --prompt="你好" --json=True             # one JSON record
+    echo 你好 | python chat.py                       # stdin is one message; prints the answer alone
+    python chat.py --prompt="你好" --json=True       # one JSON record
 
 In a terminal the conversation goes on over turns, and only what is new is computed; when the
 context is full the oldest exchanges go, the system prompt stays. What the user types is text:
@@ -26,7 +26,7 @@ class Settings(GenerationSettings):
     out_dir: str = "out/demo_sft"          # folder with the model, as train.py leaves it
     prompt: str = ""                       # answer this message and leave
     system: str = ""                       # the system prompt
-    truncate_ctx: int = 0                  # keep at most this many tokens of the conversation; 0: the model's context
+    truncate_ctx: int = 0                  # keep at most so many tokens; 0: the model's context
 
 
 def load_model(s):
@@ -53,7 +53,9 @@ def answer_once(s, options, message):
 
 def record(prompt, answer, conversation):
     """The JSON line of an answer."""
-    fields = {key: round(value, 4) if isinstance(value, float) else value for key, value in conversation.last.items()}
+    fields = {}
+    for key, value in conversation.last.items():
+        fields[key] = round(value, 4) if isinstance(value, float) else value
     return json.dumps({"prompt": prompt, "answer": answer} | fields, ensure_ascii=False)
 
 

@@ -1,6 +1,6 @@
 """Text to token files for pretraining: shuffled, split, one flat stream of uint16.
 
-    python prepare_pretrain.py data/raw/corpus.jsonl --tokenizer=data/tokenizer --out_dir=data/pretrain
+    python prepare_pretrain.py corpus.jsonl --tokenizer=data/tokenizer --out_dir=data/pretrain
     python prepare_pretrain.py                       # the embedded demo corpus
 
 Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other),
@@ -35,18 +35,18 @@ from minillm.tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or folders of text, see above; none: the demo corpus
-    tokenizer: str | None = None         # folder; default data/tokenizer, or data/demo/tokenizer without FILE
-    out_dir: str | None = None           # default data/pretrain, or data/demo/pretrain without FILE
-    val_fraction: BelowOne = 0.01        # share for validation, chosen by a hash of each document's content
-    seed: int = 1337                     # of the shuffle
-    dedup: bool = False                  # drop exact duplicates (no memory: equals meet on disk)
-    text_key: str = "text"               # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; a paragraph ends at a blank line
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
-    strict: bool = False                 # stop at the first line that would be skipped
-    processes: NonNegative = 0           # that encode; 0: one per core, or one for a small input
-    batch_size: Positive = 1_000_000     # bytes encoded in one call: speed and memory, never the result
+    files: list[str] = positional()   # files or folders of text, see above; none: the demo
+    tokenizer: str | None = None      # its folder; default data/tokenizer, or data/demo/tokenizer
+    out_dir: str | None = None        # default data/pretrain, or data/demo/pretrain without FILE
+    val_fraction: BelowOne = 0.01     # share for validation, chosen by a hash of each document
+    seed: int = 1337                  # of the shuffle
+    dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)
+    text_key: str = "text"            # key of the text in JSON; several are joined: title,content
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; blank lines part paragraphs
+    encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
+    strict: bool = False              # stop at the first line that would be skipped
+    processes: NonNegative = 0        # that encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000  # bytes encoded in one call: changes speed and memory alone
 
 
 FILES = {"train.bin", "val.bin", "meta.json"}

@@ -1,5 +1,6 @@
-"""Conversations to token files for supervised fine-tuning: encoded as ChatML, masked, packed into
-rows.
+"""Conversations to token files for supervised fine-tuning (SFT).
+
+They are encoded as ChatML, masked and packed into rows.
 
     python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft
     python prepare_sft.py                            # the embedded demo conversations
@@ -50,20 +51,20 @@ from minillm.tokenizer import IM_END, Tokenizer, is_supervised
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or folders of conversations, see above; none: the demo
-    tokenizer: str | None = None         # folder; default data/tokenizer, without FILE data/demo/tokenizer
-    out_dir: str | None = None           # default data/sft, or data/demo/sft without FILE
-    block_size: whole(8, 1 << 20) | None = None  # of the model; rows are one longer; default 512, demo 128
-    long: Literal["split", "truncate"] = "split"  # what exceeds a row is another conversation, or is cut
-    val_fraction: BelowOne = 0.01        # share for validation, chosen by a hash of each conversation
-    seed: int = 1337                     # of the shuffle
-    dedup: bool = False                  # drop exact duplicates (no memory: equals meet on disk)
-    map: str = ""                        # other names: q:user,a:assistant; system, role, content, messages …
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
-    strict: bool = False                 # stop at the first line that would be skipped
-    processes: NonNegative = 0           # that encode; 0: one per core, or one for a small input
-    batch_size: Positive = 1_000_000     # bytes encoded in one call: speed and memory, never the result
-    show: NonNegative = 0                # print so many conversations as tokens, and stop
+    files: list[str] = positional()   # files or folders of conversations, see above; none: the demo
+    tokenizer: str | None = None      # its folder; default data/tokenizer, or data/demo/tokenizer
+    out_dir: str | None = None        # default data/sft, or data/demo/sft without FILE
+    block_size: whole(8, 1 << 20) | None = None  # of the model; default 512, demo 128
+    long: Literal["split", "truncate"] = "split"  # what exceeds a row: one more conversation, or cut
+    val_fraction: BelowOne = 0.01     # share for validation, chosen by a hash of each conversation
+    seed: int = 1337                  # of the shuffle
+    dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)
+    map: str = ""                     # other names, q:user,a:assistant: of roles, keys, messages …
+    encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
+    strict: bool = False              # stop at the first line that would be skipped
+    processes: NonNegative = 0        # that encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000  # bytes encoded in one call: changes speed and memory alone
+    show: NonNegative = 0             # print so many conversations as tokens, and stop
 
 
 FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json"}

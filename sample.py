@@ -1,6 +1,6 @@
 """Continue a text with a trained model.
 
-    python sample.py                                       # a document of the demo's model, from its start
+    python sample.py                      # a document of the demo's model, from its start
     python sample.py --prompt="从前有座山" --out_dir=out/pretrain --temperature=0
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
     cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
@@ -27,9 +27,9 @@ from minillm.tokenizer import END_OF_TEXT
 @dataclass
 class Settings(GenerationSettings):
     out_dir: str = "out/demo_pretrain"     # folder with the model, as train.py leaves it
-    prompt: str = ""                       # the text to go on from; - reads stdin; empty: the start of a document
+    prompt: str = ""                       # the text to go on from; - reads stdin; empty: a new one
     num_samples: int = 1                   # texts to make, in one batch
-    truncate_ctx: int = 0                  # keep at most this many tokens of the prompt, the last ones; 0: all
+    truncate_ctx: int = 0                  # keep only the last so many tokens of the prompt; 0: all
 
 
 def main():
@@ -37,7 +37,8 @@ def main():
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
     if not 1 <= s.num_samples <= 10_000:
-        raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: they are made in one batch")
+        raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: "
+                        "they are made in one batch")
     prompt = read_prompt(s.prompt)
     s.check_folder()
     # late: torch takes a second, and wrong flags are reported before
@@ -47,8 +48,9 @@ def main():
     if s.truncate_ctx:
         ids = ids[-s.truncate_ctx:]
     if len(ids) >= model.config.block_size:
-        raise UserError(f"the prompt is {len(ids)} tokens long, the context holds {model.config.block_size} and must take the answer too; "
-                        f"--truncate_ctx={model.config.block_size // 2} keeps its end")
+        context = model.config.block_size
+        raise UserError(f"the prompt is {len(ids)} tokens long, the context holds {context} "
+                        f"and must take the answer too; --truncate_ctx={context // 2} keeps its end")
 
     seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
     stop = options.pop("stop")
@@ -81,14 +83,17 @@ def main():
         if finish[row] == "length" and counts[row] < s.max_new_tokens:
             finish[row] = "context"
         if s.json:
-            record = dict(prompt=prompt, text=texts[row], tokens=counts[row], finish=finish[row], seed=seed + row)
+            record = dict(prompt=prompt, text=texts[row], tokens=counts[row],
+                          finish=finish[row], seed=seed + row)
             print(json.dumps(record, ensure_ascii=False))
         else:
             print(("\n---------------\n" + prompt + texts[row] if row else ""), end="")
     if not s.json:
         print()
     if sys.stderr.isatty():
-        print(f"[{sum(counts)} tokens · {sum(counts) / seconds:.1f} tokens/s · {' '.join(finish)} · seed {seed}]", file=sys.stderr)
+        rate = sum(counts) / seconds
+        print(f"[{sum(counts)} tokens · {rate:.1f} tokens/s · {' '.join(finish)} · seed {seed}]",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -36,17 +36,17 @@ from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
 @dataclass
 class Settings:
-    files: list[str] = positional()      # files or folders of text or conversations; none: the demo
-    out_dir: str | None = None           # default data/tokenizer, or data/demo/tokenizer without FILE
-    vocab_size: whole(259, MAX_VOCAB) | None = None  # with 3 special tokens and 256 bytes; default 32000, demo 1200
-    special_tokens: str = ""             # more tokens, "<think>,</think>": one token wherever text has them
+    files: list[str] = positional()   # files or folders of text or conversations; none: the demo
+    out_dir: str | None = None        # default data/tokenizer, or data/demo/tokenizer
+    vocab_size: whole(259, MAX_VOCAB) | None = None  # all tokens; default 32000, of the demo 1200
+    special_tokens: str = ""          # more of them: "<think>,</think>" are one token each
     max_bytes: Positive = 1_000_000_000  # of text sampled, evenly over the input
-    nfkc: bool = False                   # fold full-width letters, ligatures …; decode(encode(s)) is then not s
-    text_key: str = "text"               # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; a paragraph ends at a blank line
-    encoding: str = "utf-8"              # of the input, e.g. gb18030; a byte order mark goes before it
-    strict: bool = False                 # stop at the first line that would be skipped
-    processes: NonNegative = 0           # that count; 0: one per core, or one for a small input
+    nfkc: bool = False                # fold full-width letters and ligatures; decoding keeps them so
+    text_key: str = "text"            # key of the text in JSON; several are joined: title,content
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; blank lines part paragraphs
+    encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
+    strict: bool = False              # stop at the first line that would be skipped
+    processes: NonNegative = 0        # that count; 0: one per core, or one for a small input
 
 
 BATCH = 1 << 20                      # characters counted in one call
@@ -77,7 +77,8 @@ def main():
         backend = train_on(counts, s.vocab_size, s.nfkc, special)
         tokenizer_module.save(backend, folder)
     tokenizer = Tokenizer.load(s.out_dir)
-    print(f"wrote {s.out_dir}: {tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
+    print(f"wrote {s.out_dir}: "
+          f"{tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
           f"{sample.bytes / 1e6:.1f} MB of text, {time.perf_counter() - begun:.1f} s")
     if tokenizer.vocab_size < s.vocab_size:
         print(f"  fewer than the {s.vocab_size:,} asked for: "
@@ -92,7 +93,8 @@ def check_special(text, vocab_size):
     for token in special:
         others = SPECIAL_TOKENS + [other for other in special if other is not token]
         if len(token) < 3 or any(char.isspace() for char in token):
-            raise UserError(f"--special_tokens: {token!r} must be 3 characters or more, without spaces")
+            raise UserError(f"--special_tokens: {token!r} must be 3 characters or more, "
+                            "without spaces")
         for other in others:
             if token in other or other in token:
                 raise UserError(f"--special_tokens: {token!r} collides with {other!r}")
@@ -103,7 +105,7 @@ def check_special(text, vocab_size):
 
 
 def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):
-    """A tokenizers.Tokenizer trained on an iterable of texts, in memory that does not grow with them."""
+    """A tokenizers.Tokenizer trained on an iterable of texts, in bounded memory."""
     return train_on(count_pieces(texts, nfkc, han_run), vocab_size, nfkc)
 
 
@@ -160,7 +162,7 @@ def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BY
 
 
 def halve_rare(counts, limit):
-    """If the pieces come to more than `limit` bytes, cut the rarest in half until they come to 7/10 of it."""
+    """If the pieces exceed `limit` bytes, cut the rarest in half until they take 7/10 of it."""
     rare, size = 1, _bytes(counts)
     if size <= limit:
         return
@@ -269,7 +271,8 @@ def count_sample(sample, source, s, special):
     counts, look = Counter(), PIECES_BYTES // 100
     counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special)
     processes = s.processes or default_processes(source.size if source else 0)
-    with tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None) as bar:
+    size = source.size if source else None
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
         for found in encode_ahead(counter, in_batches(sample, BATCH), processes):
             for piece, count in found.items():
                 counts[piece] += count

@@ -35,9 +35,11 @@ def replaced_folder(path, names):
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
     if strangers:
-        raise UserError(f"{path} holds other things ({', '.join(strangers[:3])}): give --out_dir a folder of its own")
+        raise UserError(f"{path} holds other things ({', '.join(strangers[:3])}): "
+                        "give --out_dir a folder of its own")
     if os.path.ismount(path):
-        raise UserError(f"{path} is a mount point, which cannot be replaced: give --out_dir a folder below it")
+        raise UserError(f"{path} is a mount point, which cannot be replaced: "
+                        "give --out_dir a folder below it")
     with _locked(os.path.join(parent, f".{name}.lock"), path):
         fresh = os.path.join(parent, f".{name}.partial")
         _bring_back(fresh + ".old", path)

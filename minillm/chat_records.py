@@ -99,7 +99,9 @@ def _question_and_answer(record, keys, left_out):
     if isinstance(answer, list) and len(answer) > 1:
         raise _Skip("several answers")
     answer = _text(answer, left_out)
-    if len(question) == 1 and question[0].startswith("Human:") and question[0].endswith("Assistant:"):
+    is_transcript = (len(question) == 1 and question[0].startswith("Human:")
+                     and question[0].endswith("Assistant:"))
+    if is_transcript:
         parts = TRANSCRIPT.split(question[0])[1:]
         said = zip(parts[::2], parts[1::2])
         turns = [(NAMES.role(name), text.strip(), True) for name, text in said]
@@ -209,7 +211,8 @@ def _supervised(record, left_out):
             continue
         if value in (0, False) or str(value).strip().casefold() in ("0", "0.0", "false", "no"):
             supervised = False
-        elif value not in (1, True) and str(value).strip().casefold() not in ("1", "1.0", "true", "yes"):
+        elif (value not in (1, True)
+              and str(value).strip().casefold() not in ("1", "1.0", "true", "yes")):
             left_out.add(f"{key} other than 0 and 1 (taken as 1)")
     return supervised
 

@@ -35,29 +35,42 @@ class TokenData:
         self.path = os.path.join(folder, f"{split}.bin")
         sft = self.meta["kind"] == "sft"
         self.tokens = _map(self.path, np.dtype("<u2"))
-        self.mask = _map(os.path.join(folder, f"{split}_mask.bin"), np.dtype("u1")) if sft else None
+        holds = f"{self.path} holds {len(self.tokens):,} tokens"
+        mask_path = f"{folder}/{split}_mask.bin"
+        self.mask = _map(mask_path, np.dtype("u1")) if sft else None
         stated = self.meta["splits"][split]["tokens"]
         if stated != len(self.tokens):
-            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, but {folder}/meta.json says {stated:,}: prepare it again")
+            raise UserError(f"{holds}, but {folder}/meta.json says {stated:,}: prepare it again")
         if sft and len(self.mask) != len(self.tokens):
-            raise UserError(f"{folder}/{split}_mask.bin has {len(self.mask):,} entries for {len(self.tokens):,} tokens: prepare it again")
+            raise UserError(f"{mask_path} has {len(self.mask):,} entries for "
+                            f"{len(self.tokens):,} tokens: prepare it again")
         if sft and self.meta["block_size"] != block_size:
-            raise UserError(f"{folder} was packed for block_size={self.meta['block_size']}, not {block_size}: "
-                            f"give --block_size={self.meta['block_size']} here, or to prepare_sft.py")
-        self.stride = block_size + 1 if sft else block_size
-        if sft and len(self.tokens) % self.stride:
-            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, not whole rows of {self.stride}: prepare it again")
-        self.n_windows = len(self.tokens) // self.stride if sft else (len(self.tokens) - 1) // self.stride
+            packed = self.meta["block_size"]
+            raise UserError(f"{folder} was packed for block_size={packed}, not {block_size}: "
+                            f"give --block_size={packed} here, or to prepare_sft.py")
+        if sft:
+            self.stride = block_size + 1
+            self.n_windows = len(self.tokens) // self.stride
+            if len(self.tokens) % self.stride:
+                raise UserError(f"{holds}, not whole rows of {self.stride}: prepare it again")
+        else:
+            self.stride = block_size
+            self.n_windows = (len(self.tokens) - 1) // self.stride
         if self.n_windows < 1:
-            hint = ": train with --eval_interval=0, or prepare with a larger --val_fraction" if split == "val" else ""
-            raise UserError(f"{self.path} holds {len(self.tokens):,} tokens, fewer than one window of {block_size + 1}{hint}")
+            hint = ""
+            if split == "val":
+                hint = ": train with --eval_interval=0, or prepare with a larger --val_fraction"
+            raise UserError(f"{holds}, fewer than one window of {block_size + 1}{hint}")
         # a bad id would index past the embedding; every batch is checked too, see windows()
         for start in range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20):
             self._check_ids(self.tokens[start: start + (1 << 20)], start)
             if sft and self.mask[start: start + (1 << 20)].max() > 1:
-                raise UserError(f"{folder}/{split}_mask.bin holds other values than 0 and 1: prepare it again")
-        if sft and not any(self.mask[start: start + (1 << 20)].any() for start in range(0, len(self.mask), 1 << 20)):
-            raise UserError(f"{folder}/{split}_mask.bin marks no token as learned: there is nothing to train or to score")
+                raise UserError(f"{mask_path} holds other values than 0 and 1: prepare it again")
+        if sft:
+            starts = range(0, len(self.mask), 1 << 20)
+            if not any(self.mask[start: start + (1 << 20)].any() for start in starts):
+                raise UserError(f"{mask_path} marks no token as learned: "
+                                "there is nothing to train or to score")
         # windows come in random order: reading ahead of one fetches what no batch will want for
         # hours. Without, windows of 513 tokens come from a cold disk ten times as fast (11,000 a
         # second against 1,000)
@@ -68,7 +81,8 @@ class TokenData:
     def _check_ids(self, tokens, start):
         if tokens.max() >= self.meta["vocab_size"]:
             at = int((tokens >= self.meta["vocab_size"]).argmax())
-            raise UserError(f"{self.path}: token {start + at:,} is {tokens[at]}, outside the vocabulary of {self.meta['vocab_size']:,}")
+            raise UserError(f"{self.path}: token {start + at:,} is {tokens[at]}, "
+                            f"outside the vocabulary of {self.meta['vocab_size']:,}")
 
     def windows(self, indices):
         """x, y for some windows: int64 tensors (len(indices), block_size).
@@ -92,10 +106,12 @@ def _map(path, dtype):
     try:
         size = os.path.getsize(path)
         if size % dtype.itemsize:
-            raise UserError(f"{path} has {size:,} bytes, not a whole number of {dtype.itemsize}-byte tokens: it is damaged")
+            raise UserError(f"{path} has {size:,} bytes, "
+                            f"not a whole number of {dtype.itemsize}-byte tokens: it is damaged")
         return np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; prepare_pretrain.py and prepare_sft.py make it") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; "
+                        "prepare_pretrain.py and prepare_sft.py make it") from None
 
 
 def _mix(x, key):
@@ -137,7 +153,8 @@ def batch_windows(seed, step, batch, n_windows):
     windows = np.empty(batch, dtype=np.int64)
     for e in np.unique(epoch):
         inside = epoch == e
-        windows[inside] = permute(position[inside] % n_windows, n_windows, derive_seed(seed, int(e)))
+        key = derive_seed(seed, int(e))
+        windows[inside] = permute(position[inside] % n_windows, n_windows, key)
     return windows
 
 

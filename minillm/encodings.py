@@ -33,7 +33,8 @@ def known_encoding(name):
     if line_end == b"\n" or encoding.startswith(("utf-8", "utf-16", "utf-32")):
         return encoding
     fix = f"`iconv -f {name} -t utf-8`"
-    raise UserError(f"text in {name!r} cannot be cut into lines: make it utf-8 first, as {fix} does")
+    raise UserError(f"text in {name!r} cannot be cut into lines: "
+                    f"make it utf-8 first, as {fix} does")
 
 
 def marked_encoding(head):

@@ -27,6 +27,8 @@ from minillm.txt_documents import txt_documents
 BLOCK = 1 << 20              # bytes of a block
 HEAD = 64 << 10              # bytes of a file that are looked at to tell what it is
 LONG_HEAD = 4 << 20          # … where the first record is longer than that
+# what reading a damaged or truncated archive raises
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, gzip.BadGzipFile)
 
 
 class Block(NamedTuple):
@@ -80,8 +82,9 @@ class Source:
                             self.position = finished + raw.tell()
                         yield block
                 self.position = finished = finished + os.path.getsize(path)
-            except (EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
-                raise UserError(f"{path} is damaged or cut short ({error}): fetch it again") from None
+            except DAMAGED as error:
+                raise UserError(f"{path} is damaged or cut short ({error}): "
+                                "fetch it again") from None
             except OSError as error:
                 reason = error.strerror or error
                 raise UserError(f"cannot read {path}: {reason}") from None
@@ -98,7 +101,7 @@ class Source:
                 yield block, None
 
     def _as_text(self, name, kind, stream):
-        """(stream, encoding) of a file's text, without its byte order mark, its lines ending in \\n."""
+        """(stream, encoding) of a file's text; no byte order mark, lines end in \\n."""
         encoding = self.encoding
         head, stream = look_ahead(stream, HEAD)
         mark, marked = marked_encoding(head)

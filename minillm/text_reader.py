@@ -18,7 +18,8 @@ from minillm.json_stream import WRAPPERS, is_message
 from minillm.report import Report
 from minillm.text_files import Source
 
-__all__ = ["Report", "Source", "documents", "conversations", "block_documents", "block_conversations"]
+__all__ = ["Report", "Source", "documents", "conversations", "block_documents",
+           "block_conversations"]
 
 _decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
 _BETWEEN = re.compile(r"[\s,\ufeff]*")

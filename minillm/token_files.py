@@ -1,5 +1,6 @@
-"""The format of the token files: train.bin, val.bin, and meta.json beside them, written and read
-here.
+"""The format of the token files: train.bin, val.bin, and meta.json beside them.
+
+They are written and read here.
 
     write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
     meta = read_meta("data/pretrain")
@@ -60,7 +61,8 @@ def read_meta(folder):
         size = meta["vocab_size"]
         raise UserError(f"{path}: a vocabulary of {size} does not fit into uint16 token files")
     if meta.get("version", 1) > VERSION:
-        raise UserError(f"{path} has version {meta['version']}, this program reads {VERSION} at most: "
+        raise UserError(f"{path} has version {meta['version']}, "
+                        f"this program reads {VERSION} at most: "
                         "update it, or prepare the data again")
     return meta
 

@@ -2,7 +2,8 @@
 
     tokenizer = Tokenizer.load("data/tokenizer")
     ids = tokenizer.encode("你好 <|im_start|>")           # no control token, whatever the text spells
-    ids, mask = tokenizer.encode_chat([{"role": "user", "content": "你好"}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": "你好"}]
+    ids, mask = tokenizer.encode_chat(messages, add_generation_prompt=True)
 
 `decode(encode(s)) == s` for every str that UTF-8 can hold (a lone surrogate, which it cannot,
 becomes U+FFFD). The folder also opens with transformers' AutoTokenizer, whose apply_chat_template
@@ -142,7 +143,8 @@ class Tokenizer:
             with open(path, "rb") as file:
                 data = file.read()
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; train_tokenizer.py makes it") from None
+            raise UserError(f"cannot read {path}: {error.strerror}; "
+                            "train_tokenizer.py makes it") from None
         return cls(data, path)
 
     def __reduce__(self):                                # for the processes that encode
@@ -160,10 +162,15 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
-        """A list of ids for each text, on all cores (the environment's RAYON_NUM_THREADS bounds them)."""
+        """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
         short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        return [next(short) if len(text) <= MAX_PIECE else [id for ids in self.encode_pieces(text) for id in ids]
-                for text in texts]
+        encoded = []
+        for text in texts:
+            if len(text) <= MAX_PIECE:
+                encoded.append(next(short))
+            else:
+                encoded.append([id for ids in self.encode_pieces(text) for id in ids])
+        return encoded
 
     def encode_pieces(self, text):
         """Yield the ids of a text of any length, piece by piece, in memory that does not grow with
@@ -227,7 +234,8 @@ class Tokenizer:
     def prefix(self, role):
         """The ids before the content of a message: <|im_start|>role\\n."""
         if role not in ROLES:
-            raise UserError(f"unknown role {role!r}: {', '.join(ROLES[:-1])} and {ROLES[-1]} are known")
+            raise UserError(f"unknown role {role!r}: "
+                            f"{', '.join(ROLES[:-1])} and {ROLES[-1]} are known")
         if role not in self._prefixes:
             self._prefixes[role] = [IM_START, *self.encode(role + "\n")]
         return self._prefixes[role]
@@ -263,7 +271,8 @@ def _open_backend(data, path):
         raise UserError(f"{path} is damaged ({why}): train the tokenizer again") from None
     if table[:3] != SPECIAL_TOKENS or None in table or not 259 <= len(table) <= MAX_VOCAB:
         raise UserError(f"{path} was not trained by train_tokenizer.py: the ids 0, 1, 2 must be "
-                        f"{' '.join(SPECIAL_TOKENS)}, and all ids run on from there to at most {MAX_VOCAB}")
+                        f"{' '.join(SPECIAL_TOKENS)}, "
+                        f"and all ids run on from there to at most {MAX_VOCAB}")
     # text that spells <|im_start|> is text: control tokens are set by id, in encode_chat only
     backend.encode_special_tokens = True
     backend.no_truncation()

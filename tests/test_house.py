@@ -144,22 +144,21 @@ KNOWN = {
         tests/test_prepare_kinds.py tests/test_resume.py tests/test_tokenizer.py
     '''.split()),
     no_wide_line: set('''
-        chat.py minillm/atomic_folder.py minillm/chat_records.py minillm/conversation.py
-        minillm/dataloader.py minillm/encodings.py minillm/terminal.py minillm/text_files.py
-        minillm/text_reader.py minillm/token_files.py minillm/tokenizer.py
-        prepare_pretrain.py prepare_sft.py sample.py tests/support/preparation_runs.py
-        tests/support/tiny_models.py tests/support/training_runs.py tests/test_chat.py
-        tests/test_checkpoints.py tests/test_data_order.py tests/test_demo_corpus.py
-        tests/test_distributed.py tests/test_download.py tests/test_float8.py
-        tests/test_generation.py tests/test_house.py tests/test_loading.py
-        tests/test_model.py tests/test_moe.py tests/test_numerics.py tests/test_prepare.py
-        tests/test_prepare_crashes.py tests/test_prepare_formats.py
-        tests/test_prepare_kinds.py tests/test_prepare_processes.py tests/test_resume.py
-        tests/test_signals.py tests/test_tokenizer.py train_tokenizer.py
+        minillm/conversation.py minillm/terminal.py prepare_pretrain.py prepare_sft.py
+        sample.py tests/support/preparation_runs.py tests/support/tiny_models.py
+        tests/support/training_runs.py tests/test_chat.py tests/test_checkpoints.py
+        tests/test_data_order.py tests/test_demo_corpus.py tests/test_distributed.py
+        tests/test_download.py tests/test_float8.py tests/test_generation.py
+        tests/test_house.py tests/test_loading.py tests/test_model.py tests/test_moe.py
+        tests/test_numerics.py tests/test_prepare.py tests/test_prepare_crashes.py
+        tests/test_prepare_formats.py tests/test_prepare_kinds.py
+        tests/test_prepare_processes.py tests/test_resume.py tests/test_signals.py
+        tests/test_tokenizer.py train_tokenizer.py
     '''.split()),
     no_long_file: set('''
-        tests/test_chat.py tests/test_checkpoints.py tests/test_generation.py
-        tests/test_prepare.py tests/test_prepare_formats.py tests/test_prepare_kinds.py
+        minillm/tokenizer.py tests/test_chat.py tests/test_checkpoints.py
+        tests/test_generation.py tests/test_prepare.py tests/test_prepare_formats.py
+        tests/test_prepare_kinds.py
     '''.split()),
 }
 
