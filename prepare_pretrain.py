@@ -42,7 +42,7 @@ class Settings:
     seed: int = 1337                  # of the shuffle
     dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; blank lines part paragraphs
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt: what is a document
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
     processes: NonNegative = 0        # that encode; 0: one per core, or one for a small input

@@ -55,7 +55,7 @@ class Settings:
     tokenizer: str | None = None      # its folder; default data/tokenizer, or data/demo/tokenizer
     out_dir: str | None = None        # default data/sft, or data/demo/sft without FILE
     block_size: whole(8, 1 << 20) | None = None  # of the model; default 512, demo 128
-    long: Literal["split", "truncate"] = "split"  # what exceeds a row: one more conversation, or cut
+    long: Literal["split", "truncate"] = "split"  # what exceeds a row: a new row, or cut
     val_fraction: BelowOne = 0.01     # share for validation, chosen by a hash of each conversation
     seed: int = 1337                  # of the shuffle
     dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)

@@ -50,7 +50,8 @@ def main():
     if len(ids) >= model.config.block_size:
         context = model.config.block_size
         raise UserError(f"the prompt is {len(ids)} tokens long, the context holds {context} "
-                        f"and must take the answer too; --truncate_ctx={context // 2} keeps its end")
+                        f"and must take the answer too; "
+                        f"--truncate_ctx={context // 2} keeps its end")
 
     seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
     stop = options.pop("stop")

@@ -41,9 +41,9 @@ class Settings:
     vocab_size: whole(259, MAX_VOCAB) | None = None  # all tokens; default 32000, of the demo 1200
     special_tokens: str = ""          # more of them: "<think>,</think>" are one token each
     max_bytes: Positive = 1_000_000_000  # of text sampled, evenly over the input
-    nfkc: bool = False                # fold full-width letters and ligatures; decoding keeps them so
+    nfkc: bool = False                # fold full-width letters and ligatures; decode gives these
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt; blank lines part paragraphs
+    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt: what is a document
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
     processes: NonNegative = 0        # that count; 0: one per core, or one for a small input

@@ -31,8 +31,8 @@ def chat(model, messages, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1
     Raises UserError at once for messages that cannot be answered. The cache of the call before is
     taken out of the model while in use: a second stream beside this one makes its own.
     """
-    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                    repetition_penalty=repetition_penalty)
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                    top_p=top_p, repetition_penalty=repetition_penalty)
     SamplingParams(**sampling)
     check_messages(messages)
     if not messages or messages[-1]["role"] != "user":
@@ -47,7 +47,8 @@ def chat(model, messages, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1
         conversation.add(message["role"], message["content"])
     if isinstance(stop, str):
         stop = (stop,)
-    pieces = conversation.ask(messages[-1]["content"], seed=seed, stop=stop, compile=compile, **sampling)
+    question = messages[-1]["content"]
+    pieces = conversation.ask(question, seed=seed, stop=stop, compile=compile, **sampling)
 
     def texts():
         try:
@@ -64,7 +65,8 @@ def check_messages(messages):
     for message in messages:
         fine = isinstance(message, dict) and isinstance(message.get("content"), str)
         if not fine or message.get("role") not in ("system", "user", "assistant"):
-            raise UserError('a message is {"role": "system", "user" or "assistant", "content": text}, '
+            raise UserError('a message is '
+                            '{"role": "system", "user" or "assistant", "content": text}, '
                             f"not {str(message)[:80]}")
 
 
@@ -72,7 +74,7 @@ def check_messages(messages):
 class Turn:
     role: str                              # user, assistant or system
     content: str
-    ids: list[int]                         # from <|im_start|> to the line end, as the model reads it
+    ids: list[int]                 # from <|im_start|> to the line end, as the model reads it
 
 
 class Conversation:
@@ -103,7 +105,8 @@ class Conversation:
         """
         ids = self._ids("system", text) if text else []
         if len(ids) + len(self.generation_prompt) >= self.context:
-            raise UserError(f"a system prompt of {len(ids)} tokens does not fit: the context holds {self.context}")
+            raise UserError(f"a system prompt of {len(ids)} tokens does not fit: "
+                            f"the context holds {self.context}")
         self.system, self.system_ids = text, ids
 
     def add(self, role, content):
@@ -133,8 +136,13 @@ class Conversation:
         changed.
         """
         check_messages(messages)
-        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-        turns = [Turn(m["role"], m["content"], self._ids(m["role"], m["content"])) for m in messages[1 if system else 0:]]
+        system = ""
+        if messages and messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        turns = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            turns.append(Turn(role, content, self._ids(role, content)))
         self.set_system(system)
         self.turns, self.first = turns, 0
 
@@ -145,7 +153,10 @@ class Conversation:
 
     def prompt(self):
         """The ids that the next answer goes on from."""
-        return self.system_ids + [id for turn in self.turns[self.first:] for id in turn.ids] + self.generation_prompt
+        ids = list(self.system_ids)
+        for turn in self.turns[self.first:]:
+            ids += turn.ids
+        return ids + self.generation_prompt
 
     def next_prompt(self, ids):
         """The prompt to continue with after `ids` of the answer, for whoever decodes it elsewhere.
@@ -198,8 +209,9 @@ class Conversation:
         """
         seed = random.SystemRandom().getrandbits(31) if seed is None else seed
         stream, text, ids = TextStream(self.tokenizer, stop), "", []
-        self.last = last = dict(tokens=0, seconds=0.0, first_token_seconds=0.0, prompt_tokens=0, context_tokens=0,
-                                seed=seed, finish="interrupt")
+        last = dict(tokens=0, seconds=0.0, first_token_seconds=0.0, prompt_tokens=0,
+                    context_tokens=0, seed=seed, finish="interrupt")
+        self.last = last
         start = time.perf_counter()
         ended, segment = None, 0
         try:
@@ -207,8 +219,10 @@ class Conversation:
                 self._make_room(len(ids))
                 prompt = self.prompt() + ids
                 before = self.cache.prefilled
-                tokens = self.model.generate(prompt, min(max_new_tokens - len(ids), self.context - len(prompt)), cache=self.cache,
-                                             seed=seed + SEGMENT_SEED * segment, stop_ids=STOP_IDS, **sampling)
+                room = min(max_new_tokens - len(ids), self.context - len(prompt))
+                tokens = self.model.generate(
+                    prompt, room, cache=self.cache, seed=seed + SEGMENT_SEED * segment,
+                    stop_ids=STOP_IDS, **sampling)
                 for id in tokens:
                     if not last["tokens"]:
                         last["first_token_seconds"] = time.perf_counter() - start
@@ -237,7 +251,8 @@ class Conversation:
             # The sampled ids, unless they say more than was shown: a stop string, half a character
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
-            self.turns.append(Turn("assistant", text, self.generation_prompt + ids + [IM_END] + self.line_end))
+            ids = self.generation_prompt + ids + [IM_END] + self.line_end
+            self.turns.append(Turn("assistant", text, ids))
             last["seconds"] = time.perf_counter() - start
             last["context_tokens"] = len(self.prompt()) - len(self.generation_prompt)
 
@@ -246,10 +261,13 @@ class Conversation:
 
     def _droppable(self):
         """Index of the turn that begins the second exchange that the model sees, or 0."""
-        return next((i for i in range(self.first + 1, len(self.turns)) if self.turns[i].role == "user"), 0)
+        for i in range(self.first + 1, len(self.turns)):
+            if self.turns[i].role == "user":
+                return i
+        return 0
 
     def _make_room(self, n_answered):
-        """Forget the oldest exchanges if the prompt, with n_answered tokens of its answer, fills the context."""
+        """Forget the oldest exchanges if prompt and n_answered tokens fill the context."""
         length = len(self.prompt()) + n_answered
         if length < self.context:
             return
@@ -257,5 +275,6 @@ class Conversation:
             length -= sum(len(turn.ids) for turn in self.turns[self.first:second])
             self.first = second
         if length >= self.context:
-            raise UserError(f"the message is {len(self.turns[-1].ids)} tokens long: with the rest of the prompt that makes {length}, "
+            raise UserError(f"the message is {len(self.turns[-1].ids)} tokens long: "
+                            f"with the rest of the prompt that makes {length}, "
                             f"and the context holds {self.context}")

@@ -13,6 +13,7 @@ import signal
 import sys
 from dataclasses import fields
 
+from minillm.completion import completions
 from minillm.configurator import configure
 from minillm.conversation import Conversation
 from minillm.device import describe
@@ -36,7 +37,8 @@ class Terminal:
         self.settings, self.model = settings, model
         self.conversation = Conversation(model, settings.system, settings.truncate_ctx)
         self.colour = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        self.commands = {name[8:]: getattr(self, name) for name in dir(self) if name.startswith("command_")}
+        self.commands = {name.removeprefix("command_"): getattr(self, name)
+                         for name in dir(self) if name.startswith("command_")}
         self.interrupts = 0                      # Ctrl-C since the last line that was entered
         self.n_answers = 0                       # since the seed was set
         self.totals = {"tokens": 0, "seconds": 0.0, "answers": 0}
@@ -75,7 +77,9 @@ class Terminal:
         if c.n_expert:
             kind += f" ({c.n_expert} experts, {active / 1e6:.1f} M active)"
         weight = model.wte.weight
-        return (f"{self.settings.out_dir} step {model.step} · {kind} · {describe(weight.device)} · {str(weight.dtype).removeprefix('torch.')}"
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return (f"{self.settings.out_dir} step {model.step} · {kind}"
+                f" · {describe(weight.device)} · {dtype}"
                 f" · context {self.conversation.context} · /help")
 
     # What is written
@@ -118,13 +122,15 @@ class Terminal:
         self.totals["answers"] += 1
         self.dim(self.stats_line(last))
         if self.conversation.first > forgotten:
-            self.dim(f"the context was full: the model no longer sees the oldest {self.conversation.first} messages")
+            self.dim("the context was full: "
+                     f"the model no longer sees the oldest {self.conversation.first} messages")
 
     def stats_line(self, last):
-        ends = {"stop": "", "interrupt": " · stopped", "length": f" · cut at max_new_tokens={self.settings.max_new_tokens}",
-                "context": " · cut, the context is full"}
+        ends = {"stop": "", "interrupt": " · stopped", "context": " · cut, the context is full",
+                "length": f" · cut at max_new_tokens={self.settings.max_new_tokens}"}
         rate = last["tokens"] / last["seconds"] if last["seconds"] else 0
-        return (f"[{last['tokens']} tokens · {rate:.1f} tokens/s · context {last['context_tokens']}/{self.conversation.context}"
+        return (f"[{last['tokens']} tokens · {rate:.1f} tokens/s · "
+                f"context {last['context_tokens']}/{self.conversation.context}"
                 f"{ends[last['finish']]}]")
 
     # What is read
@@ -145,22 +151,7 @@ class Terminal:
     def complete(self, text, state):
         """readline's completer: the state-th completion of the word `text`."""
         line = readline.get_line_buffer()[:readline.get_endidx()]
-        if not line.startswith("/"):
-            return None
-        command, space, rest = line.partition(" ")
-        if not space:
-            found = [f"/{name} " for name in self.commands if name.startswith(text[1:])]
-        elif command == "/set":
-            found = [f"{key}=" for key in SETTABLE if key.startswith(text)]
-        elif command in ("/save", "/load"):
-            folder, name = os.path.split(text)
-            try:
-                found = sorted(os.path.join(folder, entry) for entry in os.listdir(os.path.expanduser(folder) or ".") if entry.startswith(name))
-            except OSError:
-                found = []
-            found = [path + "/" if os.path.isdir(os.path.expanduser(path)) else path for path in found]
-        else:
-            found = []
+        found = completions(line, text, self.commands, SETTABLE)
         return found[state] if state < len(found) else None
 
     def read_message(self):
@@ -185,7 +176,10 @@ class Terminal:
     def read_line(self, prompt, code):
         if self.colour and prompt:
             # \001 \002: readline must not count what takes no place on the screen
-            prompt = f"\001\033[{code}m\002{prompt}\001\033[0m\002" if readline else self.paint(prompt, code)
+            if readline:
+                prompt = f"\001\033[{code}m\002{prompt}\001\033[0m\002"
+            else:
+                prompt = self.paint(prompt, code)
         return input(prompt).encode("utf-8", "ignore").decode()
 
     # Commands: each takes the text behind its name; its docstring is its line in /help
@@ -194,16 +188,19 @@ class Terminal:
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, 1, 0.5)
-            raise UserError(f"unknown command /{name}: " + (f"did you mean /{near[0]}?" if near else "/help lists them"))
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise UserError(f"unknown command /{name}: {hint}")
         self.commands[name](rest.strip())
 
     def command_help(self, rest):
         """this list"""
-        for command in sorted(self.commands.values(), key=lambda method: method.__func__.__code__.co_firstlineno):
+        for command in sorted(self.commands.values(), key=line_of):
             usage, _, meaning = command.__doc__.rpartition(" — ")
             self.dim(f"  /{command.__name__[8:] + ' ' + usage:<24}{meaning}")
-        self.dim('  several lines: paste them, end a line with \\, or put """ on the lines before and after\n'
-                 "  Ctrl-C stops the answer, twice leaves; Ctrl-D leaves; a space before / makes it a message")
+        self.dim("  several lines: paste them, end a line with \\, "
+                 'or put """ on the lines before and after\n'
+                 "  Ctrl-C stops the answer, twice leaves; Ctrl-D leaves; "
+                 "a space before / makes it a message")
 
     def command_clear(self, rest):
         """forget the conversation, keep the system prompt"""
@@ -238,7 +235,9 @@ class Terminal:
         for key, change in zip(keys, changes):
             if "=" not in change or key not in SETTABLE:
                 near = difflib.get_close_matches(key, SETTABLE, 1, 0.5)
-                raise UserError(f"/set takes KEY=VALUE, not {change}: the keys are {', '.join(SETTABLE)}" + (f"; did you mean {near[0]}?" if near and near[0] != key else ""))
+                hint = f"; did you mean {near[0]}?" if near and near[0] != key else ""
+                raise UserError(f"/set takes KEY=VALUE, not {change}: "
+                                f"the keys are {', '.join(SETTABLE)}{hint}")
         new = configure(type(self.settings), [f"--{change}" for change in changes])
         old = {key: getattr(self.settings, key) for key in keys}
         for key in keys:
@@ -282,9 +281,13 @@ class Terminal:
         if not self.totals["answers"]:
             raise UserError("nothing has been said yet")
         last, totals = self.conversation.last, self.totals
-        self.dim(f"{self.stats_line(last)[1:-1]} · first token after {last['first_token_seconds']:.2f} s, {last['prompt_tokens']} prompt tokens computed · seed {last['seed']}")
-        self.dim(f"session: {totals['answers']} answers · {totals['tokens']} tokens · {totals['tokens'] / totals['seconds']:.1f} tokens/s"
-                 f" · {len(self.conversation.turns)} messages, the model sees the last {len(self.conversation.turns) - self.conversation.first}")
+        n_messages = len(self.conversation.turns)
+        self.dim(f"{self.stats_line(last)[1:-1]}"
+                 f" · first token after {last['first_token_seconds']:.2f} s,"
+                 f" {last['prompt_tokens']} prompt tokens computed · seed {last['seed']}")
+        self.dim(f"session: {totals['answers']} answers · {totals['tokens']} tokens"
+                 f" · {totals['tokens'] / totals['seconds']:.1f} tokens/s · {n_messages} messages,"
+                 f" the model sees the last {n_messages - self.conversation.first}")
 
     def command_exit(self, rest):
         """leave, as Ctrl-D does"""
@@ -296,12 +299,16 @@ class Terminal:
         return os.path.expanduser(text)
 
     def options(self):
-        """The sampling options.
-
-        With a seed, each answer of the session draws from one of its own.
-        """
+        """The sampling options; with a seed, each answer has one of its own."""
         seed = self.settings.seed
-        return self.settings.sampling() | {"seed": None if seed is None else seed + 7919 * self.n_answers}
+        if seed is not None:
+            seed += 7919 * self.n_answers
+        return self.settings.sampling() | {"seed": seed}
+
+
+def line_of(method):
+    """The line of the file where a method begins."""
+    return method.__func__.__code__.co_firstlineno
 
 
 def waiting(seconds):
@@ -314,4 +321,9 @@ def waiting(seconds):
 
 def printable(text):
     """`text` without control characters: a model must not be able to drive the terminal."""
-    return "".join(char for char in text if char in "\n\t" or not (char < " " or "\x7f" <= char < "\xa0"))
+    shown = []
+    for char in text:
+        control = char < " " or "\x7f" <= char < "\xa0"
+        if char in "\n\t" or not control:
+            shown.append(char)
+    return "".join(shown)

@@ -117,10 +117,7 @@ def save(backend, folder):
 
 
 class Tokenizer:
-    """A trained tokenizer.
-
-    `vocab_size`: ids are below it; `hash`: sha256 of tokenizer.json, in hex.
-    """
+    """A trained tokenizer. Ids are below `vocab_size`; `hash` is that of tokenizer.json."""
 
     def __init__(self, data, path="tokenizer.json"):
         """data: the bytes of a tokenizer.json; path: what messages call it."""
@@ -134,10 +131,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Open `folder`/tokenizer.json.
-
-        UserError if it is missing, damaged, or of another program.
-        """
+        """Open `folder`/tokenizer.json. UserError if it is missing, damaged or foreign."""
         path = os.path.join(folder, "tokenizer.json")
         try:
             with open(path, "rb") as file:
@@ -164,13 +158,8 @@ class Tokenizer:
     def encode_batch(self, texts):
         """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
         short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        encoded = []
-        for text in texts:
-            if len(text) <= MAX_PIECE:
-                encoded.append(next(short))
-            else:
-                encoded.append([id for ids in self.encode_pieces(text) for id in ids])
-        return encoded
+        return [next(short) if len(text) <= MAX_PIECE else sum(self.encode_pieces(text), [])
+                for text in texts]
 
     def encode_pieces(self, text):
         """Yield the ids of a text of any length, piece by piece, in memory that does not grow with
@@ -192,10 +181,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids, skip_special=True):
-        """The text of `ids`.
-
-        Bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD.
-        """
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD."""
         if skip_special:
             pieces = [self.token_bytes[token] for token in ids]
         else:

@@ -50,7 +50,8 @@ def positions(tmp_path):
 
     600 windows of 100 tokens, and the one after.
     """
-    meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 65535, "splits": {}}
+    meta = {"kind": "pretrain", "tokenizer": "none", "tokenizer_hash": "", "vocab_size": 65535,
+            "splits": {}}
     for split, count in (("train", 60_001), ("val", 1_001)):
         np.arange(count, dtype="<u2").tofile(tmp_path / f"{split}.bin")
         meta["splits"][split] = {"tokens": count}
@@ -60,14 +61,18 @@ def positions(tmp_path):
 
 def test_an_epoch_holds_every_token_once(positions):
     batch = 24                                   # 25 steps are one epoch
-    first = [positions.windows(batch_windows(3, step, batch, positions.n_windows)) for step in range(25)]
+    assert positions.n_windows == 600
+    first = [positions.windows(batch_windows(3, step, batch, 600)) for step in range(25)]
     inputs = np.concatenate([x.numpy().ravel() for x, _ in first])
     assert np.array_equal(np.sort(inputs), np.arange(60_000))
     assert all((y == x + 1).all() for x, y in first)
-    second = np.concatenate([positions.windows(batch_windows(3, step, batch, 600))[0].numpy().ravel() for step in range(25, 50)])
-    assert np.array_equal(np.sort(second), np.arange(60_000)) and not np.array_equal(inputs, second)
-    other = np.concatenate([batch_windows(4, step, batch, 600) for step in range(25)])
-    assert not np.array_equal(other, np.concatenate([batch_windows(3, step, batch, 600) for step in range(25)]))
+    second = [positions.windows(batch_windows(3, step, batch, 600)) for step in range(25, 50)]
+    second = np.concatenate([x.numpy().ravel() for x, _ in second])
+    assert np.array_equal(np.sort(second), np.arange(60_000))
+    assert not np.array_equal(inputs, second)
+    one, other = (np.concatenate([batch_windows(seed, step, batch, 600) for step in range(25)])
+                  for seed in (3, 4))
+    assert not np.array_equal(one, other)
 
 
 def test_batches_run_on_into_the_next_epoch():
@@ -75,7 +80,8 @@ def test_batches_run_on_into_the_next_epoch():
 
     Three epochs are three permutations.
     """
-    stream = np.concatenate([batch_windows(0, step, 16, 100) for step in range(20)])[:300].reshape(3, 100)
+    stream = np.concatenate([batch_windows(0, step, 16, 100) for step in range(20)])
+    stream = stream[:300].reshape(3, 100)
     assert np.array_equal(np.sort(stream, axis=1), np.tile(np.arange(100), (3, 1)))
     # nor does a batch larger than the corpus
     assert np.array_equal(np.bincount(batch_windows(0, 0, 35, 7)), np.full(7, 5))
@@ -95,36 +101,51 @@ def record_windows(folder):
     return before
 
 
-@pytest.mark.parametrize("world, batch_size, accumulation", [(1, 16, 1), (1, 2, 8), (2, 4, 4), (4, 2, 8), (8, 1, 16)])
+@pytest.mark.parametrize("world, batch_size, accumulation", [
+    (1, 16, 1), (1, 2, 8), (2, 4, 4), (4, 2, 8), (8, 1, 16)])
 def test_every_world_size_sees_the_same_batches(tmp_path, world, batch_size, accumulation):
     """train.py itself, as 1, 2, 4 and 8 gloo processes.
 
     What they read, put together, is the same 3 global batches.
     """
     data = make_data(tmp_path / "data")
-    argv = [*TINY, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}", "--max_iters=3", "--eval_interval=0",
-            "--checkpoint_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--n_layer=1"]
+    argv = [*TINY, f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}",
+            "--max_iters=3", "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}",
+            f"--out_dir={tmp_path}/out", "--n_layer=1"]
     if world == 1:
         finish(argv, before=record_windows(tmp_path))
     else:
         children = ranks(world, argv, before=[record_windows(tmp_path)] * world)
         assert [child.wait() for child in children] == [0] * world, children[0].output
-    per_rank = [[json.loads(line) for line in open(tmp_path / f"windows_{rank}")] for rank in range(world)]
+    per_rank = []
+    for rank in range(world):
+        with open(tmp_path / f"windows_{rank}") as file:
+            per_rank.append([json.loads(line) for line in file])
     micro_steps = accumulation // world
     for step in range(3):
-        batch = sum((per_rank[rank][step * micro_steps + micro] for micro in range(micro_steps) for rank in range(world)), [])
+        batch = []
+        for micro in range(micro_steps):
+            for rank in range(world):
+                batch += per_rank[rank][step * micro_steps + micro]
         assert batch == batch_windows(1337, step, 16, 124).tolist()
     assert all(len(calls) == 3 * micro_steps for calls in per_rank)
 
 
 def test_resuming_continues_with_the_next_batch(tmp_path):
     data = make_data(tmp_path / "data")
-    argv = [*TINY, "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}", "--n_layer=1"]
-    for name, parts in (("straight", [["--max_iters=9"]]), ("parted", [["--max_iters=4"], ["--max_iters=9", "--init_from=resume"]])):
+    argv = [*TINY, "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}",
+            "--n_layer=1"]
+    for name, parts in [
+        ("straight", [["--max_iters=9"]]),
+        ("parted", [["--max_iters=4"], ["--max_iters=9", "--init_from=resume"]]),
+    ]:
         os.mkdir(tmp_path / name)
         for part in parts:
-            finish([*argv, *part, f"--out_dir={tmp_path}/{name}/out"], before=record_windows(tmp_path / name))
-    assert open(tmp_path / "straight/windows_0").read() == open(tmp_path / "parted/windows_0").read()
+            finish([*argv, *part, f"--out_dir={tmp_path}/{name}/out"],
+                   before=record_windows(tmp_path / name))
+    straight, parted = ((tmp_path / name / "windows_0").read_text()
+                        for name in ("straight", "parted"))
+    assert straight == parted
 
 
 def open_and_draw(folder, tokens):
@@ -158,7 +179,11 @@ def test_a_billion_windows_cost_no_more_than_a_few(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SCAN_LIMIT", 8 << 20)         # what holds for 64 MB holds for 8
     read = []
     inner = TokenData._check_ids
-    monkeypatch.setattr(TokenData, "_check_ids", lambda self, tokens, start: (read.append(len(tokens)), inner(self, tokens, start)))
+
+    def check_ids(self, tokens, start):
+        read.append(len(tokens))
+        inner(self, tokens, start)
+    monkeypatch.setattr(TokenData, "_check_ids", check_ids)
     few, small = open_and_draw(tmp_path / "few", 8 * 10**5 + 1)
     many, large = open_and_draw(tmp_path / "many", 8 * 10**9 + 1)
     assert (few, many) == (10**5, 10**9)

@@ -12,7 +12,8 @@ from minillm import checkpoint
 from minillm.dataloader import TokenData, batch_windows
 from model import GPT
 from minillm.tokenizer import Tokenizer
-from support.training_runs import BLOCK, TINY, Run, finish, keep_weights, make_data, newest, numbers, on_step, ranks, refused
+from support.training_runs import (BLOCK, TINY, Run, finish, keep_weights, make_data, newest,
+                                   numbers, on_step, ranks, refused)
 
 EVERY_STEP = ["--checkpoint_interval=1", "--keep_checkpoints=99", "--eval_interval=0"]
 
@@ -64,16 +65,19 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, how, dtype):
 
     It is logged though no log line was due.
     """
-    argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6", "--log_interval=50", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6", "--log_interval=50",
+            f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     output = finish(argv, before=spoil(how, {3}))
     assert_step_changed_nothing(tmp_path / "out", 3)
     records = {record["step"]: record for record in numbers(tmp_path / "out")}
     assert set(records) == {0, 3, 5}
-    assert records[3]["loss" if how != "gradient" else "grad_norm"] is None and records[0]["skipped"] == 0
+    assert records[3]["loss" if how != "gradient" else "grad_norm"] is None
+    assert records[0]["skipped"] == 0
     assert records[3]["skipped"] == records[5]["skipped"] == 1
     assert "not finite, update skipped (1 so far)" in output
     assert newest(tmp_path / "out")["bad_steps"] == [0, 1]
-    assert not torch.equal(newest(tmp_path / "out")["model"]["wte.weight"], checkpoint.load(checkpoint.step_path(tmp_path / "out", 4))["model"]["wte.weight"])
+    before = checkpoint.load(checkpoint.step_path(tmp_path / "out", 4))["model"]["wte.weight"]
+    assert not torch.equal(newest(tmp_path / "out")["model"]["wte.weight"], before)
 
 
 @pytest.mark.parametrize("how", ["nan", "gradient"])
@@ -88,7 +92,8 @@ def test_all_processes_skip_together(data, tmp_path, how, dtype):
             spoil(how, {3} if rank == 1 else set())()
             keep_weights(f"{tmp_path}/weights_{rank}")
         return before
-    argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    argv = [*TINY, *EVERY_STEP, f"--dtype={dtype}", "--max_iters=6",
+            f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     children = ranks(2, argv, before=[keep(0), keep(1)])
     assert [child.wait() for child in children] == [0, 0], children[0].output
     assert_step_changed_nothing(tmp_path / "out", 3)
@@ -106,7 +111,8 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_windows(data, tmp_path):
     # the lone one doesn't count: it was followed by good ones
     line = refused(argv, before=spoil("nan", {2, 7, 8, 9, 10}))
     windows = batch_windows(1337, 9, 4, 124).tolist()
-    assert f"stopped at step 9, the last of 3 in a row without a finite loss and gradient; its windows: {windows}" in line
+    assert ("stopped at step 9, the last of 3 in a row without a finite loss and gradient; "
+            f"its windows: {windows}") in line
     assert "--inspect_step=9" in line
     assert checkpoint.saved_steps(tmp_path / "out") == [5]
 
@@ -115,7 +121,8 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_windows(data, tmp_path):
     assert child.wait() == 0 and sorted(os.listdir(tmp_path / "out")) == files
     tokens, tokenizer = TokenData(data, "train", BLOCK), Tokenizer.load(f"{data}/tokenizer")
     for window in windows:
-        text = tokenizer.decode(tokens.tokens[window * BLOCK: window * BLOCK + BLOCK + 1].tolist(), skip_special=False)
+        ids = tokens.tokens[window * BLOCK: window * BLOCK + BLOCK + 1].tolist()
+        text = tokenizer.decode(ids, skip_special=False)
         assert f"--- window {window}: {BLOCK} learned tokens\n{text}\n" in child.output
 
 
@@ -129,7 +136,8 @@ def test_inspect_step_marks_what_is_learned(tmp_path):
     end = next((i for i in range(at, BLOCK) if not learned[i]), BLOCK)
     ids = tokens.tokens[window * (BLOCK + 1):][1 + at: 1 + end].tolist()
     assert f"--- window {window}: {sum(learned)} learned tokens" in output
-    assert f"⟦{tokenizer.decode(ids, skip_special=False)}⟧" in output and not os.path.exists(tmp_path / "out")
+    assert f"⟦{tokenizer.decode(ids, skip_special=False)}⟧" in output
+    assert not os.path.exists(tmp_path / "out")
 
 
 def test_all_processes_stop_together(data, tmp_path):
@@ -144,7 +152,8 @@ def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):
 
     The next run goes on with it, and with the count of good steps since.
     """
-    argv = [*TINY, "--dtype=float16", "--eval_interval=0", "--checkpoint_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    argv = [*TINY, "--dtype=float16", "--eval_interval=0", "--checkpoint_interval=0",
+            f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     finish([*argv, "--max_iters=5"], before=spoil("gradient", {2}))
     saved = newest(tmp_path / "out")["scaler"]
     assert saved["scale"] == 2.0**15 and saved["_growth_tracker"] == 2

@@ -4,11 +4,12 @@ The old files are whole, or the new ones are, and the next run cleans up.
 """
 import errno
 import os
+import mmap
 import random
 import resource
 import shutil
 import signal
-import time
+import sys
 
 import pytest
 
@@ -50,6 +51,24 @@ def case(request, corpus, tmp_path_factory):
     return stage, lambda out: argv(corpus, stage, "old", out), lambda out: argv(corpus, stage, "new", out), prints["old"], prints["new"]
 
 
+class Clock:
+    """Counts a child's calls and returns of functions: a time that no other process can stretch."""
+
+    def __init__(self):
+        self.ticks = memoryview(mmap.mmap(-1, 8)).cast("Q")     # shared with the child
+
+    def start(self, last=None):
+        """In the child: count; SIGKILL at tick `last`."""
+        ticks = self.ticks
+        ticks[0] = 0
+
+        def tick(frame, event, argument):
+            ticks[0] += 1
+            if ticks[0] == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.setprofile(tick)
+
+
 def battery(case, tmp_path, kills, seed):
     """Kill a run that replaces old files, and one that writes the first ones, at random moments."""
     stage, old_argv, new_argv, old, new = case
@@ -58,9 +77,9 @@ def battery(case, tmp_path, kills, seed):
     # byte for byte
     finish(stage, *old_argv(out))
     assert fingerprint(out) == old
-    start = time.monotonic()
-    finish(stage, *new_argv(tmp_path / "other"))
-    duration = time.monotonic() - start
+    clock = Clock()
+    finish(stage, *new_argv(tmp_path / "other"), before=clock.start)
+    duration = clock.ticks[0]
     left = {"old": 0, "new": 0, "nothing": 0, "ended": 0}
     for number in range(kills):
         first = number % 4 == 3
@@ -69,9 +88,8 @@ def battery(case, tmp_path, kills, seed):
             shutil.copytree(tmp_path / "old", out) if (tmp_path / "old").exists() else finish(stage, *old_argv(out))
             if not (tmp_path / "old").exists():
                 shutil.copytree(out, tmp_path / "old")
-        child = Fork(stage, new_argv(out))
-        time.sleep(rng.uniform(0, 1.05 * duration))
-        child.kill()
+        moment = rng.randrange(1, duration * 21 // 20)
+        child = Fork(stage, new_argv(out), before=lambda: clock.start(moment))
         left["ended"] += child.wait() == 0
         found = fingerprint(out)
         assert found in ([{}, new] if first else [old, new]), f"kill {number}"

@@ -10,7 +10,8 @@ import pytest
 
 from minillm import checkpoint
 import train
-from support.training_runs import TINY, Run, assert_same_run, finish, make_data, newest, numbers, on_phase, on_step, ranks
+from support.training_runs import (TINY, Run, assert_same_run, finish, make_data, newest, numbers,
+                                   on_phase, on_step, ranks)
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 
@@ -35,7 +36,11 @@ def straight(data, tmp_path_factory):
 
 def signal_at(step, number, times=1):
     """In the child: send itself the signal when `step` begins, and write down that it did."""
-    return lambda: on_step(lambda now: [os.kill(os.getpid(), number) for _ in range(times)] if now == step else None)
+    def send(now):
+        if now == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+    return lambda: on_step(send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -49,7 +54,8 @@ def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, numb
     assert_same_run(straight(*LONG), tmp_path / "out")
 
 
-@pytest.mark.parametrize("phase", ["between micro-steps", "optimizer", "checkpoint write", "evaluation"])
+@pytest.mark.parametrize("phase", [
+    "between micro-steps", "optimizer", "checkpoint write", "evaluation"])
 def test_wherever_the_signal_comes(data, straight, tmp_path, phase):
     argv = [*TINY, "--max_iters=30", "--eval_interval=7", "--eval_iters=50"]
     child = Run([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out"],
@@ -62,7 +68,8 @@ def test_wherever_the_signal_comes(data, straight, tmp_path, phase):
 
 def test_a_long_evaluation_is_cut_short(data, tmp_path):
     """A signal doesn't wait for the end of the validation; the resumed run does it again, whole."""
-    argv = [*LONG, "--eval_interval=10", "--eval_iters=50", "--max_iters=12", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    argv = [*LONG, "--eval_interval=10", "--eval_iters=50", "--max_iters=12",
+            f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
 
     def before():
         inner, count = train.TokenData.windows, [0]
@@ -83,7 +90,8 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
             return write(self, record)
         train.RunLog.write = count_batches
     output = finish(argv, before=before)
-    assert "read 15 validation batches" in output and checkpoint.saved_steps(tmp_path / "out") == [10]
+    assert "read 15 validation batches" in output
+    assert checkpoint.saved_steps(tmp_path / "out") == [10]
     assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0]
     finish([*argv, "--init_from=resume"])
     assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0, 10, 12]
@@ -94,9 +102,11 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
 def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):
     """Two processes, one or both of them told: both exit 0 after the same step, and it is saved."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
-    children = ranks(2, argv, before=[signal_at(7, number) if rank in who else None for rank in range(2)])
+    before = [signal_at(7, number) if rank in who else None for rank in range(2)]
+    children = ranks(2, argv, before=before)
     assert [child.wait() for child in children] == [0, 0], children[0].output
-    assert checkpoint.saved_steps(tmp_path / "out") == [8] and "stopped at step 8" in children[0].output
+    assert checkpoint.saved_steps(tmp_path / "out") == [8]
+    assert "stopped at step 8" in children[0].output
 
 
 def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
@@ -112,7 +122,11 @@ def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
 
 def stall(step):
     """In the child: a step that takes minutes."""
-    return lambda: on_step(lambda now: [time.sleep(0.01) for _ in range(30_000)] if now == step else None)
+    def last(now):
+        if now == step:
+            for _ in range(30_000):
+                time.sleep(0.01)
+    return lambda: on_step(last)
 
 
 def has_record(out_dir, step):
@@ -160,7 +174,8 @@ def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
     child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
     child.kill(signal.SIGINT)
     assert child.wait() == 130
-    assert newest(tmp_path / "out")["step"] == 10 and os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp")
+    assert newest(tmp_path / "out")["step"] == 10
+    assert os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp")
     assert "resuming at step 10" in finish([*argv, "--init_from=resume"])
     assert_same_run(straight(*TINY, "--max_iters=30"), tmp_path / "out")
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
@@ -179,4 +194,5 @@ def test_ctrl_c_while_starting_is_no_traceback(data, tmp_path):
             return inner(*args)
         train.TokenData = opening
     child = Run([*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
-    assert child.wait() == 130 and "Traceback" not in child.output and not os.path.exists(tmp_path / "out")
+    assert child.wait() == 130 and "Traceback" not in child.output
+    assert not os.path.exists(tmp_path / "out")

@@ -13,8 +13,16 @@ from support import ROOT, processes
 
 def texts(count, start=0):
     """Distinct documents of varied length, by arithmetic alone."""
-    return ["".join(chr(0x4E00 + (i * 7919 + j * j * 31 + j) % 2000) if j % 5 else "的，the。\n"[(i + j // 5) % 7] for j in range(5 + i * 13 % 90)) + str(i)
-            for i in range(start, start + count)]
+    made = []
+    for i in range(start, start + count):
+        characters = []
+        for j in range(5 + i * 13 % 90):
+            if j % 5:
+                characters.append(chr(0x4E00 + (i * 7919 + j * j * 31 + j) % 2000))
+            else:
+                characters.append("的，the。\n"[(i + j // 5) % 7])
+        made.append("".join(characters) + str(i))
+    return made
 
 
 def chats(count, start=0):
@@ -22,13 +30,22 @@ def chats(count, start=0):
     made = []
     for i in range(start, start + count):
         parts = iter(texts(6, i * 6))
-        made.append([{"role": role, "content": next(parts)[: 3 + (i * 5 + n) % 40]} for n in range(1 + i % 3) for role in ("user", "assistant")])
-        made[-1][0]["content"] += f"#{i}"
+        messages = []
+        for n in range(1 + i % 3):
+            length = 3 + (i * 5 + n) % 40
+            messages += [{"role": "user", "content": next(parts)[:length]},
+                         {"role": "assistant", "content": next(parts)[:length]}]
+        messages[0]["content"] += f"#{i}"
+        made.append(messages)
     return made
 
 
 def belle(messages):
-    return {"id": "", "conversations": [{"from": {"user": "human"}.get(m["role"], m["role"]), "value": m["content"]} for m in messages]}
+    turns = []
+    for message in messages:
+        role = "human" if message["role"] == "user" else message["role"]
+        turns.append({"from": role, "value": message["content"]})
+    return {"id": "", "conversations": turns}
 
 
 def write_lines(path, records):
@@ -55,13 +72,15 @@ def refused(stage, *argv, before=None):
     """Returns the one line of the refusal. Fails unless it is all that the stage printed."""
     child = processes.run(stage, argv, before=before)
     assert child.status == 2, child.output
-    assert child.output.count("\n") == 1 and child.output.startswith(f"{stage}.py: "), child.output
+    assert child.output.count("\n") == 1, child.output
+    assert child.output.startswith(f"{stage}.py: "), child.output
     return child.output
 
 
 def command(stage, *argv, env=None):
     """The script as a user starts it; returns what it printed."""
-    result = subprocess.run([sys.executable, "-m", stage, *map(str, argv)], cwd=ROOT, text=True, capture_output=True, env=os.environ | (env or {}))
+    result = subprocess.run([sys.executable, "-m", stage, *map(str, argv)], cwd=ROOT, text=True,
+                            capture_output=True, env=os.environ | (env or {}))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -86,7 +105,7 @@ def fingerprint(folder):
 
 
 def read_documents(folder, split):
-    """The documents of a pretraining split, in order, as lists of ids without their <|endoftext|>."""
+    """The documents of a pretraining split, in order: lists of ids without <|endoftext|>."""
     ids = np.fromfile(os.path.join(folder, f"{split}.bin"), "<u2").tolist()
     assert not ids or ids[-1] == END_OF_TEXT
     found, current = [], []

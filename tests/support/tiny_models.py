@@ -1,4 +1,4 @@
-"""Tiny models with random weights, their tokenizer, and the folder that train.py would leave them in."""
+"""Tiny models with random weights, and the folder that train.py would leave them in."""
 import os
 from dataclasses import asdict
 
@@ -15,8 +15,9 @@ def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=VOCAB, **config):
     Its weights are ten times those of a fresh one.
     """
     torch.manual_seed(seed)
-    config = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert_per_tok=2) | config
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_expert=n_expert, **config)).eval().requires_grad_(False)
+    shape = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_inner=48, n_expert_per_tok=2)
+    shape |= dict(block_size=block_size, vocab_size=vocab_size, n_expert=n_expert) | config
+    model = GPT(GPTConfig(**shape)).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(10)
@@ -30,10 +31,15 @@ def talkative(model):
     The first channel of the embedding parts letters (+3) from all other tokens (-3). The last FFN's
     first two neurons turn it into its magnitude, so that it is positive in every output.
     """
-    letters = torch.tensor([bool(data) and data.decode("utf-8", "replace").isalpha() for data in tokenizer().token_bytes])
+    letters = torch.tensor([data.decode("utf-8", "replace").isalpha()
+                            for data in tokenizer().token_bytes])
     model.wte.weight[:, 0] = torch.where(letters, 3.0, -3.0)
     ffn = model.blocks[-1].ffn
-    for up, down in [(ffn.up.weight, ffn.down.weight)] if hasattr(ffn, "up") else [(w1.T, w2.T) for w1, w2 in zip(ffn.w1_EDF, ffn.w2_EFD)]:
+    if hasattr(ffn, "up"):
+        pairs = [(ffn.up.weight, ffn.down.weight)]
+    else:
+        pairs = [(w1.T, w2.T) for w1, w2 in zip(ffn.w1_EDF, ffn.w2_EFD)]
+    for up, down in pairs:
         up[:2], down[0] = 0, 0                   # up: (neuron, channel), down: (channel, neuron)
         up[0, 0], up[1, 0], down[0, :2] = 20, -20, 20
     return model
@@ -43,5 +49,6 @@ def write_folder(folder, model):
     """What train.py leaves of `model`, as far as using it goes."""
     make_tokenizer(os.path.join(folder, "tokenizer"))
     checkpoint.save(checkpoint.step_path(folder, 7), {
-        "model": model.state_dict(), "model_config": asdict(model.config), "step": 7, "tokenizer_hash": tokenizer().hash})
+        "model": model.state_dict(), "model_config": asdict(model.config), "step": 7,
+        "tokenizer_hash": tokenizer().hash})
     return folder

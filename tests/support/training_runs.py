@@ -1,5 +1,4 @@
-"""Tiny training runs for the tests: their data, running train.py in a forked process, killing it,
-comparing two runs.
+"""Tiny training runs: their data, train.py in a forked process, killing it, comparing two.
 
 A run of 60 tiny steps takes half a second.
 """
@@ -24,14 +23,16 @@ from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
 PYTHON = sys.executable
 BLOCK = 32
-TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--batch_size=2", "--gradient_accumulation_steps=2",
-        "--max_iters=60", "--warmup_iters=5", "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5", "--dropout=0.1",
-        "--device=cpu", "--dtype=float32", "--optimizer=adamw", "--learning_rate=1e-2", "--min_lr=4e-4",
-        "--schedule=cosine", "--beta1=0.9"]
+TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32",
+        "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=60", "--warmup_iters=5",
+        "--log_interval=1", "--eval_interval=20", "--eval_iters=3", "--checkpoint_interval=5",
+        "--dropout=0.1", "--device=cpu", "--dtype=float32", "--optimizer=adamw",
+        "--learning_rate=1e-2", "--min_lr=4e-4", "--schedule=cosine", "--beta1=0.9"]
 MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
 
 
-def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None, mask=None):
+def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None,
+              mask=None):
     """A folder of token files with a tokenizer beside it.
 
     tokens, mask: {"train": array, "val": array} in place of random ones.
@@ -50,10 +51,14 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
         ids.tofile(os.path.join(folder, f"{split}.bin"))
         splits[split] = {"documents": 10, "tokens": len(ids), "bytes": 3 * len(ids)}
         if kind == "sft":
-            learned = np.asarray(mask[split], "u1") if mask else (random.random(len(ids)) < 0.4).astype("u1")
+            if mask:
+                learned = np.asarray(mask[split], "u1")
+            else:
+                learned = (random.random(len(ids)) < 0.4).astype("u1")
             learned.tofile(os.path.join(folder, f"{split}_mask.bin"))
-    meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"), "tokenizer_hash": tokenizer().hash, "vocab_size": VOCAB, "seed": 1, "val_fraction": 0.1,
-            "splits": splits, "sources": [], "skipped": {}}
+    meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"),
+            "tokenizer_hash": tokenizer().hash, "vocab_size": VOCAB, "seed": 1,
+            "val_fraction": 0.1, "splits": splits, "sources": [], "skipped": {}}
     if kind == "sft":
         meta["block_size"] = block_size
     with open(os.path.join(folder, "meta.json"), "w") as file:
@@ -62,7 +67,8 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
 
 
 # what a child is doing, in one byte of shared memory
-PHASES = ["start", "step", "between micro-steps", "optimizer", "checkpoint write", "evaluation", "end"]
+PHASES = ["start", "step", "between micro-steps", "optimizer", "checkpoint write", "evaluation",
+          "end"]
 
 
 class Run(processes.Fork):
@@ -133,8 +139,13 @@ def ranks(world, argv, before=None, env=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (env or {})
-    return [Run(argv, before and before[r], common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= env or {}
+    children = []
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(Run(argv, before and before[rank], common | own))
+    return children
 
 
 _ON_PHASE = []                                   # what a child calls when it enters a phase
@@ -174,7 +185,11 @@ def numbers(out_dir, drop=("tokens_per_s", "mfu")):
     """
     with open(os.path.join(out_dir, "metrics.jsonl")) as file:
         records = [json.loads(line) for line in file]
-    return [{key: value for key, value in record.items() if key not in drop} for record in records if "parameters" not in record]
+    kept = []
+    for record in records:
+        if "parameters" not in record:
+            kept.append({key: value for key, value in record.items() if key not in drop})
+    return kept
 
 
 def keep_weights(path):
@@ -185,7 +200,8 @@ def keep_weights(path):
     inner = torch.optim.AdamW.step
 
     def step(optimizer, *args, **kwargs):
-        torch.save([p.detach().clone() for group in optimizer.param_groups for p in group["params"]], path)
+        parameters = sum((group["params"] for group in optimizer.param_groups), [])
+        torch.save([p.detach().clone() for p in parameters], path)
         return inner(optimizer, *args, **kwargs)
     torch.optim.AdamW.step = step
 
