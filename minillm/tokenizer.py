@@ -158,8 +158,13 @@ class Tokenizer:
     def encode_batch(self, texts):
         """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
         short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        return [next(short) if len(text) <= MAX_PIECE else sum(self.encode_pieces(text), [])
-                for text in texts]
+        encoded = []
+        for text in texts:
+            if len(text) <= MAX_PIECE:
+                encoded.append(next(short))
+            else:
+                encoded.append([id for ids in self.encode_pieces(text) for id in ids])
+        return encoded
 
     def encode_pieces(self, text):
         """Yield the ids of a text of any length, piece by piece, in memory that does not grow with

@@ -99,12 +99,12 @@ class Session:
         return match
 
     def ended(self, seconds=LIMIT, again=""):
-        """The exit status. Sends `again` once a second until then."""
+        """The exit status. `again` is sent once a second where it waits at the prompt."""
         limit = time.monotonic() + seconds
         resend = time.monotonic() + 1
         while time.monotonic() < limit:
             self.read(0.05)
-            if again and time.monotonic() > resend:
+            if again and time.monotonic() > resend and self.screen.endswith("› "):
                 self.send(again)
                 resend = time.monotonic() + 1
             pid, status = os.waitpid(self.pid, os.WNOHANG)
