@@ -225,7 +225,7 @@ def gone(pids):
 
 def test_torchrun_ends_when_a_worker_is_killed(tmp_path):
     data, log = make_data(tmp_path / "data"), tmp_path / "log"
-    launcher = torchrun("train.py", *TINY, "--max_iters=1000000000", f"--data_dir={data}", f"--out_dir={tmp_path}/out", log=log)
+    launcher = torchrun("train.py", *TINY, "--max_iters=100000", f"--data_dir={data}", f"--out_dir={tmp_path}/out", log=log)
     try:
         wait_for_step(tmp_path / "out", 12, launcher, log)
         both = workers(launcher)
