@@ -18,6 +18,7 @@ Needs `pip install -r requirements-serve.txt`.
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 
 from minillm.configurator import NonNegative, Positive, configure, whole
@@ -104,12 +105,17 @@ def main():
     limits = Limits(api_key, s.max_body, loopback_only=s.host in LOOPBACK)
     app = make_app(service, limits, start_decoder)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=s.drain_seconds)
-    # uvicorn drains, then sends itself the signal again: that is the end it should come to
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    server = uvicorn.Server(config)
+
+    def on_sigterm(number, frame):
+        # uvicorn drains, then sends itself the signal again: that is the end it should come to
+        if not server.started:
+            sys.exit(0)
+    signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"
     print(f"{name} · {rows} answers at a time · {url}", flush=True)
-    uvicorn.Server(config).run(sockets=[bound])
+    server.run(sockets=[bound])
 
 
 if __name__ == "__main__":
