@@ -20,7 +20,10 @@ LIMIT = 600                                      # seconds; only a process that 
 
 def prefix(program):
     """What its errors begin with: "train.py: ", or "bench.train: " of a module in a package."""
-    return f"{program}: " if "." in program else f"{program}.py: "
+    folder, _, name = program.rpartition(".")
+    if folder and os.path.exists(os.path.join(ROOT, folder, "__init__.py")):
+        return f"{program}: "
+    return f"{name}.py: "
 
 
 class Fork:
