@@ -16,7 +16,6 @@ scripts/lm_eval_choices.yaml is the same task for that program, on an exported m
 import csv
 import json
 import math
-import os
 from typing import NamedTuple
 
 import torch

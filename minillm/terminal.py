@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import sys
-from dataclasses import fields
 
 from minillm.completion import completions
 from minillm.configurator import configure
