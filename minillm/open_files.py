@@ -111,12 +111,11 @@ def _decompressed(stream, name):
 
 
 def _zstd(name):
-    # optional, and part of Python from 3.14 on
     try:
-        from compression import zstd
+        from compression import zstd             # optional: part of Python from 3.14 on
     except ImportError:
         try:
-            from backports import zstd
+            from backports import zstd           # optional: a package for older ones
         except ImportError:
             raise UserError(f"{name} is compressed with zstd: `pip install backports.zstd`, "
                             "or `unzstd` it first") from None

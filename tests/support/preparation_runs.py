@@ -119,19 +119,17 @@ def read_documents(folder, split):
 
 
 def read_rows(folder, split, capacity):
-    """The rows of an SFT split.
+    """The rows of an SFT split: for each ([(ids, mask) of a conversation], length of the padding).
 
-    For each a list of (ids, mask), a conversation each, its <|endoftext|> cut off, and the
-    padding's length.
+    The <|endoftext|> of a conversation is cut off.
     """
-    tokens = np.fromfile(os.path.join(folder, f"{split}.bin"), "<u2").reshape(-1, capacity).tolist()
-    masks = np.fromfile(os.path.join(folder, f"{split}_mask.bin"), "u1").reshape(-1, capacity).tolist()
+    tokens = np.fromfile(os.path.join(folder, f"{split}.bin"), "<u2").reshape(-1, capacity)
+    masks = np.fromfile(os.path.join(folder, f"{split}_mask.bin"), "u1").reshape(-1, capacity)
     rows = []
-    for row, mask in zip(tokens, masks):
+    for row, mask in zip(tokens.tolist(), masks.tolist()):
         found, start = [], 0
         while start < capacity and row[start] != END_OF_TEXT:
-            # ValueError: a conversation that runs out of its row
-            end = row.index(END_OF_TEXT, start)
+            end = row.index(END_OF_TEXT, start)      # ValueError: the conversation has no end
             found.append((row[start:end], mask[start:end]))
             assert mask[end] == 0
             start = end + 1
