@@ -1,24 +1,52 @@
-"""Whatever stops preparation, at whatever moment.
-
-The old files are whole, or the new ones are, and the next run cleans up.
-"""
+"""Whatever stops a preparation: the old files are whole or the new ones are; the next cleans up."""
+import collections
 import errno
-import os
 import mmap
+import os
+import pathlib
 import random
 import resource
 import shutil
 import signal
 import sys
+from typing import NamedTuple
 
 import pytest
 
-from minillm import atomic_folder as output_folder
-from support.preparation_runs import chats, fingerprint, finish, refused, texts, write_chats, write_texts
+from minillm import atomic_folder
+from support.preparation_runs import (chats, fingerprint, finish, refused, texts, write_chats,
+                                      write_texts)
 from support.processes import Fork
 from support.tiny_tokenizer import make_tokenizer
 
 STAGES = ["prepare_pretrain", "prepare_sft", "train_tokenizer"]
+
+
+class Case(NamedTuple):
+    """A stage, and two inputs of it: "old" and "new"."""
+    stage: str
+    corpus: pathlib.Path
+    old: dict                        # the fingerprint of what the stage makes of it
+    new: dict
+
+    def flags(self, out):
+        if self.stage == "train_tokenizer":
+            return ["--vocab_size=300", f"--out_dir={out}"]
+        return [f"--tokenizer={self.corpus}/tokenizer", f"--out_dir={out}", "--val_fraction=0.1",
+                "--batch_size=2000"]
+
+    def argv(self, which, out):
+        suffix = "json" if self.stage == "prepare_sft" else "jsonl"
+        return [self.corpus / f"{which}.{suffix}", *self.flags(out)]
+
+    def finish(self, which, out, before=None):
+        return finish(self.stage, *self.argv(which, out), before=before)
+
+    def refused(self, which, out, before=None):
+        return refused(self.stage, *self.argv(which, out), before=before)
+
+    def fork(self, which, out, before=None):
+        return Fork(self.stage, self.argv(which, out), before=before)
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +59,18 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def argv(corpus, stage, which, out):
-    if stage == "train_tokenizer":
-        return [corpus / f"{which}.jsonl", "--vocab_size=300", f"--out_dir={out}"]
-    return [corpus / f"{which}.{'json' if stage == 'prepare_sft' else 'jsonl'}", f"--tokenizer={corpus}/tokenizer", f"--out_dir={out}",
-            "--val_fraction=0.1", "--batch_size=2000"]
-
-
 @pytest.fixture(scope="module", params=STAGES)
 def case(request, corpus, tmp_path_factory):
-    """(stage, the old run's arguments, the new run's, the folder, what old and new files look like), the old run done."""
-    stage = request.param
-    reference = tmp_path_factory.mktemp(stage)
+    folder = tmp_path_factory.mktemp(request.param)
     prints = {}
     for which in ("old", "new"):
-        finish(stage, *argv(corpus, stage, which, reference / "out"))
-        prints[which] = fingerprint(reference / "out")
+        Case(request.param, corpus, {}, {}).finish(which, folder / which)
+        prints[which] = fingerprint(folder / which)
     assert prints["old"] != prints["new"] and len(prints["old"]) > 1
-    return stage, lambda out: argv(corpus, stage, "old", out), lambda out: argv(corpus, stage, "new", out), prints["old"], prints["new"]
+    return Case(request.param, corpus, **prints)
 
+
+# ---- killed at a random moment
 
 class Clock:
     """Counts a child's calls and returns of functions: a time that no other process can stretch."""
@@ -69,54 +90,76 @@ class Clock:
         sys.setprofile(tick)
 
 
-def battery(case, tmp_path, kills, seed):
-    """Kill a run that replaces old files, and one that writes the first ones, at random moments."""
-    stage, old_argv, new_argv, old, new = case
-    out, rng = tmp_path / "out", random.Random(seed)
-    # the reference's meta.json and this one's name the same sources and tokenizer, so files compare
-    # byte for byte
-    finish(stage, *old_argv(out))
-    assert fingerprint(out) == old
+def kill_many(case, tmp_path, kills, seed):
+    """Kill runs at random moments; every fourth has no old files to replace.
+
+    Returns how often the old files were left, the new ones, none, and how many runs ended first.
+    """
+    out, rng, left = tmp_path / "out", random.Random(seed), collections.Counter()
     clock = Clock()
-    finish(stage, *new_argv(tmp_path / "other"), before=clock.start)
+    case.finish("old", tmp_path / "old")
+    assert fingerprint(tmp_path / "old") == case.old
+    case.finish("new", tmp_path / "other", before=clock.start)
     duration = clock.ticks[0]
-    left = {"old": 0, "new": 0, "nothing": 0, "ended": 0}
+
     for number in range(kills):
         first = number % 4 == 3
         shutil.rmtree(out, ignore_errors=True)
         if not first:
-            shutil.copytree(tmp_path / "old", out) if (tmp_path / "old").exists() else finish(stage, *old_argv(out))
-            if not (tmp_path / "old").exists():
-                shutil.copytree(out, tmp_path / "old")
+            shutil.copytree(tmp_path / "old", out)
         moment = rng.randrange(1, duration * 21 // 20)
-        child = Fork(stage, new_argv(out), before=lambda: clock.start(moment))
+        child = case.fork("new", out, before=lambda: clock.start(moment))
         left["ended"] += child.wait() == 0
+
         found = fingerprint(out)
-        assert found in ([{}, new] if first else [old, new]), f"kill {number}"
-        left["old" if found == old else "new" if found else "nothing"] += 1
+        allowed = {"new": case.new, "nothing": {}} if first else {"new": case.new, "old": case.old}
+        assert found in allowed.values(), f"kill {number}"
+        for name, files in allowed.items():
+            left[name] += found == files
         if number % 5 == 0 or kills < 10:
-            finish(stage, *new_argv(out))
-            assert fingerprint(out) == new
-            # nothing left behind
-            assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]
-    finish(stage, *new_argv(out))
+            case.finish("new", out)
+            assert fingerprint(out) == case.new
+            assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]   # nothing left behind
+    case.finish("new", out)
     assert sorted(os.listdir(tmp_path)) == ["old", "other", "out"]
     return left
 
 
 def test_killed_at_random_moments(case, tmp_path):
-    battery(case, tmp_path, 6, 0)
+    kill_many(case, tmp_path, 6, 0)
 
 
 @pytest.mark.slow
 def test_killed_at_many_random_moments(case, tmp_path):
-    left = battery(case, tmp_path, 100, 1)
-    print(case[0], left)
+    left = kill_many(case, tmp_path, 100, 1)
+
+    print(case.stage, dict(left))
     assert left["old"] > 10 and left["nothing"] > 3 and left["ended"] < 50
 
 
+# ---- killed at every step of the replacement
+
+class Step(NamedTuple):
+    name: str
+    module: object
+    function: str                    # where the run dies
+    when: str                        # "before" or "after" this function has done its work
+    left: str                        # whose files are then in the folder
+
+
+STEPS = [
+    Step("hidden folder made", atomic_folder.os, "mkdir", "after", "old"),
+    Step("nothing synced", atomic_folder, "sync", "before", "old"),
+    Step("one file synced", atomic_folder, "sync", "after", "old"),
+    Step("all synced", atomic_folder, "_take_place", "before", "old"),
+    Step("about to exchange", atomic_folder, "_exchange", "before", "old"),
+    Step("exchanged", atomic_folder, "_exchange", "after", "new"),
+    Step("in place", atomic_folder, "_take_place", "after", "new"),
+]
+
+
 def die_in(module, name, when):
-    """Make `module.name` a place where the process is killed, `when` "before" or "after" it did its work."""
+    """The process dies by SIGKILL in `module.name`, "before" or "after" it has done its work."""
     inner = getattr(module, name)
 
     def deadly(*args, **kwargs):
@@ -126,147 +169,162 @@ def die_in(module, name, when):
     setattr(module, name, deadly)
 
 
-# where the run dies, and whether the folder is then still the old one
-STEPS = [
-    (output_folder.os, "mkdir", "after", "old"), (output_folder, "sync", "before", "old"), (output_folder, "sync", "after", "old"),
-    (output_folder, "_take_place", "before", "old"), (output_folder, "_exchange", "before", "old"), (output_folder, "_exchange", "after", "new"),
-    (output_folder, "_take_place", "after", "new"),
-]
-
-
-@pytest.mark.parametrize("step", range(len(STEPS)))
+@pytest.mark.parametrize("step", STEPS, ids=[step.name for step in STEPS])
 def test_killed_at_every_step(case, tmp_path, step):
-    stage, old_argv, new_argv, old, new = case
-    module, name, when, expected = STEPS[step]
     out = tmp_path / "out"
-    finish(stage, *old_argv(out))
-    child = Fork(stage, new_argv(out), before=lambda: die_in(module, name, when))
+    case.finish("old", out)
+
+    child = case.fork("new", out, before=lambda: die_in(step.module, step.function, step.when))
+
     assert child.wait() == -signal.SIGKILL, child.output
-    assert fingerprint(out) == {"old": old, "new": new}[expected]
+    assert fingerprint(out) == getattr(case, step.left)
     assert sorted(os.listdir(tmp_path)) == [".out.lock", ".out.partial", "out"]
-    finish(stage, *new_argv(out))
-    assert fingerprint(out) == new and os.listdir(tmp_path) == ["out"]
+    case.finish("new", out)
+    assert fingerprint(out) == case.new and os.listdir(tmp_path) == ["out"]
+
+
+def no_exchange():
+    """As on a file system that cannot exchange two folders."""
+    atomic_folder._exchange = lambda a, b: False
+
+
+def die_in_second_rename(when):
+    """The process dies where the new folder takes its name; the old one has been moved away."""
+    inner, calls = os.rename, []
+
+    def rename(a, b):
+        calls.append(a)
+        if len(calls) == 1:
+            inner(a, b)
+            return
+        if when == "after":
+            inner(a, b)
+        os.kill(os.getpid(), signal.SIGKILL)
+    atomic_folder.os.rename = rename
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_where_folders_cannot_be_exchanged(case, tmp_path, when):
-    """On a file system without an atomic exchange the old folder may be aside for a moment.
-
-    The next run, even one that fails, brings it back.
-    """
-    stage, old_argv, new_argv, old, new = case
-    out = tmp_path / "out"
-    finish(stage, *old_argv(out))
+    """The old folder may be away for a moment; the next run brings it back, even one that fails."""
+    out, empty = tmp_path / "out", tmp_path / "empty.jsonl"
+    case.finish("old", out)
+    empty.write_text("")
 
     def fault():
-        output_folder._exchange = lambda a, b: False
-        inner, seen = os.rename, []
+        no_exchange()
+        die_in_second_rename(when)
+    child = case.fork("new", out, before=fault)
 
-        def rename(a, b):
-            seen.append(a)
-            if len(seen) == 2:
-                if when == "after":
-                    inner(a, b)
-                os.kill(os.getpid(), signal.SIGKILL)
-            inner(a, b)
-        output_folder.os.rename = rename
-    child = Fork(stage, new_argv(out), before=fault)
     assert child.wait() == -signal.SIGKILL
-    assert fingerprint(out) == (new if when == "after" else {})
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    refused(stage, empty, *[flag for flag in old_argv(out) if str(flag).startswith("--")])
-    assert fingerprint(out) == (new if when == "after" else old)
+    assert fingerprint(out) == (case.new if when == "after" else {})
+    refused(case.stage, empty, *case.flags(out))
+    assert fingerprint(out) == (case.new if when == "after" else case.old)
+    assert sorted(os.listdir(tmp_path)) == ["empty.jsonl", "out"]
+    case.finish("new", out, before=no_exchange)
+    assert fingerprint(out) == case.new
     assert sorted(os.listdir(tmp_path)) == ["empty.jsonl", "out"]
 
-    def no_exchange():
-        output_folder._exchange = lambda a, b: False
-    finish(stage, *new_argv(out), before=no_exchange)
-    assert fingerprint(out) == new and sorted(os.listdir(tmp_path)) == ["empty.jsonl", "out"]
 
+# ---- two runs into one folder
 
-def stop_in(module, name):
-    """Make the process stop (SIGSTOP) when it comes to `module.name`."""
-    inner = getattr(module, name)
+def stop_before_replacing():
+    """The process stops (SIGSTOP) when its new files are complete."""
+    inner = atomic_folder._take_place
 
-    def stopping(*args, **kwargs):
+    def stopping(*args):
         os.kill(os.getpid(), signal.SIGSTOP)
-        return inner(*args, **kwargs)
-    setattr(module, name, stopping)
+        return inner(*args)
+    atomic_folder._take_place = stopping
 
 
-def wait_stopped(child):
-    pid, status = os.waitpid(child.pid, os.WUNTRACED)
+def stopped_run(case, which, out):
+    """A run that stands still before it replaces the folder."""
+    child = case.fork(which, out, before=stop_before_replacing)
+    _, status = os.waitpid(child.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), child.output
+    return child
 
 
 def test_second_run_is_refused(case, tmp_path):
-    stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
-    finish(stage, *old_argv(out))
-    first = Fork(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
-    wait_stopped(first)
-    assert "another run is writing" in refused(stage, *new_argv(out))
-    # by whatever name
-    assert "another run is writing" in refused(stage, *old_argv(os.path.join(out, "..", "out")))
-    # the folder next to it is free
-    finish(stage, *old_argv(tmp_path / "beside"))
-    assert fingerprint(out) == old
+    case.finish("old", out)
+
+    first = stopped_run(case, "new", out)
+
+    assert "another run is writing" in case.refused("new", out)
+    other_name = os.path.join(out, "..", "out")
+    assert "another run is writing" in case.refused("old", other_name)
+    case.finish("old", tmp_path / "beside")      # another folder is free
+    assert fingerprint(out) == case.old
     first.kill(signal.SIGCONT)
-    assert first.wait() == 0 and fingerprint(out) == new
+    assert first.wait() == 0 and fingerprint(out) == case.new
     assert sorted(os.listdir(tmp_path)) == ["beside", "out"]
 
 
 def test_lock_goes_with_the_process(case, tmp_path):
-    stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
-    first = Fork(stage, old_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
-    wait_stopped(first)
-    refused(stage, *new_argv(out))
+    first = stopped_run(case, "old", out)
+    case.refused("new", out)
+
     first.kill()
     first.wait()
-    finish(stage, *new_argv(out))
-    assert fingerprint(out) == new and os.listdir(tmp_path) == ["out"]
+
+    case.finish("new", out)
+    assert fingerprint(out) == case.new and os.listdir(tmp_path) == ["out"]
 
 
 def test_many_at_once(case, tmp_path):
-    """Of runs started together some may be refused, but each that says it is done has written all, and nothing is mixed."""
-    stage, old_argv, new_argv, old, new = case
+    """Some of them may be refused; one that says it is done has written all; nothing is mixed."""
     out = tmp_path / "out"
-    children = [Fork(stage, (old_argv if i % 2 else new_argv)(out)) for i in range(6)]
-    ends = [child.wait() for child in children]
-    assert 0 in ends and set(ends) <= {0, 2}, [child.output for child in children]
-    assert all("another run is writing" in child.output for child, end in zip(children, ends) if end == 2)
-    assert fingerprint(out) in (old, new) and os.listdir(tmp_path) == ["out"]
 
+    children = [case.fork(which, out) for which in ("new", "old") * 3]
+    ends = [child.wait() for child in children]
+
+    assert 0 in ends and set(ends) <= {0, 2}, [child.output for child in children]
+    for child, end in zip(children, ends):
+        assert end == 0 or "another run is writing" in child.output
+    assert fingerprint(out) in (case.old, case.new) and os.listdir(tmp_path) == ["out"]
+
+
+# ---- Ctrl-C, no room, files of others
 
 def test_interrupted(case, tmp_path):
-    """Ctrl-C: the old files stay and nothing is left beside them."""
-    stage, old_argv, new_argv, old, new = case
+    """Ctrl-C: the old files stay, and nothing is left beside them."""
     out = tmp_path / "out"
-    finish(stage, *old_argv(out))
-    child = Fork(stage, new_argv(out), before=lambda: stop_in(output_folder, "_take_place"))
-    wait_stopped(child)
+    case.finish("old", out)
+    child = stopped_run(case, "new", out)
+
     child.kill(signal.SIGINT)
     child.kill(signal.SIGCONT)
+
     assert child.wait() == 130 and "Traceback" not in child.output
-    assert fingerprint(out) == old and os.listdir(tmp_path) == ["out"]
+    assert fingerprint(out) == case.old and os.listdir(tmp_path) == ["out"]
 
 
 def test_disk_full(case, tmp_path):
-    stage, old_argv, new_argv, old, new = case
     out = tmp_path / "out"
-    finish(stage, *old_argv(out))
-    line = refused(stage, *new_argv(out), before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    case.finish("old", out)
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    line = case.refused("new", out, before=small_disk)
+
     assert f"cannot write {out}" in line and os.strerror(errno.EFBIG) in line
-    assert fingerprint(out) == old and os.listdir(tmp_path) == ["out"]
+    assert fingerprint(out) == case.old and os.listdir(tmp_path) == ["out"]
 
 
-def test_foreign_files_are_never_replaced(case, tmp_path):
-    stage, old_argv, new_argv, *_ = case
+def test_files_of_others_are_never_replaced(case, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    assert "thesis.txt" in refused(stage, *new_argv(tmp_path / "out"))
+
+    assert "thesis.txt" in case.refused("new", tmp_path / "out")
+
     assert os.listdir(tmp_path / "out") == ["thesis.txt"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_is_no_folder_to_write_to(case, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "cannot write" in refused(stage, *new_argv(tmp_path / "file"))
+
+    assert "cannot write" in case.refused("new", tmp_path / "file")
+
+    assert (tmp_path / "file").read_text() == "x"
