@@ -1,11 +1,9 @@
-"""chat.py and sample.py as people use them: in a pseudo-terminal, through pipes, and for very many
-turns.
+"""chat.py and sample.py as people use them: in a pseudo-terminal and through pipes.
 
 A tiny model with random weights says letters only and never stops by itself (tests/tiny_models.py),
 so that what is on the screen can be told from what the program says about it.
 """
 import fcntl
-import gc
 import json
 import os
 import pty
@@ -19,12 +17,8 @@ import termios
 import time
 
 import pytest
-import torch
 
 from support import ROOT
-from minillm import generation
-from minillm.conversation import Conversation
-from minillm.speed import decode_cpu, twins
 from support.processes import LIMIT, run
 from support.tiny_models import talkative, tiny_model, write_folder
 
@@ -525,49 +519,3 @@ def test_samples_of_one_batch(folder):
         assert record["finish"] == ("stop" if stop in free["text"] else "length")
     assert sample("--prompt=" + "长" * 999).status == 2
     assert sample("--prompt=" + "长" * 999, "--truncate_ctx=100", "--seed=1").status == 0
-
-
-# Very many turns
-
-
-@pytest.mark.parametrize("n_expert", [0, 4], ids=["dense", "moe"])
-def test_200_turns_do_not_grow(n_expert, monkeypatch):
-    """Neither in tensors nor in work a token.
-
-    (Time and memory themselves are too noisy to test.)
-    """
-    model = talkative(tiny_model(n_expert, block_size=128))
-    conversation = Conversation(model, "助手")
-    work = []
-    forward, vector = generation.cached_forward, decode_cpu.decode_vector
-
-    def count_prompt(model, cache, idx, position, end):
-        work.append((idx.shape[1], end))
-        return forward(model, cache, idx, position, end)
-
-    def count_token(model, cache, token, position):
-        work.append((1, position + 1))
-        return vector(model, cache, token, position)
-    twins_for = twins.for_generate
-    monkeypatch.setattr(twins, "for_generate", lambda *args: twins_for(*args) | {"forward": count_prompt})
-    monkeypatch.setattr(decode_cpu, "decode_vector", count_token)
-
-    def tensors():
-        gc.collect()
-        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-    pointers = [tensor.data_ptr() for tensor in conversation.cache.k + conversation.cache.v]
-    counts, read = {}, []
-    for turn in range(200):
-        work.clear()
-        "".join(conversation.ask(f"你好{turn}", max_new_tokens=8, seed=turn))
-        read.append(sum(length for length, _ in work))
-        assert max(end for _, end in work) <= 128 and conversation.last["tokens"] == 8
-        assert len(conversation.cache.tokens[0]) < 128
-        if turn in (20, 199):
-            counts[turn] = tensors()
-    assert counts[20] == counts[199]
-    assert pointers == [tensor.data_ptr() for tensor in conversation.cache.k + conversation.cache.v]
-    # trimming a quarter at a time, few turns compute the whole prompt again
-    early, late = sum(read[20:110]), sum(read[110:])
-    assert late <= 1.2 * early and sum(length > 60 for length in read) < 100
-    assert conversation.first > 380 and len(conversation.turns) == 400

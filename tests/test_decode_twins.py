@@ -1,0 +1,154 @@
+"""Decoding's fast twins in minillm/speed give what the plain modules and torch.topk give."""
+import random
+
+import pytest
+import torch
+
+from minillm import generation
+from minillm.speed import decode_cpu, decode_gpu
+from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
+from minillm.speed.topk import topk_by_counting, topk_by_parts
+from moe import Router
+from support.tiny_models import tiny_model
+from support.uncached import DENSE, MOE, random_ids
+
+CPU = torch.device("cpu")
+COMPILED = [
+    pytest.param({}, id="dense"),
+    pytest.param(dict(bias=True), id="bias"),
+    pytest.param(dict(n_expert=4, n_expert_per_tok=2), id="MoE"),
+    pytest.param(dict(n_expert=4, n_expert_per_tok=1), id="one expert per token"),
+]
+KINDS = COMPILED + [
+    pytest.param(dict(n_head=2, n_kv_head=2), id="wide heads"),
+    pytest.param(dict(n_inner=2048), id="wide FFN"),
+    pytest.param(dict(n_expert=4, n_expert_per_tok=2, n_inner=2048), id="wide MoE"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEPS = {"vectors": decode_cpu.decode_one_token, "for a compiler": decode_gpu.decode_one_token}
+
+
+def model_for_decoding(dtype, **kind):
+    model = tiny_model(**kind)
+    for parameter in model.parameters():
+        # norms of 1 and biases of 0 would hide that they are left out
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) / 4
+    return model.for_generation(CPU, dtype)
+
+
+def smallest_margin(model, ids):
+    """How clearly the routers prefer the last expert they take to the next; 1 without routers."""
+    margins = [1.0]
+
+    def note(router, inputs, output):
+        ranked = (inputs[0].float() @ router.weight_DE).sort(descending=True)[0]
+        margins.append((ranked[:, router.k - 1] - ranked[:, router.k]).min().item())
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_hook(note) for router in routers]
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
+
+
+def ids_with_decided_routers(model):
+    """20 ids for which rounding does not choose the experts."""
+    for seed in range(1000):
+        ids = random_ids(20, seed)
+        if smallest_margin(model, ids) >= 0.08:
+            return ids
+    raise AssertionError("no ids found")
+
+
+def largest_error(model, step):
+    """Of a step's logits for 15 tokens, against the modules' logits for the whole text.
+
+    Returned beside the largest of these logits.
+    """
+    ids = ids_with_decided_routers(model)
+    cache = GraphCache(model)
+    generation.prefill(model, cache, [ids[:5]])
+    logits = []
+    for t in range(5, 20):
+        token, position = torch.tensor([[ids[t]]]), torch.tensor([[t]])
+        logits.append(step(model, cache, token, position, t + 1))
+    expected = model(torch.tensor([ids]))[0, 5:]
+    return (torch.cat(logits) - expected).abs().max().item(), expected.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+@torch.inference_mode()
+def test_batch_size_1_equals_the_modules(step, kind, dtype):
+    model = model_for_decoding(dtype, **kind)
+
+    error, largest = largest_error(model, STEPS[step])
+
+    assert error < (1e-5 if dtype == torch.float32 else 0.02 * largest)
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+@torch.inference_mode()
+def test_batch_size_1_compiled_equals_the_modules(kind):
+    model = model_for_decoding(torch.float32, **kind)
+    # the one option of these that a CPU has too
+    name = "realize_acc_reads_threshold"
+    options = {name: DECODE_OPTIONS[name]}
+    step = torch.compile(decode_gpu.decode_one_token, fullgraph=True, options=options)
+
+    error, _ = largest_error(model, step)
+
+    assert error < 1e-5
+
+
+def awkward_logits(size):
+    """(5, size): random, the largest in one part, mostly -inf, many ties, random."""
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    logits[1, 64:128] += 9
+    logits[2, 7:] = -float("inf")
+    logits[3] = logits[3].round()
+    return logits
+
+
+@pytest.mark.parametrize("topk, size", [
+    (topk_by_counting, 100), (topk_by_counting, 2048), (topk_by_parts, 100),
+    (topk_by_parts, 5000), (topk_by_parts, 31999), (topk_by_parts, 32000)])
+def test_topk_of_ours_is_topk(topk, size):
+    """With a row that falls into whole parts and not, and one too short for parts."""
+    logits = awkward_logits(size)
+    for k in (1, 6, 20, min(size, 300)):
+        values, ids = topk(logits, k)
+
+        # which ids of equal logits are taken is open
+        assert torch.equal(values, logits.topk(k)[0])
+        assert torch.equal(logits.gather(1, ids), values)
+        assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("kind, batch, compile", [
+    (DENSE, 1, False), (DENSE, 1, True), (DENSE, 3, True), (MOE, 1, True), (MOE, 12, False)])
+def test_graphs_on_a_gpu_give_the_likeliest_token(kind, batch, compile, top_k):
+    """Over four turns, prompt and answer from CUDA graphs in bfloat16.
+
+    Each token is, within rounding, the likeliest without a cache.
+    """
+    model = tiny_model(**kind, n_embd=64, n_inner=64, block_size=96)
+    model.for_generation(torch.device("cuda"), torch.bfloat16)
+    draw = random.Random(0)
+    prompts = [[draw.randrange(300) for _ in range(3 + 4 * b)] for b in range(batch)]
+    cache = model.new_cache(batch)
+    temperature = 1e-4 if top_k else 0
+    for turn in range(4):
+        steps = model.generate(list(map(list, prompts)), 6, temperature=temperature, top_k=top_k,
+                               cache=cache, compile=compile)
+        for step in steps:
+            for prompt, token in zip(prompts, step):
+                logits = model(torch.tensor([prompt]).cuda())[0, -1].float()
+                assert logits.max() - logits[token] < 0.05 * (logits.max() - logits.min())
+                prompt.append(token)
+        for prompt in prompts:
+            prompt += [draw.randrange(300) for _ in range(draw.randint(1, 9))]

@@ -1,0 +1,170 @@
+"""Sampling: the distribution that is drawn, the penalty, stop ids, seeds, options refused."""
+import math
+import re
+
+import pytest
+import torch
+
+from minillm.errors import UserError
+from minillm.sampling import sample
+from support.tiny_models import tiny_model
+from support.tiny_tokenizer import VOCAB
+from support.uncached import GREEDY, random_ids, rows, uncached
+
+HELLO = [{"role": "user", "content": "你好"}]
+
+
+def probabilities(logits, temperature, top_k, top_p):
+    """{id: probability} of the ids that the cuts leave."""
+    weight = {token: math.exp(logit / temperature) for token, logit in enumerate(logits)}
+    ranked = sorted(weight, key=lambda token: -weight[token])[:top_k or None]
+    total = sum(weight[token] for token in ranked)
+    kept, mass = {}, 0.0
+    for token in ranked:
+        if mass < top_p * total:
+            kept[token] = weight[token]
+        mass += weight[token]
+    return {token: kept[token] / sum(kept.values()) for token in kept}
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7), (1.0, 0, 0.3), (1.3, 6, 0.8),
+    (1.0, 99, 1e-9)])
+def test_sample_draws_the_distribution(temperature, top_k, top_p):
+    """Over many u each id comes as often as its probability says, within 4 standard deviations."""
+    logits = [1.5, -0.3, 0.2, 2.0, -1.0, 0.9, 0.1, -2.5]
+    expected = probabilities(logits, temperature, top_k, top_p)
+    n = 200_000
+    u = torch.arange(n) / 2**18
+
+    drawn = sample(torch.tensor([logits]).expand(n, -1), u, temperature, top_k, top_p)
+
+    for token, count in enumerate(torch.bincount(drawn, minlength=len(logits)).tolist()):
+        p = expected.get(token, 0)
+        assert abs(count / n - p) <= 4 * (p * (1 - p) / n) ** 0.5, token
+
+
+@pytest.mark.parametrize("options", [dict(), dict(top_k=50), dict(top_p=0.9)], ids=str)
+def test_rounding_moves_few_choices(options):
+    """Almost equal logits may change ranks by rounding; that alone draws no other id."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(1000, 2000), torch.rand(1000)
+    rounded = logits + 1e-3 * torch.randn_like(logits)
+    changed_rank = (logits.topk(50)[1] != rounded.topk(50)[1]).any(1)
+    assert changed_rank.float().mean() > 0.5
+
+    moved = sample(logits, u, **options) != sample(rounded, u, **options)
+
+    assert moved.float().mean() < 0.01
+
+
+def test_sample_at_the_edges():
+    logits = torch.tensor([[0.0, 5.0, -float("inf"), 5.0]])
+    almost_one = torch.tensor([1 - 2**-24])
+    for u in (torch.zeros(1), almost_one):
+        for options in (dict(temperature=0), dict(top_k=1), dict(top_p=1e-9)):
+            assert sample(logits, u, **options).item() in (1, 3)
+        for options in (dict(), dict(temperature=1e-3), dict(temperature=100.0), dict(top_k=1000),
+                        dict(top_p=0.999)):
+            assert sample(logits, u, **options).item() != 2
+    assert sample(logits, almost_one, 1e-3).item() in (1, 3)
+
+
+def test_penalty_makes_what_was_said_less_likely():
+    """In the prompt and in the answer."""
+    model = tiny_model()
+    prompt = random_ids(12, seed=1)
+
+    plain = list(model.generate(prompt, 30, **GREEDY))
+    damped = list(model.generate(prompt, 30, repetition_penalty=3.0, **GREEDY))
+
+    assert damped == uncached(model, prompt, 30, repetition_penalty=3.0, **GREEDY)
+    assert len(set(damped)) > len(set(plain))
+
+
+@pytest.mark.parametrize("n_stop_ids", [0, 1])
+def test_penalty_spares_the_stop_ids(n_stop_ids):
+    model = tiny_model()
+    prompt = random_ids(12, seed=1)
+    options = dict(seed=2, repetition_penalty=5.0, stop_ids=prompt[:n_stop_ids])
+
+    answer = list(model.generate(prompt, 20, **options))
+
+    assert answer == uncached(model, prompt, 20, **options)
+
+
+def test_stop_ids_end_each_row_by_itself():
+    model = tiny_model()
+    prompts = [random_ids(4, seed) for seed in range(8)]
+    free = rows(model, prompts, 30, seed=4)
+    stop_ids = (free[0][5], free[3][11])
+
+    stopped = rows(model, prompts, 30, seed=4, stop_ids=stop_ids)
+
+    for whole, cut in zip(free, stopped):
+        ends = [i for i, token in enumerate(whole) if token in stop_ids]
+        end = ends[0] if ends else 29
+        assert cut == whole[:end + 1]
+    assert len({len(row) for row in stopped}) > 1
+
+
+def test_same_seed_same_ids():
+    model = tiny_model()
+    prompt = random_ids(5, seed=1)
+
+    first = list(model.generate(prompt, 30, seed=11))
+
+    assert list(model.generate(prompt, 30, seed=11)) == first
+    assert list(model.generate(prompt, 9, seed=11)) == first[:9]          # whatever the length
+    assert list(model.generate(prompt, 30, seed=12)) != first
+
+
+def test_same_seed_same_answer():
+    """Told whole or streamed, by this model or another with its weights."""
+    model = tiny_model()
+    options = dict(max_new_tokens=20, seed=3)
+
+    answer = model.chat(HELLO, **options)
+
+    assert "".join(model.chat(HELLO, stream=True, **options)) == answer
+    assert tiny_model().chat(HELLO, **options) == answer
+
+
+def test_without_a_seed_another_answer_each_time():
+    model = tiny_model()
+    assert len({model.chat(HELLO, max_new_tokens=20) for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("options", [GREEDY, dict(temperature=5.0)], ids=["greedy", "sampled"])
+def test_rows_of_the_embedding_without_a_token_are_never_drawn(options):
+    model = tiny_model(vocab_size=384)
+    model.wte.weight[VOCAB:] = 5 * model.wte.weight[:84]
+
+    answer = list(model.generate(random_ids(3, seed=1), 45, **options))
+
+    assert len(answer) == 45 and max(answer) < VOCAB
+
+
+BAD_OPTIONS = [
+    ("max_new_tokens", 0),
+    ("max_new_tokens", -5),
+    ("temperature", -0.1),
+    ("temperature", math.nan),
+    ("temperature", math.inf),
+    ("top_k", -1),
+    ("top_p", 0.0),
+    ("top_p", 1.01),
+    ("top_p", math.nan),
+    ("repetition_penalty", 0.0),
+    ("repetition_penalty", -1.0),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_OPTIONS)
+def test_bad_options_are_refused(name, value):
+    says = f"^{name}={re.escape(str(value))} must be"
+
+    with pytest.raises(UserError, match=says):
+        tiny_model().chat(HELLO, **{name: value})
+    with pytest.raises(UserError, match=says):
+        list(tiny_model().generate([5], **dict(max_new_tokens=3) | {name: value}))
