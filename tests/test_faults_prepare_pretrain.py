@@ -36,6 +36,8 @@ CASES = [
          "no text under 'text'"),
     Case("not UTF-8", "gb.txt --tokenizer=tok --out_dir=new",
          "not utf-8", put("gb.txt", "天气很好".encode("gb18030"))),
+    Case("unknown encoding", PRETRAIN + "--encoding=klingon", "unknown encoding 'klingon'"),
+    Case("encoding without line ends", PRETRAIN + "--encoding=cp037", "cannot be cut into lines"),
     Case("all for validation", PRETRAIN + "--val_fraction=1", "val_fraction"),
     Case("negative fraction", PRETRAIN + "--val_fraction=-0.1", "val_fraction"),
     Case("fraction is no number", PRETRAIN + "--val_fraction=nan", "val_fraction"),

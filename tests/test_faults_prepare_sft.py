@@ -26,6 +26,7 @@ CASES = [
          "exchange longer than a row",
          put("long.jsonl", json.dumps({"instruction": LONG, "output": "好"}) + "\n")),
     Case("block_size 0", SFT + "--block_size=0", "block_size=0"),
+    Case("block_size of 7", SFT + "--block_size=7", "block_size=7 must be"),
     Case("negative block_size", SFT + "--block_size=-512", "block_size=-512"),
     Case("huge block_size", SFT + "--block_size=1e15", "block_size"),
     Case("fraction above 1", SFT + "--val_fraction=2", "val_fraction"),

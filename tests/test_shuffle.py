@@ -1,0 +1,82 @@
+"""The shuffle of preparation: an order of the seed alone, duplicates dropped, bounded memory."""
+import numpy as np
+import pytest
+
+from minillm import shuffle
+from minillm.shuffle import DiskShuffle, Document, content_digest
+from support.preparation_runs import chats, read_documents, texts, write_chats, write_texts
+
+
+def test_documents_are_shuffled_by_the_seed(small_corpus, tmp_path):
+    orders = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        small_corpus.pretrain(tmp_path / name, f"--seed={seed}", fraction=0)
+        documents = read_documents(tmp_path / name, "train")
+        orders.append([small_corpus.tokenizer.decode(ids) for ids in documents])
+
+    assert orders[0] == orders[1] != orders[2]
+    numbers = [texts(200).index(text) for text in orders[0]]
+    neighbours = [pair for pair in zip(numbers, numbers[1:]) if pair[1] == pair[0] + 1]
+    assert len(neighbours) < 8                           # expected: 1
+    assert abs(np.corrcoef(numbers, range(200))[0, 1]) < 0.25
+
+
+def test_copies_of_a_document_are_kept(small_corpus, tmp_path):
+    copied = write_texts(tmp_path / "copied.jsonl", texts(50) + texts(22))
+
+    _, made = small_corpus.pretrain(tmp_path / "p", files=[copied])
+
+    assert sum(split["documents"] for split in made["splits"].values()) == 72
+
+
+def test_dedup_keeps_the_first_copy_of_a_document(small_corpus, tmp_path):
+    items = texts(50)
+    copied = write_texts(tmp_path / "copied.jsonl", items + items[10:30] + items[10:12])
+
+    output, made = small_corpus.pretrain(tmp_path / "p", "--dedup=True", files=[copied])
+
+    found = []
+    for split in ("train", "val"):
+        documents = read_documents(tmp_path / "p", split)
+        found += [small_corpus.tokenizer.decode(ids) for ids in documents]
+    assert sorted(found) == sorted(items)
+    [(reason, entry)] = made["skipped"].items()
+    assert "duplicate" in reason and entry["count"] == 22 and "skipped 22: duplicate" in output
+    _, first_line = entry["first"].rsplit(":", 1)
+    assert int(first_line) > 50
+
+
+def test_dedup_of_conversations(small_corpus, tmp_path):
+    copied = write_chats(tmp_path / "copied.jsonl", chats(20) + chats(5))
+
+    _, made = small_corpus.sft(tmp_path / "s", "--dedup=True", files=[copied], block_size=1000)
+
+    assert sum(split["documents"] for split in made["splits"].values()) == 20
+    assert [entry["count"] for entry in made["skipped"].values()] == [5]
+
+
+def shuffled(folder, dedup):
+    """2,000 documents, each twice: ([(digest, payload)] as they come out, number of duplicates)."""
+    folder.mkdir()
+    dropped = []
+    disk_shuffle = DiskShuffle(str(folder), 3, dedup, dropped.append)
+    for i in range(2000):
+        content = str(i % 1000).encode()
+        document = Document(content_digest(content), len(content), content * 5, f"f:{i}")
+        disk_shuffle.add([document])
+    found = []
+    for document in disk_shuffle.shuffled():
+        found.append((document.digest, bytes(document.payload)))
+    assert not folder.exists()
+    return found, len(dropped)
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_a_bucket_over_the_limit_is_split_and_the_order_stays(tmp_path, monkeypatch, dedup):
+    documents, dropped = shuffled(tmp_path / "usual", dedup)
+
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 300)
+
+    assert shuffled(tmp_path / "split", dedup) == (documents, dropped)
+    assert len(documents) == (1000 if dedup else 2000)
+    assert dropped == (1000 if dedup else 0)

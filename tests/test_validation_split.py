@@ -1,0 +1,126 @@
+"""The validation split: a property of the content, and about the share that was asked for."""
+from typing import NamedTuple
+
+import pytest
+
+from minillm.shuffle import Document, content_digest
+from minillm.split import ValidationSplit
+from support.preparation_runs import chats, read_documents, texts, write_chats
+
+
+def validation(corpus, out, *flags, **options):
+    """The texts that are for validation."""
+    corpus.pretrain(out, *flags, **options)
+    return {corpus.tokenizer.decode(ids) for ids in read_documents(out, "val")}
+
+
+def test_split_stays_when_files_are_added(small_corpus, tmp_path):
+    """Whatever the order of the files and the seed."""
+    alone = validation(small_corpus, tmp_path / "1", files=["a.jsonl"])
+
+    both = validation(small_corpus, tmp_path / "2", "--seed=5", files=["b.jsonl", "a.jsonl"])
+
+    assert alone and alone == both & set(texts(120))
+
+
+def test_a_larger_share_holds_the_smaller_one(small_corpus, tmp_path):
+    smaller = validation(small_corpus, tmp_path / "1")
+
+    larger = validation(small_corpus, tmp_path / "2", fraction=0.3)
+
+    # 60 expected, standard deviation 6.5
+    assert smaller < larger and 40 < len(larger) < 80
+
+
+class Sizes(NamedTuple):
+    name: str
+    sizes: list                      # bytes of each document
+
+
+SIZES = [
+    Sizes("many", [100] * 100_000),
+    Sizes("one huge among many", [100] * 2000 + [10_000_000]),
+    Sizes("few", [1000] * 5),
+    Sizes("one huge among few", [10, 10, 10_000]),
+]
+
+
+def documents_of(sizes):
+    documents = []
+    for number, size in enumerate(sizes):
+        documents.append(Document(content_digest(str(number).encode()), size, b""))
+    return documents
+
+
+def decided(documents):
+    split = ValidationSplit(0.01, may_cut=True)
+    split.count(documents[: len(documents) // 2])
+    split.count(documents[len(documents) // 2:])
+    split.decide()
+    return split
+
+
+@pytest.mark.parametrize("case", SIZES, ids=[case.name for case in SIZES])
+def test_share_of_bytes_is_within_a_factor_of_two(case):
+    documents = documents_of(case.sizes)
+
+    split = decided(documents)
+
+    chosen = 0
+    for document in documents:
+        if split.in_validation(document):
+            chosen += document.size
+        chosen += split.bytes_to_cut(document) or 0
+    assert 0.005 * sum(case.sizes) <= chosen <= 0.02 * sum(case.sizes)
+
+
+def test_of_many_documents_the_hash_alone_decides():
+    documents = documents_of(SIZES[0].sizes)
+
+    split = decided(documents)
+
+    for document in documents:
+        is_low = int.from_bytes(document.digest[:8], "little") < 0.01 * 2**64
+        assert split.in_validation(document) == is_low
+
+
+def test_few_conversations_give_one_to_validation(small_corpus, tmp_path):
+    """The same one whatever the order."""
+    few = write_chats(tmp_path / "few.jsonl", chats(5))
+    turned = write_chats(tmp_path / "turned.jsonl", chats(5)[::-1])
+
+    for out, file in (("1", few), ("2", turned)):
+        _, made = small_corpus.sft(tmp_path / out, files=[file], fraction=1e-4, block_size=1000)
+        assert made["splits"]["train"]["documents"] == 4
+        assert made["splits"]["val"]["documents"] == 1
+
+    assert (tmp_path / "1" / "val.bin").read_bytes() == (tmp_path / "2" / "val.bin").read_bytes()
+
+
+def test_no_conversation_is_for_validation_if_none_was_asked_for(small_corpus, tmp_path):
+    few = write_chats(tmp_path / "few.jsonl", chats(5))
+
+    _, made = small_corpus.sft(tmp_path / "s", files=[few], fraction=0, block_size=1000)
+
+    assert made["splits"]["train"]["documents"] == 5 and made["splits"]["val"]["documents"] == 0
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05])
+@pytest.mark.parametrize("line_end", ["", "\n"], ids=["one line", "many lines"])
+def test_a_book_gives_its_end_to_validation(small_corpus, tmp_path, fraction, line_end):
+    """40 KB, cut at a line end, or at a sentence end where there is none. Nothing is lost."""
+    book = "".join(f"第{number}句，天地玄黄。{line_end}" for number in range(1400))
+    (tmp_path / "book.txt").write_text(book)
+
+    _, made = small_corpus.pretrain(tmp_path / "p", files=[tmp_path / "book.txt"],
+                                    fraction=fraction)
+
+    train, val = made["splits"]["train"]["bytes"], made["splits"]["val"]["bytes"]
+    assert train + val == len(book.encode())
+    assert fraction / 2 <= val / len(book.encode()) <= 2 * fraction
+    parts = {}
+    for split in ("train", "val"):
+        documents = read_documents(tmp_path / "p", split)
+        parts[split] = [small_corpus.tokenizer.decode(ids) for ids in documents]
+    assert sorted("".join(parts["train"] + parts["val"])) == sorted(book)
+    assert all(text in book and text.startswith("第") for text in parts["val"])
