@@ -48,6 +48,11 @@ def belle(messages):
     return {"id": "", "conversations": turns}
 
 
+def text_line(text):
+    """The bytes of a document in a file of JSON lines."""
+    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+
+
 def write_lines(path, records):
     with open(path, "w", encoding="utf-8") as file:
         for record in records:
@@ -83,6 +88,12 @@ def command(stage, *argv, env=None):
                             capture_output=True, env=os.environ | (env or {}))
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def peak_memory(stage, *argv):
+    """GiB that a stage takes in a process of its own."""
+    output = command("bench.data", "--measure", stage, *argv)
+    return json.loads(output.splitlines()[-1])["peak"] / 2**30
 
 
 def meta(folder):

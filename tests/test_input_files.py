@@ -1,0 +1,167 @@
+"""What a corpus may come as: folders, compressed files, tars, parquet; whole, or cut short."""
+import os
+import sys
+
+import pytest
+
+from minillm.errors import UserError
+from minillm.text_reader import Report, Source, conversations
+from support.preparation_runs import chats, refused, text_line, texts, write_texts
+from support.reading import Found, compress, places, read, tar
+
+A, B = text_line("甲乙"), text_line("丙丁")
+COMPRESSED = ["gz", "bz2", "xz", "zst"]
+
+
+# ---- folders
+
+def test_a_folder_is_its_files_in_the_order_of_their_paths(tmp_path):
+    for name in ("b/c.jsonl", "a.json", "b/d.ndjson"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_texts(tmp_path / name, [name])
+    (tmp_path / "a2.txt").write_text("a2.txt")
+
+    assert read(tmp_path).items == ["a.json", "a2.txt", "b/c.jsonl", "b/d.ndjson"]
+
+
+def test_hidden_files_and_unknown_kinds_are_not_read(tmp_path):
+    for name in (".ipynb_checkpoints/a.jsonl", ".b.jsonl", "c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_texts(tmp_path / name, [name])
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+
+    assert read(tmp_path).items == ["c.jsonl"]
+
+
+class Watched(Source):
+    """Notes every position that the thread of a progress bar could see."""
+
+    def __init__(self, *args):
+        self.positions = []
+        super().__init__(*args)
+
+    def __setattr__(self, name, value):
+        if name == "position":
+            self.positions.append(value)
+        super().__setattr__(name, value)
+
+
+def test_the_position_goes_forward_to_the_size_of_all(tmp_path):
+    for number in range(100):
+        (tmp_path / f"{number:03}.jsonl").write_bytes(A * 3)
+    source = Watched([str(tmp_path)], Report())
+
+    blocks = list(source.blocks(len(A)))
+
+    assert source.positions == sorted(source.positions)
+    assert source.positions[0] == 0 and source.positions[-1] == source.size
+    assert len(blocks) >= 100 and len(set(source.positions)) >= 100
+
+
+# ---- compressed
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_streams_one_after_the_other(tmp_path, suffix):
+    """What pbzip2, pigz and `cat a.gz b.gz` make."""
+    path = tmp_path / f"c.jsonl.{suffix}"
+    path.write_bytes(compress(suffix, A[:5]) + compress(suffix, A[5:] + B))
+
+    assert read(path).items == ["甲乙", "丙丁"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_compression_is_told_by_the_bytes(tmp_path, suffix):
+    (tmp_path / "compressed.jsonl").write_bytes(compress(suffix, A + B))
+    (tmp_path / f"plain.jsonl.{suffix}").write_bytes(A + B)
+
+    assert read(tmp_path / "compressed.jsonl").items == ["甲乙", "丙丁"]
+    assert read(tmp_path / f"plain.jsonl.{suffix}").items == ["甲乙", "丙丁"]
+
+
+MEMBERS = {
+    "corpus/mobvoi_seq_monkey_general_open_corpus.jsonl": A + B,
+    "corpus/._x.jsonl": b"\x00\x05\x16\x07",
+    "README.md": b"# read me",
+    "corpus/more.jsonl.gz": compress("gz", text_line("戊")),
+    "z.txt": "己\r\n".encode(),
+}
+
+
+TARS = {"tar": "", "tar.bz2": "bz2", "tar.gz": "gz", "tgz": "gz", "tar.xz": "xz", "tar.zst": "zst"}
+
+
+@pytest.mark.parametrize("suffix", TARS)
+def test_tar_as_downloaded(tmp_path, suffix):
+    path = tmp_path / f"corpus.{suffix}"
+    path.write_bytes(compress(TARS[suffix], tar(MEMBERS)))
+
+    assert read(path) == Found(["甲乙", "丙丁", "戊", "己\n"], {}, {"CRLF line end made LF": 1})
+    found, _ = places(path)
+    assert found[1] == f"{path}/corpus/mobvoi_seq_monkey_general_open_corpus.jsonl:2"
+
+
+CUT_SHORT = ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "tar.bz2", "tar.gz", "tar"]
+
+
+@pytest.mark.parametrize("suffix", CUT_SHORT)
+def test_a_file_cut_short_is_an_error(small_corpus, tmp_path, suffix):
+    """A broken download is not taken for a small corpus."""
+    kind, _, compression = suffix.partition(".")
+    content = b"".join(map(text_line, texts(3000)))
+    if kind == "tar":
+        content = tar({"c.jsonl": content})
+    whole, path = compress(compression, content), tmp_path / f"c.{suffix}"
+    path.write_bytes(whole)
+    assert len(read(path).items) == 3000
+
+    for share in (0.1, 0.5, 0.98):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(UserError, match="damaged or cut short.*fetch it again"):
+            read(path)
+
+    line = refused("prepare_pretrain", *small_corpus.argv(tmp_path / "o", [path]))
+    assert "fetch it again" in line and os.listdir(tmp_path) == [path.name]
+
+
+# ---- parquet, and packages that are not there
+
+def write_parquet(path, columns, **options):
+    table = pytest.importorskip("pyarrow").table(columns)
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, **options)
+
+
+def test_parquet_of_texts(tmp_path):
+    (tmp_path / "p").mkdir()
+    for number, items in enumerate((texts(250), texts(250, 250))):
+        write_parquet(tmp_path / "p" / f"{number}.parquet", {"text": items}, row_group_size=100)
+
+    assert read(tmp_path / "p").items == texts(500)
+
+
+def test_parquet_of_conversations(tmp_path):
+    path = tmp_path / "c.parquet"
+    write_parquet(path, {"messages": chats(30), "tools": [None] * 30})
+
+    assert read(path, conversations) == Found(chats(30))
+
+
+def test_parquet_cut_short(tmp_path):
+    path = tmp_path / "c.parquet"
+    write_parquet(path, {"text": texts(30)})
+    path.write_bytes(path.read_bytes()[:-20])
+
+    with pytest.raises(UserError, match="damaged or cut short"):
+        read(path)
+
+
+def hide_packages():
+    sys.modules.update({"pyarrow": None, "compression": None, "backports": None})
+
+
+@pytest.mark.parametrize("name, package", [("c.parquet", "pyarrow"),
+                                           ("c.jsonl.zst", "backports.zstd")])
+def test_a_missing_package_is_named(small_corpus, tmp_path, name, package):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    argv = small_corpus.argv(tmp_path / "o", [tmp_path / name])
+
+    assert f"pip install {package}" in refused("prepare_sft", *argv, before=hide_packages)

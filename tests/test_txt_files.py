@@ -1,0 +1,148 @@
+"""Plain text: encodings, line ends, and what a document of it is."""
+import pytest
+
+from minillm import txt_documents
+from minillm.errors import UserError
+from support.preparation_runs import finish, refused
+from support.reading import Found, read
+
+BOMS = {
+    "utf-8": b"\xef\xbb\xbf",
+    "utf-16-le": b"\xff\xfe",
+    "utf-16-be": b"\xfe\xff",
+    "utf-32-le": b"\xff\xfe\0\0",
+    "utf-32-be": b"\0\0\xfe\xff",
+}
+
+
+# ---- encodings
+
+@pytest.mark.parametrize("encoding", BOMS)
+@pytest.mark.parametrize("text", ["第一行\n第二行\n", "line one\nline two\n"],
+                         ids=["Chinese", "English"])
+def test_encodings(tmp_path, encoding, text):
+    """Told by the byte order mark or by --encoding; without either, the error names it."""
+    path = tmp_path / "c.txt"
+
+    path.write_bytes(BOMS[encoding] + text.replace("\n", "\r\n").encode(encoding))
+    assert read(path).items == [text]
+
+    path.write_bytes(text.encode(encoding))
+    assert read(path, encoding=encoding) == Found([text])
+    if encoding != "utf-8":
+        proposal = f"NUL bytes: it looks like {encoding}, so try --encoding={encoding}"
+        with pytest.raises(UserError, match=proposal):
+            read(path)
+
+
+def test_gbk_announced(tmp_path):
+    (tmp_path / "c.txt").write_bytes("甲乙\n丙\n".encode("gbk"))
+    assert read(tmp_path / "c.txt", encoding="gbk") == Found(["甲乙\n丙\n"])
+
+
+def test_utf_8_sig_is_utf_8(tmp_path):
+    (tmp_path / "c.txt").write_bytes("\ufeff甲\n\ufeff乙\n".encode())
+
+    found = read(tmp_path / "c.txt", encoding="utf-8-sig")
+
+    assert found == Found(["甲\n乙\n"], {}, {"byte order mark removed": 2})
+
+
+def test_a_program_is_no_text(tmp_path):
+    (tmp_path / "c.txt").write_bytes(b"\x7fELF\0\1\2\xff" * 100)
+    with pytest.raises(UserError, match="NUL bytes: it is not plain text"):
+        read(tmp_path / "c.txt")
+
+
+def test_a_line_with_nul_bytes_is_skipped(tmp_path):
+    text = "好" * 30_000 + "\n"
+    (tmp_path / "c.txt").write_text(text + "坏\0\n")
+
+    assert read(tmp_path / "c.txt") == Found([text], {"NUL bytes in a line of text": 1})
+
+
+PROPOSALS = [
+    ("gb18030", "的是在不了有和人这中大为上个国我以要他时来用们"),
+    ("big5", "這個國家的歷史與語言，我們應該學習。"),
+    ("cp1252", "Le café était fermé, mais l’élève était déjà là."),
+]
+
+
+@pytest.mark.parametrize("encoding, text", PROPOSALS, ids=[encoding for encoding, _ in PROPOSALS])
+@pytest.mark.parametrize("wrong", [40, 20])
+def test_the_encoding_that_fits_is_proposed(small_corpus, tmp_path, encoding, text, wrong):
+    """Of 40 lines all fail, or half of them: how many, why, and what to try."""
+    lines = []
+    for number in range(40):
+        line = f"{number} {text}\n"
+        lines.append(line.encode(encoding if number < wrong else "utf-8"))
+    (tmp_path / "c.txt").write_bytes(b"".join(lines))
+
+    run = refused if wrong == 40 else finish
+    output = run("prepare_pretrain", *small_corpus.argv(tmp_path / "o", [tmp_path / "c.txt"]))
+
+    assert f"skipped {wrong}: not utf-8" in output and f"try --encoding={encoding}" in output
+
+
+# ---- lines
+
+def test_crlf_becomes_lf(tmp_path):
+    (tmp_path / "c.txt").write_bytes("\ufeff甲\r\n乙\r\n\n丙\n".encode() + b"\xff\n")
+
+    assert read(tmp_path / "c.txt") == Found(
+        ["甲\n乙\n\n丙\n"],
+        {"not utf-8": 1},
+        {"byte order mark removed": 1, "CRLF line end made LF": 2})
+
+
+def test_cr_becomes_lf(tmp_path):
+    (tmp_path / "c.txt").write_bytes("甲\r乙\r".encode())
+    assert read(tmp_path / "c.txt") == Found(["甲\n乙\n"], {}, {"CR line ends made LF": 1})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+def test_an_endless_line_is_cut_at_sentence_ends(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(txt_documents, "MAX_LINE", 50_000)
+    text = "".join(f"第{number}句话，天地玄黄。" for number in range(20_000)) + "\n尾\n"
+    (tmp_path / "c.txt").write_bytes(text.encode(encoding))
+
+    found = read(tmp_path / "c.txt", encoding=encoding)
+
+    assert "".join(found.items) == text and len(found.items) > 5
+    assert all(part.endswith(("。", "\n")) for part in found.items)
+    assert not found.skipped
+    assert list(found.repaired) == ["line longer than 0 MiB cut at a sentence end"]
+
+
+# ---- documents
+
+DOCUMENTS = {
+    "file": ["一\n二\n\n三\n \n\n", "四"],
+    "paragraph": ["一\n二", "三", "四"],
+    "line": ["一", "二", "三", "四"],
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_a_document_is(tmp_path, document):
+    (tmp_path / "c.txt").write_text("一\n二\n\n三\n \n\n<|endoftext|>\n四")
+    assert read(tmp_path / "c.txt", document=document) == Found(DOCUMENTS[document])
+
+
+def test_a_line_of_endoftext_ends_a_document(tmp_path):
+    """With CRLF too; inside a line it is text, and a blank document is none."""
+    text = "甲\n<|endoftext|>\n \n<|endoftext|>\r\n乙<|endoftext|>"
+    (tmp_path / "c.txt").write_bytes(text.encode())
+
+    assert read(tmp_path / "c.txt").items == ["甲\n", "乙<|endoftext|>"]
+
+
+def test_a_book_is_cut_at_line_ends(tmp_path):
+    book = "".join(f"第{i}行\n" for i in range(20_000))
+    (tmp_path / "c.txt").write_text(book)
+
+    parts = read(tmp_path / "c.txt").items
+
+    assert "".join(parts) == book and len(parts) > 5
+    for part in parts:
+        assert part.endswith("\n") and len(part.encode()) < txt_documents.TXT_DOCUMENT + 100
