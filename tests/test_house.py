@@ -143,18 +143,17 @@ BROKEN = {
 KNOWN = {
     no_late_import_without_a_reason: set('''
         tests/test_model.py tests/test_moe.py
-        tests/test_resume.py tests/test_tokenizer.py
+        tests/test_tokenizer.py
     '''.split()),
     no_wide_line: set('''
-        tests/support/training_runs.py tests/test_chat.py
-        tests/test_checkpoints.py tests/test_distributed.py
+        tests/test_chat.py
+        tests/test_distributed.py
         tests/test_download.py tests/test_float8.py
         tests/test_loading.py tests/test_model.py tests/test_moe.py
-        tests/test_resume.py
         tests/test_tokenizer.py
     '''.split()),
     no_long_file: set('''
-        tests/test_chat.py tests/test_checkpoints.py
+        tests/test_chat.py
     '''.split()),
 }
 

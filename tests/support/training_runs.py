@@ -2,13 +2,14 @@
 
 A run of 60 tiny steps takes half a second.
 """
+import hashlib
+import itertools
 import json
 import mmap
 import os
 import signal
 import socket
 import sys
-import time
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch._inductor
 
 import train
 from minillm import checkpoint
-from support import ROOT, processes
+from support import processes
 from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
 PYTHON = sys.executable
@@ -29,6 +30,8 @@ TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "
         "--dropout=0.1", "--device=cpu", "--dtype=float32", "--optimizer=adamw",
         "--learning_rate=1e-2", "--min_lr=4e-4", "--schedule=cosine", "--beta1=0.9"]
 MOE = ["--n_expert=4", "--n_expert_per_tok=2", "--n_inner=48"]
+# 20 steps, with checkpoints of steps 5, 10, 15 and 20
+SHORT = [*TINY, "--max_iters=20", "--eval_interval=10"]
 
 
 def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, tokens=None,
@@ -62,6 +65,21 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
     if kind == "sft":
         meta["block_size"] = block_size
     with open(os.path.join(folder, "meta.json"), "w") as file:
+        json.dump(meta, file)
+    return folder
+
+
+def make_data_of_another_tokenizer(folder):
+    """As make_data; its tokenizer.json ends with a line break more, and so has another hash."""
+    folder = make_data(folder)
+    with open(f"{folder}/tokenizer/tokenizer.json", "ab+") as file:
+        file.write(b"\n")
+        file.seek(0)
+        new_hash = hashlib.sha256(file.read()).hexdigest()
+    with open(f"{folder}/meta.json") as file:
+        meta = json.load(file)
+    meta["tokenizer_hash"] = new_hash
+    with open(f"{folder}/meta.json", "w") as file:
         json.dump(meta, file)
     return folder
 
@@ -107,16 +125,6 @@ class Run(processes.Fork):
     def phase(self):
         return PHASES[self.mark[0]]
 
-    def wait_for(self, phase, timeout=processes.LIMIT):
-        """Return once the child is in `phase`, or has ended (False)."""
-        limit = time.monotonic() + timeout
-        while self.phase() != phase:
-            if self.poll() is not None:
-                return False
-            assert time.monotonic() < limit, f"never in phase {phase}:\n{self.output}"
-            time.sleep(0.0002)
-        return True
-
 
 def finish(argv, **options):
     """Run to the end; returns the output. Fails unless it exits 0."""
@@ -131,21 +139,45 @@ def refused(argv, **options):
     return processes.refused("train", argv, **options)
 
 
+# Below the ports that the system hands out by itself: no other program is given one meanwhile
+_PORTS = itertools.count(20_000 + os.getpid() % 10_000)
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    for port in _PORTS:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
 def ranks(world, argv, before=None, env=None):
     """`world` children that form one gloo job, rank 0 first.
 
-    before: a list of functions, one a rank, or None.
+    before: a list of functions, one for each rank, or None.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= env or {}
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())} | (env or {})
+    before = before or [None] * world
     children = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(Run(argv, before and before[rank], common | own))
+        children.append(Run(argv, before[rank], common | own))
     return children
+
+
+def finish_ranks(world, argv, before=None):
+    """A job of `world` processes to its end; returns what rank 0 printed. Fails unless all exit 0.
+
+    before: as for ranks.
+    """
+    children = ranks(world, argv, before)
+    statuses = [child.wait() for child in children]
+    assert statuses == [0] * world, "\n".join(child.output for child in children)
+    return children[0].output
 
 
 _ON_PHASE = []                                   # what a child calls when it enters a phase
@@ -173,13 +205,27 @@ def on_step(action):
     train.learning_rate = learning_rate
 
 
+def send_itself(number):
+    """In the child: send itself the signal."""
+    os.kill(os.getpid(), number)
+
+
 def die_at(step):
     """In the child: SIGKILL when `step` begins."""
-    on_step(lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == step else None)
+    def action(now):
+        if now == step:
+            send_itself(signal.SIGKILL)
+    on_step(action)
+
+
+def run_until_killed(argv, step, env=None):
+    """Train until SIGKILL when `step` begins."""
+    child = Run(argv, before=lambda: die_at(step), env=env)
+    assert child.wait() == -signal.SIGKILL, child.output
 
 
 def numbers(out_dir, drop=("tokens_per_s", "mfu")):
-    """What metrics.jsonl says of every step and validation, but for speeds.
+    """The records of all steps and validations in metrics.jsonl, without their speeds.
 
     The opening and the closing record are left out.
     """
@@ -193,9 +239,9 @@ def numbers(out_dir, drop=("tokens_per_s", "mfu")):
 
 
 def keep_weights(path):
-    """In the child: write down the weights before every update, in the optimizer's order.
+    """In the child: write the weights to `path` before every update, in the optimizer's order.
 
-    The last stay.
+    The last ones stay.
     """
     inner = torch.optim.AdamW.step
 
@@ -210,15 +256,24 @@ def newest(out_dir):
     return checkpoint.load(checkpoint.step_path(out_dir, checkpoint.saved_steps(out_dir)[0]))
 
 
+def assert_same_weights(a, b):
+    """Two state dicts hold the same bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
 def assert_same_run(a, b):
-    """Every logged number, and every bit of weights and optimizer state, of two finished runs are the same."""
+    """Two finished runs logged the same numbers and end with the same bits.
+
+    The bits of weights and optimizer state.
+    """
     assert numbers(a) == numbers(b)
     x, y = newest(a), newest(b)
     assert x["step"] == y["step"]
-    assert x["model"].keys() == y["model"].keys()
-    for name in x["model"]:
-        assert torch.equal(x["model"][name], y["model"][name]), name
-    for i, moments in x["optimizer"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, y["optimizer"][i][name]), (i, name)
-    assert x["scaler"] == y["scaler"] and x["best_val_loss"] == y["best_val_loss"] and x["bad_steps"] == y["bad_steps"]
+    assert_same_weights(x["model"], y["model"])
+    assert x["optimizer"].keys() == y["optimizer"].keys()
+    for name, moments in x["optimizer"].items():
+        assert_same_weights(moments, y["optimizer"][name])
+    for key in ("scaler", "best_val_loss", "bad_steps"):
+        assert x[key] == y[key], key
