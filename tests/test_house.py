@@ -147,7 +147,6 @@ KNOWN = {
     '''.split()),
     no_wide_line: set('''
         tests/test_chat.py
-        tests/test_distributed.py
         tests/test_download.py tests/test_float8.py
         tests/test_loading.py tests/test_model.py tests/test_moe.py
         tests/test_tokenizer.py
