@@ -143,13 +143,11 @@ BROKEN = {
 KNOWN = {
     no_late_import_without_a_reason: set('''
         tests/test_model.py tests/test_moe.py
-        tests/test_tokenizer.py
     '''.split()),
     no_wide_line: set('''
         tests/test_chat.py
         tests/test_download.py tests/test_float8.py
         tests/test_loading.py tests/test_model.py tests/test_moe.py
-        tests/test_tokenizer.py
     '''.split()),
     no_long_file: set('''
         tests/test_chat.py
