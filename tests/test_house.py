@@ -145,12 +145,8 @@ KNOWN = {
         tests/test_model.py tests/test_moe.py
     '''.split()),
     no_wide_line: set('''
-        tests/test_chat.py
         tests/test_download.py tests/test_float8.py
         tests/test_loading.py tests/test_model.py tests/test_moe.py
-    '''.split()),
-    no_long_file: set('''
-        tests/test_chat.py
     '''.split()),
 }
 

@@ -1,0 +1,65 @@
+"""sample.py: several texts in one batch, where a text ends, prompts that are too long."""
+import json
+
+import pytest
+
+from support.processes import run
+from support.tiny_models import talkative, tiny_model, write_folder
+
+PROMPT = "从前"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sample")
+    write_folder(path / "tiny", talkative(tiny_model(block_size=2000)))
+    return path
+
+
+def sample(folder, *argv):
+    common = ["--out_dir=tiny", "--device=cpu", "--dtype=float32", "--max_new_tokens=20",
+              f"--prompt={PROMPT}"]
+    return run("sample", [*common, *argv], folder=folder)
+
+
+def records(folder, *argv):
+    done = sample(folder, "--num_samples=8", "--seed=5", "--json=True", *argv)
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def batch(folder):
+    return records(folder)
+
+
+def test_eight_in_one_batch_are_the_eight_alone(folder, batch):
+    assert [record["seed"] for record in batch] == list(range(5, 13))
+    assert len({record["text"] for record in batch}) == 8
+    for record in batch[::3]:
+        alone = sample(folder, f"--seed={record['seed']}")
+
+        assert (alone.status, alone.err, alone.out) == (0, "", PROMPT + record["text"] + "\n")
+
+
+def test_several_are_shown_with_a_line_between(folder, batch):
+    shown = sample(folder, "--num_samples=3", "--seed=5").out
+
+    texts = [PROMPT + record["text"] for record in batch[:3]]
+    assert shown == "\n---------------\n".join(texts) + "\n"
+
+
+def test_a_stop_string_ends_each_text_by_itself(folder, batch):
+    stop = batch[0]["text"][5:7]
+
+    stopped = records(folder, f"--stop={stop}")
+
+    for record, free in zip(stopped, batch):
+        assert record["text"] == free["text"].partition(stop)[0]
+        assert record["finish"] == ("stop" if stop in free["text"] else "length")
+
+
+def test_a_long_prompt_is_refused_or_truncated(folder):
+    long = "--prompt=" + "长" * 999
+
+    assert sample(folder, long).status == 2
+    assert sample(folder, long, "--truncate_ctx=100", "--seed=1").status == 0
