@@ -2,9 +2,10 @@
 
     python tests/support/gated_chat.py --out_dir=tiny
 
-A test shuts the gate to look at the program in the middle of an answer.
+A test shuts the gate to look at the program in the middle of an answer. Ctrl-C opens it as well.
 """
 import os
+import signal
 import time
 
 import chat
@@ -12,15 +13,26 @@ from minillm.errors import run
 from model import GPT
 
 generate = GPT.generate
+signals, note = os.pipe2(os.O_NONBLOCK)          # Python writes a byte for each signal it handles
+
+
+def signalled():
+    """Whether a signal has come since the last call."""
+    try:
+        return os.read(signals, 100) != b""
+    except BlockingIOError:
+        return False
 
 
 def gated(self, *args, **options):
+    signalled()
     for n, token in enumerate(generate(self, *args, **options), 1):
         yield token
-        while n >= 10 and os.path.exists("shut"):
+        while n >= 10 and os.path.exists("shut") and not signalled():
             time.sleep(0.001)
 
 
 if __name__ == "__main__":
     GPT.generate = gated
+    signal.set_wakeup_fd(note)
     run(chat.main)
