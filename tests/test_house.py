@@ -145,7 +145,7 @@ KNOWN = {
         tests/test_model.py tests/test_moe.py
     '''.split()),
     no_wide_line: set('''
-        tests/test_download.py tests/test_float8.py
+        tests/test_float8.py
         tests/test_loading.py tests/test_model.py tests/test_moe.py
     '''.split()),
 }
