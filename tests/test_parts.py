@@ -5,7 +5,7 @@ import torch
 from minillm.attention import document_mask
 from minillm.speed import parts
 from model import GPT, GPTConfig
-from support.training_runs import TINY, finish, make_data, numbers, ranks
+from support.training_runs import TINY, finish, finish_ranks, make_data, numbers
 
 SHAPE = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, block_size=32, vocab_size=300)
 EXPERTS = dict(n_expert=4, n_expert_per_tok=2, n_inner=48)
@@ -30,8 +30,8 @@ def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=count))
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, backend=count))
     monkeypatch.setattr(parts, "BLOCKS", 2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape)).eval()       # eval: the router draws no noise
@@ -47,6 +47,7 @@ def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
 
 
 def losses(records):
+    """The loss of each step, and of each validation."""
     return [record.get("loss", record.get("val_loss")) for record in records]
 
 
@@ -57,8 +58,7 @@ def test_two_processes_compile_sft_and_learn_what_one_learns(tmp_path):
             f"--data_dir={data}"]
     finish([*argv, f"--out_dir={tmp_path}/plain"])
 
-    children = ranks(2, [*argv, "--compile=True", f"--out_dir={tmp_path}/compiled"])
-    assert [child.wait(300) for child in children] == [0, 0], children[0].output
+    finish_ranks(2, [*argv, "--compile=True", f"--out_dir={tmp_path}/compiled"])
 
     plain, compiled = numbers(tmp_path / "plain"), numbers(tmp_path / "compiled")
     assert [r["step"] for r in compiled] == [r["step"] for r in plain]

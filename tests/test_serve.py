@@ -5,24 +5,12 @@ from typing import NamedTuple
 
 import pytest
 
-openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-
 from minillm.openai_api import Service, read_chat
 from minillm.sampling_params import SamplingParams
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from support.tiny_models import tiny_model
-from support.web_server import (CHAT, DEFAULTS, HELLO, PATIENCE, TALK, alone, chat, served,
-                                text_of)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(tiny_model()) as server:
-        yield server
-
+from support.web_server import (CHAT, HELLO, PATIENCE, TALK, alone, chat, httpx, openai, served,
+                                server, text_of)
 
 SHORT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"},
          {"role": "user", "content": "z"}]

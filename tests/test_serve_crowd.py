@@ -5,26 +5,14 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-
 from support import ROOT
 from support.tiny_models import talkative, tiny_model, write_folder
-from support.web_server import (CHAT, DEFAULTS, HELLO, PATIENCE, TALK, alone, chat, served,
-                                text_of)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(tiny_model()) as server:
-        yield server
+from support.web_server import (CHAT, DEFAULTS, HELLO, PATIENCE, TALK, alone, chat, httpx, openai,
+                                served, server, text_of)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +190,8 @@ def test_thousands_of_requests_leave_nothing_behind(tmp_path):
 
 def test_sigterm_lets_the_answers_under_way_finish(tmp_path):
     model = talkative(tiny_model(block_size=2048))
-    program = start(write_folder(tmp_path / "model", model), "--rows=1", MINILLM_API_KEY="k")
+    program = start(write_folder(tmp_path / "model", model), "--rows=1",
+                    f"--drain_seconds={PATIENCE}", MINILLM_API_KEY="k")
     try:
         url = program.stdout.readline().split()[-1]
         client = openai.OpenAI(base_url=url + "/v1", api_key="k", max_retries=0, timeout=PATIENCE)

@@ -2,16 +2,11 @@
 import json
 import re
 
-import httpx
 import pytest
-
-pytest.importorskip("openai")
-pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
 
 from support.browser import Browser, find_chromium
 from support.tiny_models import talkative, tiny_model
-from support.web_server import DEFAULTS, served
+from support.web_server import alone, httpx, served
 
 pytestmark = pytest.mark.skipif(not find_chromium(), reason="chromium is not installed")
 DONE = "!runs.size && chat().messages.length && !document.querySelector('.live')"
@@ -62,11 +57,6 @@ def tool(page, word, message):
     """Click the button `word` under message number `message`."""
     buttons = f"[...document.querySelectorAll('.message')[{message}].querySelectorAll('button')]"
     page.run(f"{buttons}.find(button => button.textContent === '{word}').click()")
-
-
-def alone(server, messages, **options):
-    """The text that the model gives by itself."""
-    return server.model.chat(messages, **DEFAULTS | options)
 
 
 def test_a_message_is_answered_with_the_options_that_are_set(page, server):

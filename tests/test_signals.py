@@ -1,4 +1,4 @@
-"""Being told to stop: the step is finished, the state saved, exit 0, on every process.
+"""A signal to stop: the step is finished, the state saved, exit 0, on every process.
 
 A second Ctrl-C leaves at once.
 """
@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from minillm import checkpoint
 import train
-from support.training_runs import (TINY, Run, assert_same_run, finish, make_data, newest, numbers,
-                                   on_phase, on_step, ranks)
+from minillm import checkpoint
+from support.processes import LIMIT
+from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, make_data,
+                                   newest, numbers, on_phase, on_step, send_itself)
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 
@@ -35,11 +36,11 @@ def straight(data, tmp_path_factory):
 
 
 def signal_at(step, number, times=1):
-    """In the child: send itself the signal when `step` begins, and write down that it did."""
+    """A function for the child, which then sends itself the signal when `step` begins."""
     def send(now):
         if now == step:
             for _ in range(times):
-                os.kill(os.getpid(), number)
+                send_itself(number)
     return lambda: on_step(send)
 
 
@@ -47,7 +48,9 @@ def signal_at(step, number, times=1):
 def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, number):
     """A signal within step 7 ends the run after step 7, at 8 finished steps; resuming is exact."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
     output = finish(argv, before=signal_at(7, number))
+
     assert checkpoint.saved_steps(tmp_path / "out") == [8]
     assert "stopped at step 8" in output and "--init_from=resume goes on" in output
     assert "resuming at step 8" in finish([*argv, "--init_from=resume"])
@@ -58,10 +61,13 @@ def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, numb
     "between micro-steps", "optimizer", "checkpoint write", "evaluation"])
 def test_wherever_the_signal_comes(data, straight, tmp_path, phase):
     argv = [*TINY, "--max_iters=30", "--eval_interval=7", "--eval_iters=50"]
+
     child = Run([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out"],
-                before=lambda: on_phase(phase, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+                before=lambda: on_phase(phase, 2, lambda: send_itself(signal.SIGTERM)))
+
     assert child.wait() == 0, child.output
-    assert 1 <= newest(tmp_path / "out")["step"] < 30 and "stopped at step" in child.output
+    assert "stopped at step" in child.output
+    assert 1 <= newest(tmp_path / "out")["step"] < 30
     finish([*argv, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--init_from=resume"])
     assert_same_run(straight(*argv), tmp_path / "out")
 
@@ -79,7 +85,7 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
                 count[0] += 1
                 # of 11 batches at step 0 and 11 at step 10: the fourth of the second
                 if count[0] == 15:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    send_itself(signal.SIGTERM)
             return inner(self, indices)
         train.TokenData.windows = windows
         write = train.RunLog.write
@@ -89,7 +95,9 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
                 print(f"read {count[0]} validation batches")
             return write(self, record)
         train.RunLog.write = count_batches
+
     output = finish(argv, before=before)
+
     assert "read 15 validation batches" in output
     assert checkpoint.saved_steps(tmp_path / "out") == [10]
     assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0]
@@ -103,29 +111,27 @@ def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):
     """Two processes, one or both of them told: both exit 0 after the same step, and it is saved."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     before = [signal_at(7, number) if rank in who else None for rank in range(2)]
-    children = ranks(2, argv, before=before)
-    assert [child.wait() for child in children] == [0, 0], children[0].output
+
+    output = finish_ranks(2, argv, before)
+
     assert checkpoint.saved_steps(tmp_path / "out") == [8]
-    assert "stopped at step 8" in children[0].output
+    assert "stopped at step 8" in output
 
 
 def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
-    """torchrun passes on what the terminal has sent already.
-
-    Two at once are one, on several processes.
-    """
+    """torchrun passes on what the terminal has sent already: two at once count as one."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
-    children = ranks(2, argv, before=[signal_at(7, signal.SIGINT, times=2)] * 2)
-    assert [child.wait() for child in children] == [0, 0], children[0].output
+
+    finish_ranks(2, argv, before=[signal_at(7, signal.SIGINT, times=2)] * 2)
+
     assert checkpoint.saved_steps(tmp_path / "out") == [8]
 
 
 def stall(step):
-    """In the child: a step that takes minutes."""
+    """A function for the child, which then begins `step` and stays in it."""
     def last(now):
         if now == step:
-            for _ in range(30_000):
-                time.sleep(0.01)
+            time.sleep(LIMIT)                    # a signal does not end it, an exception does
     return lambda: on_step(last)
 
 
@@ -137,17 +143,23 @@ def has_record(out_dir, step):
         return f'"step": {step},' in file.read()
 
 
+def press_ctrl_c_twice(child):
+    child.kill(signal.SIGINT)
+    child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
+    child.kill(signal.SIGINT)
+
+
 def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_path):
-    """Step 17 takes minutes: the first Ctrl-C waits for it, the second doesn't.
+    """Step 17 does not end: the first Ctrl-C waits for it, the second doesn't.
 
     What step 15 saved is whole; resuming is exact.
     """
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
     child = Run(argv, before=stall(17))
     child.wait_until(lambda: has_record(tmp_path / "out", 16))
-    child.kill(signal.SIGINT)
-    child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
-    child.kill(signal.SIGINT)
+    press_ctrl_c_twice(child)
+
     assert child.wait() == 130
     assert newest(tmp_path / "out")["step"] == 15
     assert "resuming at step 15" in finish([*argv, "--init_from=resume"])
@@ -155,24 +167,24 @@ def test_ctrl_c_twice_leaves_at_once_and_nothing_is_lost(data, straight, tmp_pat
 
 
 def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
-    """The write of step 15 takes minutes: left half-written under its temporary name.
+    """The write of step 15 does not end: a part of it is left under its temporary name.
 
-    Step 10 is whole, and the remains go.
+    Step 10 is whole, and resuming removes the part.
     """
     def before():
         inner = os.fsync
 
         def fsync(handle):
             if "ckpt_00000015" in os.readlink(f"/proc/self/fd/{handle}"):
-                [time.sleep(0.01) for _ in range(30_000)]
+                time.sleep(LIMIT)
             return inner(handle)
         os.fsync = fsync
     argv = [*TINY, "--max_iters=30", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
     child = Run(argv, before=before)
     child.wait_until(lambda: os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp"))
-    child.kill(signal.SIGINT)
-    child.wait_until(lambda: "SIGINT: finishing this step" in child.err)
-    child.kill(signal.SIGINT)
+    press_ctrl_c_twice(child)
+
     assert child.wait() == 130
     assert newest(tmp_path / "out")["step"] == 10
     assert os.path.exists(tmp_path / "out/ckpt_00000015.pt.tmp")
@@ -182,17 +194,17 @@ def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
 
 
 def test_ctrl_c_while_starting_is_no_traceback(data, tmp_path):
-    """Before the first step there is nothing to save.
-
-    It leaves with 130 and no more than a line.
-    """
+    """Before the first step there is nothing to save: exit 130 without a traceback."""
     def before():
         inner = train.TokenData
 
         def opening(*args):
-            os.kill(os.getpid(), signal.SIGINT)
+            send_itself(signal.SIGINT)
             return inner(*args)
         train.TokenData = opening
+
     child = Run([*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
-    assert child.wait() == 130 and "Traceback" not in child.output
+
+    assert child.wait() == 130
+    assert "Traceback" not in child.output
     assert not os.path.exists(tmp_path / "out")

@@ -1,11 +1,17 @@
-"""serve.py's application on a free port, in threads of the test process, with any model."""
+"""serve.py's application on a free port, in threads of the test process, with any model.
+
+A test file that imports this is skipped where the packages of requirements-serve.txt are missing.
+"""
 import contextlib
 import socket
 import threading
 
-import httpx
-import openai
-import uvicorn
+import pytest
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
 
 from minillm.batch_decoder import BatchDecoder
 from minillm.generation import decode_one_token
@@ -14,17 +20,18 @@ from minillm.openai_api import Service
 from minillm.sampling_params import SamplingParams
 from model import twins
 from support.processes import LIMIT
+from support.tiny_models import tiny_model
 
 DEFAULTS = {"max_new_tokens": 24, "temperature": 0.8, "top_k": 50}
 HELLO = [{"role": "user", "content": "你好"}]
 TALK = [{"role": "system", "content": "诗"}, {"role": "user", "content": "从前"},
         {"role": "assistant", "content": "山"}, {"role": "user", "content": "然后？"}]
 CHAT = "/v1/chat/completions"
-PATIENCE = LIMIT
+PATIENCE = LIMIT                                 # seconds; only a server that hangs takes so long
 
 
 class Gate:
-    """A decode step that waits while the gate is shut: tests look at a server amid its work."""
+    """A decode step that waits while the gate is shut: tests then look at a server at work."""
 
     def __init__(self, decode):
         self.decode, self.open = decode, threading.Event()
@@ -97,6 +104,13 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
         web.should_exit = True
         thread.join()
         bound.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A tiny model, served to all tests of a file that imports this."""
+    with served(tiny_model()) as server:
+        yield server
 
 
 def chat(server, messages=HELLO, **options):
