@@ -14,7 +14,6 @@ minillm/speed, which give the same numbers faster; without that folder everythin
 
 Papers: RMSNorm arXiv 1910.07467, RoPE 2104.09864, GQA 2305.13245, tied embeddings 1608.05859.
 """
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,6 +50,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     dropout: float = 0.0
     bias: bool = False
+    init_std = 0.02              # of fresh weights; not a field: no checkpoint holds it
 
     def __post_init__(self):
         """Fill in n_inner. Raises UserError on sizes that do not fit together."""
@@ -167,14 +167,14 @@ class GPT(nn.Module):
         self._chat_cache = None                  # of the last `chat`
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=config.init_std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             # 2 * n_layer sub-layers add to the residual stream; so scaled, its variance stays near
             # 1 (GPT-2)
             if name.endswith(("proj.weight", "down.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=config.init_std / (2 * config.n_layer) ** 0.5)
 
     def forward(self, idx, targets=None, mask=None):
         """idx: (B, T) token ids, T up to block_size. mask: from attention.document_mask, or None.

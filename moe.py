@@ -32,7 +32,7 @@ class Router(nn.Module):
         # softplus(x · 0) = 0.69: at the start every logit carries noise of that standard deviation
         self.noise_DE = nn.Parameter(torch.zeros(config.n_embd, config.n_expert))
         self.top_experts = top_experts
-        nn.init.normal_(self.weight_DE, std=0.02)
+        nn.init.normal_(self.weight_DE, std=config.init_std)
 
     def forward(self, x_TD):
         """(T, D) → the gates (T, K) of the chosen experts, and their indices (T, K)."""
@@ -89,8 +89,8 @@ class MoE(nn.Module):
         self.experts = loop_over_experts
         self.w1_EDF = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.n_inner))
         self.w2_EFD = nn.Parameter(torch.empty(config.n_expert, config.n_inner, config.n_embd))
-        nn.init.normal_(self.w1_EDF, std=0.02)
-        nn.init.normal_(self.w2_EFD, std=0.02 / (2 * config.n_layer) ** 0.5)
+        nn.init.normal_(self.w1_EDF, std=config.init_std)
+        nn.init.normal_(self.w2_EFD, std=config.init_std / (2 * config.n_layer) ** 0.5)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):

@@ -157,10 +157,10 @@ class BatchDecoder:
             self.waiting.extend(answers)
             self.changed.notify()
 
-    def check_room(self, count=1):
-        """Raise Busy where submit would."""
+    def check_room(self):
+        """Raise Busy where submit would for one answer."""
         with self.changed:
-            self._check_room(count)
+            self._check_room(1)
 
     def _check_room(self, count):
         places = len(self.rows) + self.max_waiting - self.active - len(self.waiting)

@@ -72,7 +72,6 @@ def number(least=-math.inf, most=LARGEST, above=-math.inf, below=math.inf):
 
 Positive = whole(1)
 NonNegative = whole(0)
-PositiveFloat = number(above=0)
 NonNegativeFloat = number(0)
 Fraction = number(0, 1)
 BelowOne = number(0, below=1)

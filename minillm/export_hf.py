@@ -99,7 +99,7 @@ def transformers_config(config, vocab_size, kind, dtype):
         "hidden_act": activation, "rms_norm_eps": NORM_EPS, "tie_word_embeddings": True,
         # the first is read by transformers 4, the second by 5
         "rope_theta": config.rope_theta, "rope_parameters": rope,
-        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "attention_dropout": 0.0, "initializer_range": config.init_std, "use_cache": True,
         "bos_token_id": None, "eos_token_id": IM_END, "pad_token_id": END_OF_TEXT,
     }
     if kind == "mixtral":

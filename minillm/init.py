@@ -21,7 +21,7 @@ def init_for_muon(model):
     about the size of their own outputs.
     """
     width = model.wte.weight.shape[1]
-    model.wte.weight.mul_(EMBEDDING_STD / 0.02)      # model.py draws it with 0.02
+    model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
     model.norm.weight.fill_(0.64 / EMBEDDING_STD / math.sqrt(width))
 
 

@@ -30,14 +30,14 @@ class Report:
         self.undecodable = b""
         self.keys_seen = ()              # of the first record in which nothing was understood
 
-    def skip(self, reason, place, count=1):
+    def skip(self, reason, place):
         if self.strict:
             hint = "without --strict such lines are skipped and counted"
             raise UserError(f"{place}: {reason}; {hint}")
-        _count(self.skipped, reason, place, count)
+        _count(self.skipped, reason, place)
 
-    def repair(self, reason, place, count=1):
-        _count(self.repaired, reason, place, count)
+    def repair(self, reason, place):
+        _count(self.repaired, reason, place)
 
     def undecodable_line(self, line, encoding, place):
         self.skip(f"not {encoding}", place)
@@ -83,5 +83,5 @@ class Report:
         }
 
 
-def _count(table, reason, place, count):
+def _count(table, reason, place, count=1):
     table.setdefault(reason, {"count": 0, "first": place})["count"] += count

@@ -18,7 +18,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
 import train
-from demo import town
 from minillm.attention import document_mask
 from minillm.configurator import configure, positional
 from minillm.errors import UserError, run

@@ -60,12 +60,11 @@ class Picture:
         if note:
             self.text(middle, y + height / 2 + 15, note, size=11, colour="soft", anchor="middle")
 
-    def path(self, points, colour="ink", width=1.5, dashed=False):
+    def path(self, points, colour="ink", width=1.5):
         """A line through the points [(x, y), …]."""
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(f'<polyline points="{joined}" fill="none" stroke="{_colour(colour)}" '
-                          f'stroke-width="{width:g}" stroke-linejoin="round"{dash}/>')
+                          f'stroke-width="{width:g}" stroke-linejoin="round"/>')
 
     def arrow(self, x1, y1, x2, y2, colour="soft"):
         """A horizontal or vertical line with a head at (x2, y2)."""

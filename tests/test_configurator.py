@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
-from minillm.configurator import (BelowOne, Fraction, NonNegativeFloat, Positive, PositiveFloat,
-                                  configure, help_text, number, positional, whole)
+from minillm.configurator import (BelowOne, Fraction, NonNegativeFloat, Positive, configure,
+                                  help_text, number, positional, whole)
 from minillm.errors import UserError
 
 
@@ -21,7 +21,7 @@ class Settings:
     batch_size: Positive = 16                   # windows
     top_p: Fraction = 1.0                       # probability mass
     rate: NonNegativeFloat = 0.1                # step size
-    scale: PositiveFloat | None = None          # None: the default
+    scale: number(above=0) | None = None        # None: the default
     dtype: Literal["auto", "float32"] = "auto"  # of the matmuls
     theta: number(1) = 1e4                      # base
 

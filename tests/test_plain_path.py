@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from support import ROOT
+from support.processes import LIMIT
 from support.training_runs import MOE, TINY, make_data
 
 PROGRAM = """
@@ -36,7 +37,7 @@ def results(folder, data):
     """[(kind, were twins used, sampled ids, greedy ids, logits)], and the losses of each kind."""
     program = PROGRAM % (MOE, TINY)
     done = subprocess.run([sys.executable, "-c", program, data], cwd=folder, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     losses = {}

@@ -1,19 +1,18 @@
 """Whatever stops a preparation: the old files are whole or the new ones are; the next cleans up."""
 import collections
 import errno
-import mmap
 import os
 import pathlib
 import random
 import resource
 import shutil
 import signal
-import sys
 from typing import NamedTuple
 
 import pytest
 
 from minillm import atomic_folder
+from support.call_clock import CallClock
 from support.preparation_runs import (chats, fingerprint, finish, refused, texts, write_chats,
                                       write_texts)
 from support.processes import Fork
@@ -72,31 +71,13 @@ def case(request, corpus, tmp_path_factory):
 
 # ---- killed at a random moment
 
-class Clock:
-    """Counts a child's calls and returns of functions: a time that no other process can stretch."""
-
-    def __init__(self):
-        self.ticks = memoryview(mmap.mmap(-1, 8)).cast("Q")     # shared with the child
-
-    def start(self, last=None):
-        """In the child: count; SIGKILL at tick `last`."""
-        ticks = self.ticks
-        ticks[0] = 0
-
-        def tick(frame, event, argument):
-            ticks[0] += 1
-            if ticks[0] == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-        sys.setprofile(tick)
-
-
 def kill_many(case, tmp_path, kills, seed):
     """Kill runs at random moments; every fourth has no old files to replace.
 
     Returns how often the old files were left, the new ones, none, and how many runs ended first.
     """
     out, rng, left = tmp_path / "out", random.Random(seed), collections.Counter()
-    clock = Clock()
+    clock = CallClock()
     case.finish("old", tmp_path / "old")
     assert fingerprint(tmp_path / "old") == case.old
     case.finish("new", tmp_path / "other", before=clock.start)

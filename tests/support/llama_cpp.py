@@ -12,6 +12,8 @@ import sys
 import tempfile
 import urllib.request
 
+from support.processes import LIMIT
+
 SERVER = """
 import os, sys, xllamacpp
 # stdout is for the address alone: a pipe that nobody reads would fill with the log and block
@@ -51,7 +53,7 @@ class LlamaCpp:
         request = urllib.request.Request(self.address + path, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return json.load(opener.open(request, timeout=120))
+        return json.load(opener.open(request, timeout=LIMIT))
 
     def tokenize(self, text):
         return self.post("/tokenize", {"content": text, "parse_special": False})["tokens"]

@@ -92,6 +92,7 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
                 server.step.notify_all()
         server.decoder = BatchDecoder(model, cache, max_waiting, notify_and_tell, **options)
         return server.decoder
+    limits = {"body_seconds": PATIENCE} | limits
     app = make_app(service, Limits(**limits), start_decoder)
     web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
