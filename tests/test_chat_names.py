@@ -168,6 +168,8 @@ CASES = [
          record({"value": None, **QUESTION}, {"value": "", **ANSWER}), PLAIN),
     Case("output null, response filled", {"instruction": "问", "output": None, "response": "答"},
          PLAIN),
+    Case("output NaN, response filled",
+         '{"instruction": "问", "output": NaN, "response": "答"}', PLAIN),
     Case("input null", {**PAIR, "input": None}, PLAIN),
     Case("input NaN", '{"instruction": "问", "input": NaN, "output": "答"}', PLAIN),
     Case("empty keys of reasoning and tools",

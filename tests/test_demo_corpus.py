@@ -137,7 +137,7 @@ def test_held_out_questions_ask_each_fact_once_and_answer_it(town):
 def test_conversations_alternate_and_answer_truly(town):
     """One to three exchanges about one person, perhaps after small talk; he stays he."""
     small_talk = dict(corpus.SMALL_TALK).values()
-    lengths, without_person = collections.Counter(), 0
+    lengths, pronouns, without_person = collections.Counter(), set(), 0
 
     for chat in corpus.conversations():
         messages = chat["conversations"]
@@ -152,10 +152,12 @@ def test_conversations_alternate_and_answer_truly(town):
         true = [corpus.fill(corpus.ANSWERS[key], person, key) for key in corpus.ATTRIBUTES]
         for message in messages[1::2]:
             assert message["value"] in true or message["value"] in small_talk
+        pronouns |= {"他", "她"} & set("".join(message["value"] for message in messages))
         other = {"他": "她", "她": "他"}[person["pronoun"]]
         assert not any(other in message["value"] for message in messages)
 
     assert {1, 2, 3} <= set(lengths) and without_person > 50
+    assert pronouns == {"他", "她"}
 
 
 def test_command_line_prints_samples():

@@ -58,6 +58,15 @@ def test_the_position_goes_forward_to_the_size_of_all(tmp_path):
     assert len(blocks) >= 100 and len(set(source.positions)) >= 100
 
 
+def test_the_position_moves_inside_a_file(tmp_path):
+    (tmp_path / "c.jsonl").write_bytes(A * 50_000)
+    source = Watched([str(tmp_path)], Report())
+
+    blocks = list(source.blocks(1 << 16))
+
+    assert len(blocks) > 10 and len(set(source.positions)) >= 5
+
+
 # ---- compressed
 
 @pytest.mark.parametrize("suffix", COMPRESSED)

@@ -12,7 +12,7 @@ from minillm.shuffle import Document
 
 
 def naive_best_fit_decreasing(lengths, capacity):
-    """The number of rows, by the definition of the algorithm, in quadratic time."""
+    """The room that each row has left, by the definition of the algorithm, in quadratic time."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -20,7 +20,7 @@ def naive_best_fit_decreasing(lengths, capacity):
             rooms[rooms.index(min(fitting))] -= length
         else:
             rooms.append(capacity - length)
-    return len(rooms)
+    return rooms
 
 
 def fewest_rows(lengths, capacity):
@@ -57,8 +57,9 @@ def test_pack(capacity, lengths, count):
     rows = pack(lengths, capacity)
 
     assert sorted(item for row in rows for item in row) == list(range(count))
-    assert all(sum(lengths[item] for item in row) <= capacity for row in rows)
-    assert len(rows) == naive_best_fit_decreasing(lengths, capacity)
+    rooms = [capacity - sum(lengths[item] for item in row) for row in rows]
+    assert all(room >= 0 for room in rooms)
+    assert sorted(rooms) == sorted(naive_best_fit_decreasing(lengths, capacity))
     fewest = fewest_rows(lengths, capacity)
     assert fewest <= len(rows) <= 11 / 9 * fewest + 4
 

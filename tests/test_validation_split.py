@@ -60,18 +60,31 @@ def decided(documents):
     return split
 
 
-@pytest.mark.parametrize("case", SIZES, ids=[case.name for case in SIZES])
-def test_share_of_bytes_is_within_a_factor_of_two(case):
-    documents = documents_of(case.sizes)
+def hash_of(document):
+    return int.from_bytes(document.digest[:8], "little")
 
+
+def share_for_validation(documents):
     split = decided(documents)
-
     chosen = 0
     for document in documents:
         if split.in_validation(document):
             chosen += document.size
         chosen += split.bytes_to_cut(document) or 0
-    assert 0.005 * sum(case.sizes) <= chosen <= 0.02 * sum(case.sizes)
+    return chosen / sum(document.size for document in documents)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=[case.name for case in SIZES])
+def test_share_of_bytes_is_within_a_factor_of_two(case):
+    assert 0.005 <= share_for_validation(documents_of(case.sizes)) <= 0.02
+
+
+def test_a_huge_document_is_not_for_validation_though_its_hash_is_low():
+    documents = documents_of([100] * 2000)
+    lowest = documents.index(min(documents, key=hash_of))
+    documents[lowest] = documents[lowest]._replace(size=10_000_000)
+
+    assert 0.005 <= share_for_validation(documents) <= 0.02
 
 
 def test_of_many_documents_the_hash_alone_decides():
@@ -80,8 +93,7 @@ def test_of_many_documents_the_hash_alone_decides():
     split = decided(documents)
 
     for document in documents:
-        is_low = int.from_bytes(document.digest[:8], "little") < 0.01 * 2**64
-        assert split.in_validation(document) == is_low
+        assert split.in_validation(document) == (hash_of(document) < 0.01 * 2**64)
 
 
 def test_few_conversations_give_one_to_validation(small_corpus, tmp_path):
