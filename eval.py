@@ -12,7 +12,6 @@ Multiple choice compares the likelihood of the choices, see minillm/multiple_cho
 longer than the context counts as wrong, and is named. The same model and data give the same
 numbers. They are also written to out_dir/eval.json, after each part.
 """
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillm import exact_match, multiple_choice, validation
+from minillm.atomic_folder import replaced_file
 from minillm.configurator import NonNegative, Positive, configure
 from minillm.dataloader import TokenData
 from minillm.device import describe, pick_device, pick_dtype
@@ -198,12 +198,9 @@ def write_results(s, results):
     """Write out_dir/eval.json, the old one or the new; returns what went wrong, or None."""
     path = os.path.join(s.out_dir, "eval.json")
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
+        with replaced_file(path) as new, open(new, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
-        os.replace(path + ".tmp", path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         return f"cannot write {path} ({error.strerror}); the results are the last line of stdout"
 
 

@@ -45,6 +45,9 @@ def main():
     dtype = SHORT.get(s.dtype, s.dtype)
     if s.format == "hf" and dtype == "q8_0":
         raise UserError("--dtype=q8_0 is for --format=gguf")
+    if not os.path.isdir(s.out_dir):
+        raise UserError(f"no model in {s.out_dir}: --out_dir is the folder of a run, "
+                        "as train.py leaves it")
     folder = s.export_dir or os.path.join(s.out_dir, s.format)
     model = GPT.from_checkpoint(s.out_dir, device="cpu", dtype="float32", which=s.checkpoint)
     if s.format == "hf":

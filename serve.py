@@ -65,16 +65,33 @@ def listen(host, port):
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+    except UnicodeError:
+        raise UserError(f"--host={host} is no name or address of this machine") from None
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; "
                         "--port=0 takes any free port") from None
     return bound
 
 
+def read_api_key(flag):
+    """The key of --api_key, or of the environment; '' where none is wanted.
+
+    Spaces and line ends around it, which a file or a copy brings along, are no part of it.
+    """
+    given = flag or os.environ.get("MINILLM_API_KEY", "")
+    key = given.strip()
+    if given and not key:
+        raise UserError("the API key is blank: give one, or leave api_key and MINILLM_API_KEY out")
+    if not key.isprintable():
+        raise UserError("the API key must be one line of UTF-8 text: clients send it in a header")
+    return key
+
+
 def main():
     # 1) what can be wrong is said before torch is loaded, which takes a second
     s = configure(Settings)
     defaults = s.defaults()
+    api_key = read_api_key(s.api_key)
     if not os.path.isdir(s.out_dir):
         raise UserError(f"no model in {s.out_dir}: `make demo`, or train.py, makes one")
     try:
@@ -101,7 +118,6 @@ def main():
     # 3) the web
     name = s.model_name or os.path.basename(os.path.realpath(s.out_dir))
     service = Service(model, cache, name, defaults, s.max_tokens)
-    api_key = s.api_key or os.environ.get("MINILLM_API_KEY", "")
     limits = Limits(api_key, s.max_body, loopback_only=s.host in LOOPBACK)
     app = make_app(service, limits, start_decoder)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=s.drain_seconds)

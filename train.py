@@ -273,7 +273,7 @@ def main():
 
     # ---- what the run leaves behind
     if rank == 0:
-        lock = lock or run_folder.lock(s.out_dir)    # held until this process ends
+        lock = lock or run_folder.lock_for_writing(s)    # held until this process ends
     log = RunLog(s, model, outcome, device, world, resumed, writes=rank == 0)
     saved_step = first_step if resumed else -1
     del resumed, start

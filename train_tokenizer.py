@@ -92,6 +92,8 @@ def check_special(text, vocab_size):
     special = [token.strip() for token in text.split(",") if token.strip()]
     for token in special:
         others = SPECIAL_TOKENS + [other for other in special if other is not token]
+        if not is_utf8(token):
+            raise UserError(f"--special_tokens: {token!r} is not UTF-8 text")
         if len(token) < 3 or any(char.isspace() for char in token):
             raise UserError(f"--special_tokens: {token!r} must be 3 characters or more, "
                             "without spaces")
@@ -102,6 +104,15 @@ def check_special(text, vocab_size):
         raise UserError(f"--vocab_size={vocab_size} must be at least {259 + len(special)}, "
                         "for the special tokens and 256 bytes")
     return special
+
+
+def is_utf8(text):
+    """Whether it has no lone surrogate: what a terminal sends that is not UTF-8 becomes one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):

@@ -1,4 +1,4 @@
-"""Replacing an output folder as a whole.
+"""Replacing an output folder, or a file, as a whole.
 
 Whoever looks, at any moment, finds the old files or the new ones.
 
@@ -17,7 +17,22 @@ import sys
 
 import filelock
 
-from minillm.errors import UserError
+from minillm.errors import UserError, reason
+
+
+@contextlib.contextmanager
+def replaced_file(path):
+    """Yield a temporary name beside `path`; at the end of the block, that file takes its place.
+
+    After an exception nothing is left. Every process has a name of its own.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 @contextlib.contextmanager
@@ -53,7 +68,7 @@ def replaced_folder(path, names):
             _take_place(fresh, path)
             sync(parent)
         except OSError as error:                 # disk full, above all
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+            raise UserError(f"cannot write {path}: {reason(error)}") from None
         finally:
             shutil.rmtree(fresh, ignore_errors=True)     # after the exchange: the old files
 

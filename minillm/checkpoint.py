@@ -7,6 +7,7 @@ A checkpoint is what torch.save writes: a zip file, whose checksums find a flipp
 with weights_only: anything but tensors, numbers, text and containers of these is refused.
 """
 import io
+import math
 import os
 import pickle
 import re
@@ -26,7 +27,7 @@ RESUME_KEYS = {"optimizer": dict, "scaler": dict, "identity": dict, "settings": 
                "best_val_loss": float, "bad_steps": list}
 # of these keys the value matters too, not only its type
 MAKES_SENSE = {
-    "step": lambda step: step >= 0,
+    "step": lambda step: 0 <= step < 10**18,             # as many digits as a file's name has
     "best_val_loss": lambda loss: loss == loss,
     "bad_steps": lambda counts: [type(count) for count in counts] == [int, int],
 }
@@ -224,6 +225,9 @@ def model_config(state, kind):
         if type(value) is int and value.bit_length() > 40:
             raise UserError(f"{state['path']}: model_config has {key} = a number of "
                             f"{value.bit_length()} bits")
+        if type(value) is float and not math.isfinite(value):
+            raise UserError(f"{state['path']}: model_config has {key}={value}, "
+                            "which is no finite number")
         if type(value) is int and types[key] is float:
             config[key] = float(value)
         elif type(value) is not types[key]:
@@ -233,9 +237,15 @@ def model_config(state, kind):
         raise UserError(f"{state['path']}: model_config has n_layer={config['n_layer']}, "
                         f"but the file holds only {len(state['model'])} tensors")
     try:
-        return kind(**config)
+        shape = kind(**config)
     except UserError as error:
         raise UserError(f"{state['path']}: model_config: {error}") from None
+    if shape.rope_theta < 1:
+        raise UserError(f"{state['path']}: model_config has rope_theta={shape.rope_theta}, "
+                        "which must be at least 1")
+    # before a model of a false width takes all memory
+    _check_tensor(state, "wte.weight", (shape.vocab_size, shape.n_embd))
+    return shape
 
 
 class skip_init(torch.overrides.TorchFunctionMode):
@@ -256,22 +266,27 @@ def load_weights(model, state, assign=False):
 
     Raises UserError that names the file and what doesn't fit.
     """
-    def refuse(reason):
-        raise UserError(f"the weights in {state['path']} do not fit its own model_config: {reason}")
-
     weights, wanted = state["model"], model.state_dict()
     for name, tensor in wanted.items():
-        found = weights.get(name)
-        if not isinstance(found, torch.Tensor):
-            refuse(f"{name} is missing")
-        if found.layout != torch.strided or found.is_meta:
-            refuse(f"{name} holds no plain numbers")
-        if found.shape != tensor.shape or not found.is_floating_point():
-            refuse(f"{name} is {found.dtype} of shape {tuple(found.shape)}, "
-                   f"not {tuple(tensor.shape)}")
+        _check_tensor(state, name, tuple(tensor.shape))
     if unknown := [str(name) for name in weights if name not in wanted]:
-        refuse(f"{unknown[0]} is unknown")
+        _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
+
+
+def _check_tensor(state, name, shape):
+    """Raise UserError unless a checkpoint's weights hold a tensor of this name and shape."""
+    found = state["model"].get(name)
+    if not isinstance(found, torch.Tensor):
+        _refuse(state, f"{name} is missing")
+    if found.layout != torch.strided or found.is_meta:
+        _refuse(state, f"{name} holds no plain numbers")
+    if found.shape != shape or not found.is_floating_point():
+        _refuse(state, f"{name} is {found.dtype} of shape {tuple(found.shape)}, not {shape}")
+
+
+def _refuse(state, why):
+    raise UserError(f"the weights in {state['path']} do not fit its own model_config: {why}")
 
 
 def load_tokenizer(state, folder, vocab_size):

@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import types
@@ -31,6 +32,8 @@ from typing import Annotated, Literal
 
 from minillm.errors import UserError
 
+# with all that end in _dir: a ~ before them means the home folder, which no shell sees behind "="
+PATHS = ("tokenizer", "init_from", "questions", "choices", "out")
 LARGEST = 10**10             # the upper bound of a number that has no bound of its own
 
 
@@ -127,7 +130,10 @@ def configure(cls, argv=None):
             raise UserError(f"unexpected argument {argument!r}: flags look like --key=value, "
                             "config files end in .py")
     for key, hint in hints.items():
-        _check_bounds(key, getattr(settings, key), hint)
+        value = getattr(settings, key)
+        _check_bounds(key, value, hint)
+        if isinstance(value, str) and (key.endswith("_dir") or key in PATHS):
+            setattr(settings, key, os.path.expanduser(value))
     return settings
 
 
@@ -251,7 +257,8 @@ def _kind_name(kind):
 def _read_config(path, hints, inputs):
     """Run the config file `path` and return the keys it sets, checked against the types."""
     try:
-        with open(path, encoding="utf-8") as file:
+        # -sig: some editors begin a file with a byte order mark
+        with open(path, encoding="utf-8-sig") as file:
             source = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)

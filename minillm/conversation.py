@@ -104,6 +104,9 @@ class Conversation:
         Raises UserError if it leaves no room for a question.
         """
         ids = self._ids("system", text) if text else []
+        if len(self.generation_prompt) >= self.context:
+            raise UserError(f"a context of {self.context} tokens holds no question: the answer's "
+                            f"beginning alone takes {len(self.generation_prompt)}")
         if len(ids) + len(self.generation_prompt) >= self.context:
             raise UserError(f"a system prompt of {len(ids)} tokens does not fit: "
                             f"the context holds {self.context}")

@@ -27,6 +27,7 @@ def known_encoding(name):
     try:
         encoding = codecs.lookup(name).name
         line_end = "\n".encode(encoding)
+        codecs.getincrementaldecoder(encoding)("ignore").decode(b"\n")      # idna can't
     except (LookupError, ValueError):
         raise UserError(f"unknown encoding {name!r}; utf-8 and gb18030 are usual") from None
     encoding = WIDE.get(encoding, encoding).replace("utf-8-sig", "utf-8")

@@ -6,8 +6,13 @@
 
 Anything else is a bug and keeps its traceback.
 """
+import errno
 import os
 import sys
+
+# what the machine refuses, whatever the program: a full disk, a closed terminal, a limit
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE,
+           errno.ENFILE)
 
 
 class UserError(Exception):
@@ -20,7 +25,8 @@ def run(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
-        main()
+        _check_current_folder()
+        _call_and_flush(main)
     except UserError as error:
         sys.exit(_report(error))
     except (MemoryError, RuntimeError) as error:
@@ -31,8 +37,52 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                      # `python sample.py | head`: the reader has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        write_nowhere(1)
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        sys.exit(_report(f"{_place_of(error)}: {reason(error)}"))
+
+
+def reason(error):
+    """The system's reason for an OSError, and what helps where the user may not know."""
+    text = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        text += ": `ulimit -n 1024` allows more"
+    return text
+
+
+def _check_current_folder():
+    """Raise UserError if it was deleted: libraries say so in other words, or end the program."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was deleted: cd to one that is there") from None
+
+
+def _call_and_flush(main):
+    """Call main(); what it has printed is written, or an OSError says why not."""
+    try:
+        main()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _place_of(error):
+    """What an OSError of MACHINE is about; if stdout fails, it is silent from now on."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        write_nowhere(1)
+    return error.filename or "cannot write the output"
+
+
+def write_nowhere(number):
+    """Let stream 1 or 2 lead nowhere, so that Python's own flush at the end does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _open_closed_streams():
@@ -66,7 +116,10 @@ def _advice(error):
 
 def _report(error):
     line = " ".join(str(error).split("\n")).strip()
-    print(f"{_program()}: {line}", file=sys.stderr, flush=True)
+    try:
+        print(f"{_program()}: {line}", file=sys.stderr, flush=True)
+    except OSError:                              # a full disk, or nobody reads it
+        write_nowhere(2)
     return 2
 
 

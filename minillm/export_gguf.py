@@ -56,7 +56,8 @@ def import_gguf():
     """The module gguf. Raises UserError if it isn't installed."""
     try:
         import gguf                              # optional: only --format=gguf needs it
-    except ImportError:
+        gguf.GGUFWriter                          # a folder of that name is imported as well
+    except (ImportError, AttributeError):
         raise UserError("--format=gguf needs the package gguf: pip install gguf") from None
     return gguf
 

@@ -213,11 +213,14 @@ def read_model(folder):
     load_file = safetensors.torch.load_file
     SafetensorError = safetensors.SafetensorError
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8-sig") as file:
             theirs = json.load(file)
         kind = check_config(theirs)
         config = gpt_config(theirs, kind)
         tensors = load_file(os.path.join(folder, "model.safetensors"))
+        if config["n_layer"] > len(tensors):
+            raise UserError(f"num_hidden_layers is {config['n_layer']}, but model.safetensors "
+                            f"holds only {len(tensors)} tensors")
         training = {}
         if os.path.exists(os.path.join(folder, "training.safetensors")):
             training = load_file(os.path.join(folder, "training.safetensors"))

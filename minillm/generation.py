@@ -100,7 +100,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
     """Make the cache hold exactly `prompts` (lists of ids, one per row).
 
     What a row shares with the cache's tokens is kept and not computed again. Returns the logits (B,
-    V) of the token after each prompt.
+    V) of the token after each prompt. Raises UserError where they are no numbers.
     """
     # 1) what is new: all behind the common beginning, and at least the last token
     starts = [common_length(prompt[:-1], old) for prompt, old in zip(prompts, cache.tokens)]
@@ -121,7 +121,11 @@ def prefill(model, cache, prompts, forward=cached_forward):
     cache.prefilled += sum(map(len, prompts)) - sum(starts)
     last = [len(prompt) - start - 1 for prompt, start in zip(prompts, starts)]
     row = torch.arange(len(prompts), device=x.device)
-    return model.logits(x[row, torch.tensor(last, device=x.device)])
+    logits = model.logits(x[row, torch.tensor(last, device=x.device)])
+    if not logits.isfinite().all():              # else every row would be empty, without a word
+        raise UserError("the model computes NaN or infinity: its weights are not finite, or "
+                        f"too large for {str(logits.dtype).removeprefix('torch.')}")
+    return logits
 
 
 def decode_one_token(model, cache, token, position, end):

@@ -154,7 +154,10 @@ def check_caller(request):
             raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`",
                            type="authentication_error", code="invalid_api_key")
     elif limits.loopback_only:
-        host = urlsplit("//" + request.headers.get("host", "")).hostname
+        try:
+            host = urlsplit("//" + request.headers.get("host", "")).hostname
+        except ValueError:                       # half of an IPv6 address
+            host = None
         if host not in LOOPBACK:
             raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
                                 "start it with --api_key or --host to let others in",

@@ -93,7 +93,7 @@ def json_values(stream, encoding, name, form, report):
         place = f"{name}, record {number}"
         value, size = buffer.decode()
         if size is None:
-            report.skip("malformed JSON", place)
+            report.skip("malformed JSON, with all that follows in this file", place)
             return
         yield place, value, size
 

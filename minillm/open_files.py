@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import os
+import sys
 import tarfile
 
 from minillm.errors import UserError
@@ -120,3 +121,9 @@ def _zstd(name):
             raise UserError(f"{name} is compressed with zstd: `pip install backports.zstd`, "
                             "or `unzstd` it first") from None
     return zstd
+
+
+def zstd_errors():
+    """What reading a damaged .zst raises: the class, where the package was needed."""
+    modules = [sys.modules.get(name) for name in ("compression.zstd", "backports.zstd")]
+    return [module.ZstdError for module in modules if module]

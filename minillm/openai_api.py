@@ -76,8 +76,7 @@ def read_params(fields, service):
         temperature=fields.number("temperature", d.temperature, 0, 100),
         top_k=min(top_k, service.model.tokenizer.vocab_size),
         top_p=fields.number("top_p", d.top_p, 0, 1, above=True),
-        repetition_penalty=fields.number("repetition_penalty", d.repetition_penalty, 0, 100,
-                                         above=True))
+        repetition_penalty=fields.number("repetition_penalty", d.repetition_penalty, 0.01, 100))
 
 
 def check_model(fields, service):

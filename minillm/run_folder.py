@@ -156,6 +156,19 @@ def lock_existing(folder):
     return lock(folder) if checkpoint.saved_steps(folder) else None
 
 
+def lock_for_writing(s):
+    """lock() of out_dir, for a run that is about to begin there.
+
+    Raises UserError if another run has begun and ended there since open_resumed() looked.
+    """
+    held = lock(s.out_dir)
+    steps = checkpoint.saved_steps(s.out_dir)
+    if steps and s.init_from != "resume" and not s.overwrite:
+        raise UserError(f"another run has reached step {steps[0]} in {s.out_dir} meanwhile: "
+                        "choose another --out_dir")
+    return held
+
+
 def begin(s, log, resumed_at, tokenizer, outcome):
     """Make out_dir this run's own, and let `log` write there, once the first step is done.
 
@@ -165,8 +178,8 @@ def begin(s, log, resumed_at, tokenizer, outcome):
         _begin(s, resumed_at, tokenizer, outcome)
         log.begin()
     except OSError as error:
-        raise UserError(f"cannot write to {s.out_dir}: {error.filename}: "
-                        f"{error.strerror}") from None
+        path = error.filename2 or error.filename
+        raise UserError(f"cannot write to {s.out_dir}: {path}: {error.strerror}") from None
 
 
 def _begin(s, resumed, tokenizer, outcome):
@@ -235,7 +248,7 @@ def read_settings(folder, **needed):
     """
     path = os.path.join(folder, "config.py")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             tree = ast.parse(file.read())
         settings = {node.targets[0].id: ast.literal_eval(node.value)
                     for node in tree.body if isinstance(node, ast.Assign)}
@@ -306,9 +319,12 @@ def copy_tokenizer(source, folder):
     target = os.path.join(folder, "tokenizer")
     if os.path.realpath(source) == os.path.realpath(target):
         return
-    os.makedirs(target + ".tmp")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if os.path.exists(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), target + ".tmp")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(target + ".tmp", target)
+    try:
+        os.makedirs(target + ".tmp")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if os.path.exists(os.path.join(source, name)):
+                shutil.copy(os.path.join(source, name), target + ".tmp")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(target + ".tmp", target)
+    finally:
+        shutil.rmtree(target + ".tmp", ignore_errors=True)

@@ -5,6 +5,7 @@ GPU. Rank 0 alone writes; every rank counts the steps that were not finite. A fu
 that has gone (`python train.py | head`) stops no training: records wait in memory until they can be
 written, lines are lost.
 """
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from minillm import trackers
 from minillm.dataloader import batch_windows
 from minillm.device import describe, peak_flops
-from minillm.distributed import print0
+from minillm.distributed import forget_lost_lines, print0
 
 
 class MetricsFile:
@@ -32,6 +33,9 @@ class MetricsFile:
 
         keep_validation: `step` itself will not be validated again, so its record stays.
         """
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            # opening a pipe would wait for somebody at its other end, for good
+            raise OSError(errno.EEXIST, "it is not a file", self.path)
         old = []
         if step and os.path.exists(self.path):
             with open(self.path, "rb") as file:
@@ -80,6 +84,12 @@ def _stays(line, step, keep_validation):
     return at < step or at == step and keep_validation and "val_loss" in record
 
 
+def _count(resumed, key, default):
+    """A number of a checkpoint, or the default where there is none that makes sense."""
+    value = resumed.get(key)
+    return value if type(value) in (int, float) and 0 <= value < 2**63 else default
+
+
 def duration(seconds):
     """Seconds in words: 4:05, 3:04:05, 2d 03:04:05."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -109,8 +119,8 @@ class RunLog:
         self.parameters = dict(zip(("parameters", "active_parameters"), model.n_params()))
         self.first_step = resumed.get("step", 0)
         # old checkpoints don't count tokens and seconds
-        self.tokens_before = resumed.get("tokens", self.first_step * tokens_per_step)
-        self.seconds_before = resumed.get("seconds", 0.0)
+        self.tokens_before = _count(resumed, "tokens", self.first_step * tokens_per_step)
+        self.seconds_before = _count(resumed, "seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.monotonic()
         self.waiting = self.last_step = None
@@ -256,6 +266,7 @@ class RunLog:
         if not done:
             parts.append("--init_from=resume goes on")
         print0(" · ".join(parts))
+        forget_lost_lines()
 
 
 def describe_run(s, model, data, device, dtype, world, first_step):

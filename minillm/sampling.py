@@ -1,10 +1,13 @@
 """How the next token is drawn from the logits: temperature, top-k, top-p, repetition penalty.
 
-Nothing here asks the device for a number, so all of it can be part of a CUDA graph.
+Nothing here asks the device for a number, so all of it can be part of a CUDA graph. The numbers
+stay finite for every setting that SamplingParams takes.
 
 Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """
 import torch
+
+ALL_OF_IT = 1e-5             # a lower temperature gives the likeliest token all of the probability
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
@@ -16,7 +19,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     logits moves the choice: rounding does only where two ids are about to tie. temperature 0 is
     greedy. topk: minillm/speed/topk.py has faster ones. Returns (B,).
     """
-    if temperature == 0 or top_k == 1:
+    if temperature < ALL_OF_IT or top_k == 1:
         return logits.argmax(-1)
     ids = None
     if 0 < top_k < logits.shape[-1]:

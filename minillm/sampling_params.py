@@ -4,6 +4,7 @@
 
 Nothing here imports torch: a wrong flag is reported at once, without a second of loading.
 """
+import contextlib
 import math
 import os
 import sys
@@ -30,8 +31,9 @@ class SamplingParams:
             raise UserError(f"top_k={self.top_k} must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be at least 0.01 "
+                            "and at most 100")
 
 
 @dataclass
@@ -80,6 +82,17 @@ class GenerationSettings:
         raise UserError(f"no model in {self.out_dir}: {command} makes it")
 
 
+def _read_stdin():
+    """All bytes of stdin. UserError if it cannot be read."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        # whoever shares the terminal or pipe may have made it return what is there so far
+        os.set_blocking(sys.stdin.fileno(), True)
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:                     # opened for writing alone
+        raise UserError(f"cannot read stdin: {error.strerror or error}") from None
+
+
 def read_prompt(text):
     """The prompt: `text`, or all of stdin if that is '-'.
 
@@ -93,7 +106,7 @@ def read_prompt(text):
         return text
     if sys.stdin.isatty():
         print("type the text; Ctrl-D on a line of its own ends it", file=sys.stderr, flush=True)
-    data = sys.stdin.buffer.read()
+    data = _read_stdin()
     for encoding in ("utf-8-sig", sys.stdin.encoding):
         try:
             # one line end comes from the command that wrote the text, not from its author

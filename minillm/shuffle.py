@@ -90,7 +90,12 @@ class DiskShuffle:
 
     def _append(self, files, folder, bucket, record):
         if bucket not in files:
-            files[bucket] = open(os.path.join(folder, f"{bucket:02x}"), "wb", WRITE_BUFFER)
+            try:
+                files[bucket] = open(os.path.join(folder, f"{bucket:02x}"), "wb", WRITE_BUFFER)
+            except OSError:                      # a folder cannot be removed without a free number
+                for file in files.values():
+                    file.close()
+                raise
         files[bucket].write(record)
 
     def shuffled(self):

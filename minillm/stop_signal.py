@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM finish the step, save and end the run; a second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM finish the step, save and end the run; a second Ctrl-C ends it at once.
+
+So does a terminal that is closed (SIGHUP), unless the run was started to outlive it (nohup).
+"""
 import os
 import signal
 import time
@@ -16,6 +19,9 @@ class StopSignal:
         self.grace = 1.0 if world > 1 else 0.0
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        # Windows has none
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, number, frame):
         if number == signal.SIGINT and self.asked and time.monotonic() - self.since >= self.grace:

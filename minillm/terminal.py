@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 
+from minillm.atomic_folder import replaced_file
 from minillm.completion import completions
 from minillm.configurator import configure
 from minillm.conversation import Conversation
@@ -194,7 +195,7 @@ class Terminal:
     def command_help(self, rest):
         """this list"""
         for command in sorted(self.commands.values(), key=line_of):
-            usage, _, meaning = command.__doc__.rpartition(" — ")
+            usage, _, meaning = (command.__doc__ or "").rpartition(" — ")   # -OO: none
             self.dim(f"  /{command.__name__[8:] + ' ' + usage:<24}{meaning}")
         self.dim("  several lines: paste them, end a line with \\, "
                  'or put """ on the lines before and after\n'
@@ -255,9 +256,10 @@ class Terminal:
         path = self.path(rest, "/save")
         line = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
         try:
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
+            # a lone surrogate becomes JSON's escape for it
+            with (replaced_file(path) as new,
+                  open(new, "w", encoding="utf-8", errors="backslashreplace") as file):
                 file.write(line)
-            os.replace(path + ".tmp", path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
         self.dim(f"{len(self.conversation.turns)} messages written to {path}")
@@ -266,11 +268,11 @@ class Terminal:
         """FILE — go on with a conversation that /save wrote"""
         path = self.path(rest, "/load")
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 messages = json.loads(file.readline())["messages"]
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not a conversation that /save wrote") from None
         self.conversation.load(messages)
         self.dim(f"{len(self.conversation.turns)} messages read from {path}")
@@ -293,7 +295,7 @@ class Terminal:
         raise EOFError
 
     def path(self, text, command):
-        if not text:
+        if not text or "\0" in text:
             raise UserError(f"{command} needs a file name, as in {command} chat.jsonl")
         return os.path.expanduser(text)
 

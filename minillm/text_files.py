@@ -21,7 +21,8 @@ from typing import NamedTuple
 from minillm.encodings import Transcoded, guess_encoding, is_wide, known_encoding, marked_encoding
 from minillm.errors import UserError
 from minillm.json_stream import MAX_LINE, form_of, json_values
-from minillm.open_files import Rewound, find_files, kind_of, look_ahead, open_streams
+from minillm.open_files import (Rewound, find_files, kind_of, look_ahead, open_streams,
+                                zstd_errors)
 from minillm.txt_documents import txt_documents
 
 BLOCK = 1 << 20              # bytes of a block
@@ -82,7 +83,7 @@ class Source:
                             self.position = finished + raw.tell()
                         yield block
                 self.position = finished = finished + os.path.getsize(path)
-            except DAMAGED as error:
+            except (*DAMAGED, *zstd_errors()) as error:
                 raise UserError(f"{path} is damaged or cut short ({error}): "
                                 "fetch it again") from None
             except OSError as error:

@@ -1,5 +1,5 @@
 """Token ids → text as they come: whole characters only, and nothing from a stop string on."""
-from minillm.tokenizer import StreamDecoder
+import codecs
 
 
 class TextStream:
@@ -45,3 +45,24 @@ class TextStream:
                 if text.endswith(stop[:n]):
                     longest = max(longest, n)
         return longest
+
+
+class StreamDecoder:
+    """Text out of tokens as they come, whole characters only.
+
+    `push(id)` gives the text that is complete by now, `flush()` ends. Bytes that cannot become a
+    character are dropped, so no U+FFFD appears that the tokens do not spell; special tokens say
+    nothing.
+    """
+
+    def __init__(self, tokenizer):
+        self._token_bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+
+    def push(self, id):
+        return self._decoder.decode(self._token_bytes[id])
+
+    def flush(self):
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text

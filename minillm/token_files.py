@@ -47,7 +47,7 @@ def read_meta(folder):
     """meta.json of a data folder, checked for what training needs of it."""
     path = os.path.join(folder, "meta.json")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             meta = json.load(file)
         _check_meta(meta)
     except OSError as error:

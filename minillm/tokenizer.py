@@ -11,7 +11,6 @@ gives the ids of `encode_chat`, also where a message spells a control token. A p
 does read control tokens in text, unless it says split_special_tokens=True. train_tokenizer.py makes
 the folder; neither torch nor transformers is imported.
 """
-import codecs
 import functools
 import hashlib
 import json
@@ -28,6 +27,7 @@ END_OF_TEXT, IM_START, IM_END = range(3)
 MAX_VOCAB = 65535                    # token files are uint16
 # characters encoded at once: the library takes 100 bytes for each
 MAX_PIECE = 1 << 18
+PROBE = "\n Ab 12\n天气"          # a foreign tokenizer loses case, spaces or what it has no token for
 ROLES = ("system", "user", "assistant")
 
 # Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at
@@ -128,6 +128,8 @@ class Tokenizer:
         # [id] -> the bytes it stands for; b"" for special tokens
         self.token_bytes, self._special = _token_bytes(self._backend, path)
         self._prefixes = {}
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError(f"{path} was not trained by train_tokenizer.py: it loses text")
 
     @classmethod
     def load(cls, folder):
@@ -260,6 +262,9 @@ def _open_backend(data, path):
     except Exception as error:                           # the library raises bare Exception
         why = " ".join(str(error).split())[:80]
         raise UserError(f"{path} is damaged ({why}): train the tokenizer again") from None
+    if not isinstance(backend.model, models.BPE) or backend.model.dropout:
+        raise UserError(f"{path} was not trained by train_tokenizer.py: it must be BPE, which "
+                        "gives a text the same ids each time (no dropout)")
     if table[:3] != SPECIAL_TOKENS or None in table or not 259 <= len(table) <= MAX_VOCAB:
         raise UserError(f"{path} was not trained by train_tokenizer.py: the ids 0, 1, 2 must be "
                         f"{' '.join(SPECIAL_TOKENS)}, "
@@ -304,25 +309,8 @@ def _token_bytes(backend, path):
                             "written in byte-level BPE")
         else:
             table.append(bytes(byte_of[char] for char in text))
+    lost = {bytes([byte]) for byte in range(256)} - set(table)
+    if lost:
+        raise UserError(f"{path} was not trained by train_tokenizer.py: it has no token for "
+                        f"{len(lost)} of the 256 bytes, such as {min(lost)}")
     return table, special
-
-
-class StreamDecoder:
-    """Text out of tokens as they come, whole characters only.
-
-    `push(id)` gives the text that is complete by now, `flush()` ends. Bytes that cannot become a
-    character are dropped, so no U+FFFD appears that the tokens do not spell; special tokens say
-    nothing.
-    """
-
-    def __init__(self, tokenizer):
-        self._token_bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-
-    def push(self, id):
-        return self._decoder.decode(self._token_bytes[id])
-
-    def flush(self):
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text

@@ -21,14 +21,17 @@ def names(s):
     for name in chosen:
         if name not in TRACKERS:
             raise UserError(f"tracker={name!r} is not one of {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:        # a folder of that name: W&B makes one
             raise UserError(f"tracker={name} needs the package {name}: pip install {name}")
     return list(dict.fromkeys(chosen))
 
 
 def start(s, resumed, outcome):
     """The trackers of a run. resumed: its checkpoint, or {}. UserError if one cannot start."""
-    ids = {"wandb": resumed.get("wandb_id")} | resumed.get("trackers", {})
+    ids = {"wandb": resumed.get("wandb_id")}
+    if isinstance(resumed.get("trackers"), dict):
+        ids |= resumed["trackers"]
     config = asdict(s) | outcome
     started = []
     for name in names(s):

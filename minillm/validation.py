@@ -37,6 +37,9 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
             load = load + stats[1].double() * x.numel()
             seen += x.numel()
     count = max(supervised, 1)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss on {data.folder} is {loss}: the model's weights are not finite, "
+                        f"or too large for {str(dtype).removeprefix('torch.')}")
     result = {"loss": loss / count, "accuracy": correct / count, "tokens": supervised}
     if seen:
         result["load"] = (load / seen).tolist()
@@ -46,14 +49,15 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
 def check_counts(meta):
     """Raise UserError if meta.json does not count what bits_per_byte needs."""
     for key in _counts(meta):
-        if key not in meta["splits"]["val"]:
+        count = meta["splits"]["val"].get(key)
+        if type(count) is not int or count < 1:
             raise UserError(f"the data's meta.json does not count {key!r}: prepare the data again")
 
 
 def bits_per_byte(loss, meta):
     """Nats per token → bits per byte of UTF-8 text, by the split's counts of tokens and bytes."""
     tokens, size = (meta["splits"]["val"][key] for key in _counts(meta))
-    return loss / math.log(2) * tokens / size if size else float("nan")
+    return loss / math.log(2) * tokens / size
 
 
 def _counts(meta):

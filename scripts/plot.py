@@ -19,6 +19,7 @@ from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from minillm.atomic_folder import replaced_file
 from minillm.configurator import NonNegativeFloat, configure, positional
 from minillm.errors import UserError, run
 
@@ -41,7 +42,7 @@ class Run:
     """The records of one run, and what they say of it as a whole."""
 
     def __init__(self, argument):
-        label, _, path = argument.rpartition("=")
+        label, path = label_and_path(argument)
         self.label = label or os.path.basename(path.rstrip("/")).removesuffix(".jsonl")
         self.file = os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path
         self.records = read_records(self.file)
@@ -50,13 +51,13 @@ class Run:
     def last_with(self, key):
         """The last record after the first step that has this key."""
         for record in reversed(self.records):
-            if key in record and record["step"] > 0:
+            if record.get(key) is not None and record["step"] > 0:
                 return record
         raise UserError(f"{self.file} does not count {key} yet: give --x=step")
 
     def tokens_at(self, record):
         """Training tokens up to a record. Older runs count them only at their end."""
-        if "tokens" in record:
+        if record.get("tokens") is not None:
             return record["tokens"]
         counted = self.last_with("tokens")
         return record["step"] * counted["tokens"] / counted["step"]
@@ -64,7 +65,7 @@ class Run:
     def active_parameters(self):
         """Those that a token passes through: in a run's first record, and in its last."""
         for record in self.records:
-            if "active_parameters" in record:
+            if record.get("active_parameters") is not None:
                 return record["active_parameters"]
         raise UserError(f"{self.file} does not count parameters: give --x=tokens")
 
@@ -80,10 +81,21 @@ class Run:
         return list(zip(places, (record[key] for record in records)))
 
 
+def label_and_path(argument):
+    """The two parts of label=PATH. Either may hold a "=" itself: the path is what is there."""
+    parts = argument.split("=")
+    for start in range(len(parts)):
+        path = "=".join(parts[start:])
+        if os.path.exists(path):
+            return "=".join(parts[:start]), path
+    label, _, path = argument.rpartition("=")
+    return label, path
+
+
 def read_records(path):
     """The records of a file; half a line at its end is still being written."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
@@ -91,12 +103,30 @@ def read_records(path):
         lines.pop()
     try:
         records = [json.loads(line) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"cannot read {path}: it is not JSON lines") from None
-    for record in records:
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{path} is not the metrics.jsonl of a run: a line has no step")
+    for number, record in enumerate(records, 1):
+        check_record(record, f"{path}:{number}")
     return records
+
+
+def check_record(record, place):
+    """Raise UserError unless a record holds what train.py writes, for all that is drawn."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise UserError(f"{place} is not of the metrics.jsonl of a run: it has no step")
+    for key in ("step", "loss", "val_loss", "tokens", "active_parameters"):
+        if not (record.get(key) is None or is_number(record[key])):
+            raise UserError(f"{place} is not of the metrics.jsonl of a run: {key} is no number")
+    layers = record.get("load", [[0]])
+    if isinstance(layers, list) and all(isinstance(layer, list) for layer in layers):
+        if all(len(layer) == len(layers[0]) and all(map(is_number, layer)) for layer in layers):
+            return
+    raise UserError(f"{place} is not of the metrics.jsonl of a run: load is not as train.py "
+                    "writes it")
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e18
 
 
 def draw_loss(axes, run, colour, s):
@@ -138,10 +168,11 @@ def draw(runs, s):
     axes.grid(alpha=0.3)
     kind = os.path.splitext(s.out)[1].removeprefix(".") or "png"
     try:
-        figure.savefig(s.out + ".tmp", dpi=110, format=kind)
-        os.replace(s.out + ".tmp", s.out)
+        with replaced_file(s.out) as new:
+            figure.savefig(new, dpi=110, format=kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {s.out}: {error}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"cannot write {s.out}: {reason}") from None
 
 
 def main():

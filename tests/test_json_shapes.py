@@ -76,7 +76,8 @@ def test_a_file_may_be_larger_than_a_value_may_be(tmp_path, monkeypatch, shape):
 
 def test_an_array_cut_short(tmp_path):
     (tmp_path / "c.json").write_text(SHAPES["array, pretty"][:-8])
-    assert read(tmp_path / "c.json") == Found(TEXTS[:2], {"malformed JSON": 1})
+    cost = {"malformed JSON, with all that follows in this file": 1}
+    assert read(tmp_path / "c.json") == Found(TEXTS[:2], cost)
 
 
 @pytest.mark.parametrize("first", ['{"text": "x', "[1, 2", "{", "nonsense", '{"text"'])

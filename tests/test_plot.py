@@ -43,10 +43,18 @@ def test_half_a_line_is_still_being_written(tmp_path):
     assert len(run.points("loss", "tokens")) == 4
 
 
+def test_an_equals_sign_in_a_path_is_no_label(tmp_path):
+    (tmp_path / "lr=0.1").mkdir()
+    write(tmp_path / "lr=0.1" / "metrics.jsonl", STEPS)
+
+    assert plot.Run(str(tmp_path / "lr=0.1")).label == "lr=0.1"
+    assert plot.Run(f"lr=0.1, mine={tmp_path}/lr=0.1").label == "lr=0.1, mine"
+
+
 @pytest.mark.parametrize("text, says", [
     ("not JSON\n", "it is not JSON lines"),
-    ("[1]\n", "a line has no step"),
-    ('{"step": null}\n', "a line has no step"),
+    ("[1]\n", "it has no step"),
+    ('{"step": null}\n', "it has no step"),
     ('{"step": 1, "loss": 2}\n', "does not count tokens yet: give --x=step"),
 ])
 def test_what_cannot_be_drawn(tmp_path, text, says):

@@ -171,3 +171,12 @@ def test_bad_options_are_refused(name, value):
         tiny_model().chat(HELLO, **{name: value})
     with pytest.raises(UserError, match=says):
         list(tiny_model().generate([5], **dict(max_new_tokens=3) | {name: value}))
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-39, 1e-6])
+@pytest.mark.parametrize("options", [dict(), dict(top_k=3), dict(top_p=0.9)], ids=str)
+def test_a_temperature_beyond_float32_is_greedy(temperature, options):
+    """logits / temperature would be infinite, and the probabilities no numbers."""
+    logits = torch.tensor([[0.0, 5.0, 1.0, -3.0]])
+
+    assert sample(logits, torch.tensor([0.3]), temperature, **options).tolist() == [1]

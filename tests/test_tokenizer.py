@@ -10,7 +10,8 @@ import train_tokenizer
 from demo.town import biographies
 from minillm import tokenizer as tokenizer_module
 from minillm.errors import UserError
-from minillm.tokenizer import IM_END, IM_START, StreamDecoder, Tokenizer
+from minillm.text_stream import StreamDecoder
+from minillm.tokenizer import IM_END, IM_START, Tokenizer
 from support import ROOT
 
 AWKWARD = {
