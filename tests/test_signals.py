@@ -2,17 +2,19 @@
 
 A second Ctrl-C leaves at once.
 """
+import itertools
 import os
 import signal
 import time
+import types
 
 import pytest
 
 import train
-from minillm import checkpoint
+from minillm import checkpoint, stop_signal
 from support.processes import LIMIT
 from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, make_data,
-                                   newest, numbers, on_phase, on_step, send_itself)
+                                   newest, numbers, on_phase, on_step, ranks, send_itself)
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 
@@ -118,13 +120,31 @@ def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):
     assert "stopped at step 8" in output
 
 
+def two_ctrl_c(step, seconds):
+    """A function for the child: two Ctrl-C at `step`, so many seconds apart by its own clock."""
+    def before():
+        times = itertools.count(0, seconds)
+        stop_signal.time = types.SimpleNamespace(monotonic=lambda: next(times))
+        signal_at(step, signal.SIGINT, times=2)()
+    return before
+
+
 def test_a_launcher_may_repeat_a_ctrl_c(data, tmp_path):
-    """torchrun passes on what the terminal has sent already: two at once count as one."""
+    """torchrun passes on what the terminal has sent already: two within a second count as one."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
 
-    finish_ranks(2, argv, before=[signal_at(7, signal.SIGINT, times=2)] * 2)
+    finish_ranks(2, argv, before=[two_ctrl_c(7, seconds=0.9)] * 2)
 
     assert checkpoint.saved_steps(tmp_path / "out") == [8]
+
+
+def test_a_second_ctrl_c_leaves_a_job_at_once(data, tmp_path):
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    first, second = ranks(2, argv, before=[two_ctrl_c(7, seconds=1), None])
+
+    assert first.wait() == 130 and second.wait() != 0
+    assert checkpoint.saved_steps(tmp_path / "out") == []
 
 
 def stall(step):
