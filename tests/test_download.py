@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ from support import ROOT
 from support.corpus_server import (CHATS, CHATS_PATH, TEXT, TEXT_PATH, Server, corpora, json_lines,
                                    text_archive)
 from support.preparation_runs import chats, texts
-from support.processes import LIMIT
+from support.processes import LIMIT, wait_until
 
 SCRIPT = f"{ROOT}/scripts/download_data.sh"
 pytestmark = pytest.mark.skipif(not shutil.which("curl") or not shutil.which("bash"),
@@ -54,13 +53,6 @@ def fetched(tmp_path):
     if not folder.exists():
         return {}
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def wait_until(condition):
-    limit = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.005)
 
 
 # ---- transfers that break

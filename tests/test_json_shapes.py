@@ -1,11 +1,10 @@
 """JSON in whatever shape: lines, arrays, pretty-printed, concatenated, wrapped; in any encoding."""
-import codecs
 import json
 
 import pytest
 
 from minillm import json_stream
-from support.reading import Found, read
+from support.reading import BOMS, Found, read
 
 TEXTS = ["甲\n乙", "丙]}", "丁"]
 RECORDS = [{"text": text} for text in TEXTS]
@@ -28,13 +27,6 @@ SHAPES = {
     "wrapped, pretty": json.dumps({"data": RECORDS}, indent=2),
     "wrapped, after another key": json.dumps({"version": 1, "data": RECORDS}),
     "CRLF": "\r\n".join(VALUES),
-}
-BOMS = {
-    "utf-8": codecs.BOM_UTF8,
-    "utf-16-le": codecs.BOM_UTF16_LE,
-    "utf-16-be": codecs.BOM_UTF16_BE,
-    "utf-32-le": codecs.BOM_UTF32_LE,
-    "utf-32-be": codecs.BOM_UTF32_BE,
 }
 
 

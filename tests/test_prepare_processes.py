@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,7 +11,7 @@ from minillm.errors import UserError
 from support import ROOT
 from support.encoders import Dies, Doubles, FailsAtSeven
 from support.preparation_runs import chats, command, fingerprint, texts, write_chats, write_texts
-from support.processes import LIMIT
+from support.processes import LIMIT, wait_until
 from support.tiny_tokenizer import make_tokenizer
 
 
@@ -105,13 +104,6 @@ def group_members(group):
         if int(member_of) == group and state != "Z":
             found.append(int(name))
     return found
-
-
-def wait_until(condition):
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 ENDS = [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]

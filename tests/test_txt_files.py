@@ -4,16 +4,7 @@ import pytest
 from minillm import txt_documents
 from minillm.errors import UserError
 from support.preparation_runs import finish, refused
-from support.reading import Found, read
-
-BOMS = {
-    "utf-8": b"\xef\xbb\xbf",
-    "utf-16-le": b"\xff\xfe",
-    "utf-16-be": b"\xfe\xff",
-    "utf-32-le": b"\xff\xfe\0\0",
-    "utf-32-be": b"\0\0\xfe\xff",
-}
-
+from support.reading import BOMS, Found, read
 
 # ---- encodings
 

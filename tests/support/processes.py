@@ -128,6 +128,14 @@ class Fork:
         return self.out + self.err
 
 
+def wait_until(condition):
+    """Returns once condition() holds."""
+    limit = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < limit, f"not within {LIMIT} s"
+        time.sleep(0.01)
+
+
 def run(program, argv, **options):
     """The process, which has ended."""
     child = Fork(program, argv, **options)

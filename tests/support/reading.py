@@ -4,6 +4,7 @@
     read(path, conversations)            # its conversations
 """
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -16,6 +17,15 @@ import pytest
 from minillm.text_reader import Report, Source, documents
 
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+
+
+BOMS = {
+    "utf-8": codecs.BOM_UTF8,
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
 
 
 class Found(NamedTuple):
