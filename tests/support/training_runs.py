@@ -9,7 +9,6 @@ import mmap
 import os
 import signal
 import socket
-import sys
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from minillm import checkpoint
 from support import processes
 from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
-PYTHON = sys.executable
 BLOCK = 32
 TINY = [f"--block_size={BLOCK}", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=32",
         "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=60", "--warmup_iters=5",
