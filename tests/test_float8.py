@@ -1,13 +1,10 @@
-"""Training in 8 bits.
-
-Its products against float64, what is cut off, what is refused, and a whole run.
-"""
+"""Training in 8 bits: products against float64, what is cut off or refused, a whole run."""
 import pytest
 import torch
 
-from minillm.errors import UserError
 from minillm.device import compile_for_training
-from minillm.speed.float8 import GRADIENT_SCALE, Float8Linear, Float8Function, use_float8
+from minillm.errors import UserError
+from minillm.speed.float8 import GRADIENT_SCALE, Float8Function, Float8Linear, use_float8
 from model import GPT, GPTConfig
 from support.training_runs import TINY, assert_same_run, finish, make_data, numbers
 
@@ -21,100 +18,142 @@ def error(ours, exact):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_products_are_those_of_the_rounded_numbers(compiled):
-    """All three, with sizes that all differ.
+    """All three products, as near as bfloat16 allows to those of the operands in e4m3 and e5m2.
 
-    As near to the products of what e4m3 and e5m2 make of the operands as bfloat16 lets them be.
+    All sizes differ.
     """
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(96, 64).bfloat16().requires_grad_(), (0.02 * torch.randn(80, 64)).requires_grad_(), torch.randn(96, 80).bfloat16() / 96
-    y = (torch.compile(Float8Function.apply, fullgraph=True) if compiled else Float8Function.apply)(x, weight)
+    x = torch.randn(96, 64).bfloat16().requires_grad_()
+    weight = (0.02 * torch.randn(80, 64)).requires_grad_()
+    grad = torch.randn(96, 80).bfloat16() / 96
+    linear = Float8Function.apply
+    if compiled:
+        linear = torch.compile(linear, fullgraph=True)
+
+    y = linear(x, weight)
     y.backward(grad)
-    scale, grad_scale = 448 / weight.abs().max().item(), GRADIENT_SCALE * 96
+
+    scale = 448 / weight.abs().max().item()
+    grad_scale = GRADIENT_SCALE * 96
+    exact_x, exact_weight, exact_grad = x.detach().double(), weight.detach().double(), grad.double()
     x8 = x.detach().to(torch.float8_e4m3fn).double()
     weight8 = (weight.detach() * scale).to(torch.float8_e4m3fn).double() / scale
     grad8 = (grad.float() * grad_scale).to(torch.float8_e5m2).double() / grad_scale
-    for ours, rounded, exact in ((y, x8 @ weight8.t(), x.double() @ weight.double().t()), (x.grad, grad8 @ weight8, grad.double() @ weight.double()),
-                                 (weight.grad, grad8.t() @ x8, grad.double().t() @ x.double())):
-        assert error(ours.detach(), rounded) < 0.003 and 0.02 < error(ours.detach(), exact.detach()) < 0.08
+    products = [                         # ours, of the rounded operands, of the exact ones
+        (y.detach(), x8 @ weight8.t(), exact_x @ exact_weight.t()),
+        (x.grad, grad8 @ weight8, exact_grad @ exact_weight),
+        (weight.grad, grad8.t() @ x8, exact_grad.t() @ exact_x),
+    ]
+    for ours, rounded, exact in products:
+        assert error(ours, rounded) < 0.003
+        assert 0.02 < error(ours, exact) < 0.08
     assert y.dtype == x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
 
 
 def test_what_8_bits_cannot_hold():
-    """Large numbers are cut off, a matrix of zeros stays one, and what is not a number is not hidden: train.py skips such a step."""
+    """Large numbers are cut off, zeros stay, and NaN is not hidden: train.py skips such a step."""
     x, weight = torch.ones(16, 16).bfloat16(), torch.eye(16)
     x[0, 0], x[1, 1] = 1e6, float("nan")
+
     y = Float8Function.apply(x, weight)
-    assert y[0, 0] == 448 and y[0, 1] == 1 and y[1].isnan().all() and y[2:].isfinite().all()
-    assert (Float8Function.apply(x[2:].repeat(8, 1), torch.zeros(32, 16)) == 0).all()
+    of_zeros = Float8Function.apply(x[2:].repeat(8, 1), torch.zeros(32, 16))
+
+    assert y[0, 0] == 448 and y[0, 1] == 1
+    assert y[1].isnan().all() and y[2:].isfinite().all()
+    assert (of_zeros == 0).all()
 
 
 def model_and_its_float8(device=CPU, **options):
     torch.manual_seed(3)
-    models = [GPT(GPTConfig(**SHAPE | options)).to(device).use_fast(compiled=True) for _ in range(2)]
+    models = [GPT(GPTConfig(**SHAPE | options)).to(device).use_fast(compiled=True)
+              for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     use_float8(models[1], device, torch.bfloat16, 8 * 48)
     return models
 
 
 def test_only_training_is_in_8_bits():
-    """Validation, and other programs that open the checkpoint, see the weights in 16 bits.
-
-    The head never is in 8.
-    """
+    """Validation, and programs that open the checkpoint, see 16 bits; the head is never in 8."""
     plain, model = model_and_its_float8(bias=True)
+    idx = torch.randint(1, 211, (8, 48))
     assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 2 * 4
     assert model.state_dict().keys() == plain.state_dict().keys()
-    idx = torch.randint(1, 211, (8, 48))
+
     assert torch.equal(model.eval()(idx), plain.eval()(idx))
+
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = model.train()(idx), plain.train()(idx)
     assert 0.003 < error(ours, theirs.double()) < 0.1
 
 
-def gradients_agree(device, compile):
+def check_gradients(device, compiled):
     """Loss and gradients of a step against float64."""
     plain, model = model_and_its_float8(device)
-    exact, idx = plain.double(), torch.randint(0, 211, (8, 49), device=device)
+    exact = plain.double()
+    step = compile_for_training(model, device) if compiled else model
+    idx = torch.randint(0, 211, (8, 49), device=device)
+
     with torch.autocast(device.type, torch.bfloat16):
-        loss, _ = (compile_for_training(model, device) if compile else model)(idx[:, :-1], idx[:, 1:])
+        loss, _ = step(idx[:, :-1], idx[:, 1:])
+    (loss / 384).backward()
     expected, _ = exact(idx[:, :-1], idx[:, 1:])
-    (loss / 384).backward(), (expected / 384).backward()
+    (expected / 384).backward()
+
     assert abs(loss.item() / expected.item() - 1) < 0.01
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         assert error(p.grad, q.grad) < 0.15, name
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_gradients_of_a_step(compile):
-    gradients_agree(CPU, compile)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_a_step(compiled):
+    check_gradients(CPU, compiled)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with 8-bit products")
-@pytest.mark.parametrize("compile", [False, True])
-def test_gradients_of_a_step_on_a_gpu(compile):
-    gradients_agree(torch.device("cuda"), compile)
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+                    reason="needs a GPU with 8-bit products")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_a_step_on_a_gpu(compiled):
+    check_gradients(torch.device("cuda"), compiled)
+
+
+def losses(out_dir):
+    return [record["loss"] for record in numbers(out_dir) if "loss" in record]
+
+
+def fall(losses):
+    """From the mean of the first five losses to that of the last five."""
+    return sum(losses[:5]) / 5 - sum(losses[-5:]) / 5
 
 
 def test_a_training_run(tmp_path):
-    """train.py --fp8=True learns as it does in bfloat16, and a run that is stopped goes on with the same bits."""
+    """--fp8=True learns as bfloat16 does; a run that stops and resumes ends with the same bits."""
     data = make_data(tmp_path / "data")
-    # the run that stops at step 30 is validated there: the other one too
+    # the run that stops at step 30 is validated there, so the others are too
     common = [*TINY, "--dtype=bfloat16", "--eval_interval=15", f"--data_dir={data}"]
-    finish([*common, f"--out_dir={tmp_path}/plain"])
-    finish([*common, "--fp8=True", f"--out_dir={tmp_path}/float8"])
-    finish([*common, "--fp8=True", "--max_iters=30", "--lr_decay_iters=60", f"--out_dir={tmp_path}/resumed"])
-    finish([*common, "--fp8=True", "--init_from=resume", f"--out_dir={tmp_path}/resumed"])
-    assert_same_run(f"{tmp_path}/float8", f"{tmp_path}/resumed")
-    plain, ours = ([record["loss"] for record in numbers(f"{tmp_path}/{name}") if "loss" in record] for name in ("plain", "float8"))
-    learned = [sum(losses[:5]) / 5 - sum(losses[-5:]) / 5 for losses in (plain, ours)]
-    assert plain != ours and learned[0] > 0.5 and abs(learned[1] / learned[0] - 1) < 0.1, learned
+    plain, float8, resumed = (tmp_path / name for name in ("plain", "float8", "resumed"))
+    float8_common = [*common, "--fp8=True"]
+
+    finish([*common, f"--out_dir={plain}"])
+    finish([*float8_common, f"--out_dir={float8}"])
+    finish([*float8_common, "--max_iters=30", "--lr_decay_iters=60", f"--out_dir={resumed}"])
+    finish([*float8_common, "--init_from=resume", f"--out_dir={resumed}"])
+
+    assert_same_run(float8, resumed)
+    assert losses(plain) != losses(float8)
+    assert fall(losses(plain)) > 0.5
+    assert fall(losses(float8)) == pytest.approx(fall(losses(plain)), rel=0.1)
 
 
-@pytest.mark.parametrize("options, dtype, tokens, words", [
-    (dict(n_expert=4), torch.bfloat16, 64, "dense"), ({}, torch.float32, 64, "bfloat16"), ({}, torch.bfloat16, 40, "batch_size \\* block_size is 40"),
-    (dict(n_inner=100), torch.bfloat16, 64, "a layer is 100 wide")])
-def test_refused(options, dtype, tokens, words):
+@pytest.mark.parametrize("options, dtype, tokens, says", [
+    (dict(n_expert=4), torch.bfloat16, 64, "dense"),
+    ({}, torch.float32, 64, "bfloat16"),
+    ({}, torch.bfloat16, 40, r"batch_size \* block_size is 40"),
+    (dict(n_inner=100), torch.bfloat16, 64, "a layer is 100 wide"),
+], ids=["MoE", "float32", "40 tokens", "a width of 100"])
+def test_refused(options, dtype, tokens, says):
     model = GPT(GPTConfig(**SHAPE | options))
-    with pytest.raises(UserError, match=words):
+
+    with pytest.raises(UserError, match=says):
         use_float8(model, CPU, dtype, tokens)
+
     assert not any(isinstance(module, Float8Linear) for module in model.modules())

@@ -139,25 +139,11 @@ BROKEN = {
     no_wide_line: {"eval.py": "# " + "x" * 99},
     no_long_file: {"moe.py": "\n" * 151},
 }
-# what is still to be mended; a mended one fails here, and is then taken out
-KNOWN = {
-    no_late_import_without_a_reason: set('''
-        tests/test_model.py tests/test_moe.py
-    '''.split()),
-    no_wide_line: set('''
-        tests/test_float8.py
-        tests/test_loading.py tests/test_model.py tests/test_moe.py
-    '''.split()),
-}
 
 
 @pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
 def test_the_house_keeps(rule):
-    faults = list(rule(HOUSE))
-
-    known = KNOWN.get(rule, set())
-    assert [fault for fault in faults if fault[0] not in known] == []
-    assert known <= {path for path, _ in faults}, "mended: take it out of KNOWN"
+    assert list(rule(HOUSE)) == []
 
 
 @pytest.mark.parametrize("rule", BROKEN, ids=lambda rule: rule.__name__)
