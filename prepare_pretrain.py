@@ -30,7 +30,12 @@ from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
 from minillm.text_reader import block_documents
 from minillm.token_files import check_splits, print_summary, write_meta
-from minillm.tokenizer import END_OF_TEXT, MAX_PIECE, Tokenizer
+from minillm.tokenizer import END_OF_TEXT, Tokenizer
+
+try:
+    from minillm.speed.cached_tokenizer import CachedTokenizer
+except ImportError:                              # minillm/speed was deleted
+    CachedTokenizer = Tokenizer                  # the same ids, slower
 
 
 @dataclass
@@ -57,7 +62,7 @@ def main():
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
-    tokenizer = Tokenizer.load(s.tokenizer)
+    tokenizer = CachedTokenizer.load(s.tokenizer)
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
@@ -121,14 +126,11 @@ class Encoder:
 
 def encode_documents(tokenizer, texts):
     """[(place, text)] -> [Document], the payload being the token ids and <|endoftext|>."""
-    short = iter(tokenizer.encode_batch([text for _, text in texts if len(text) <= MAX_PIECE]))
     documents = []
-    for place, text in texts:
+    packed = tokenizer.encode_packed([text for _, text in texts])
+    for (place, text), ids in zip(texts, packed):
         content = text.encode("utf-8")
-        pieces = [next(short)] if len(text) <= MAX_PIECE else tokenizer.encode_pieces(text)
-        tokens = [struct.pack(f"<{len(ids)}H", *ids) for ids in pieces]
-        payload = b"".join([*tokens, _END])
-        documents.append(Document(content_digest(content), len(content), payload, place))
+        documents.append(Document(content_digest(content), len(content), ids + _END, place))
     return documents
 
 

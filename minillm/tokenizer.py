@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -179,6 +180,15 @@ class Tokenizer:
         for first in range(0, len(pieces), 4):
             yield from self._encode(pieces[first: first + 4])
 
+    def encode_packed(self, texts):
+        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
+        short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
+        packed = []
+        for text in texts:
+            pieces = [next(short)] if len(text) <= MAX_PIECE else self.encode_pieces(text)
+            packed.append(b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids in pieces))
+        return packed
+
     def _encode(self, texts):
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -273,8 +283,9 @@ def _open_backend(data, path):
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    if backend.normalizer and ESCAPED in str(json.loads(data)["normalizer"]):
-        backend.normalizer = _without_unescape(json.loads(data)["normalizer"])
+    normalizer = json.loads(data)["normalizer"]
+    if ESCAPED in json.dumps(normalizer, ensure_ascii=False):
+        backend.normalizer = _without_unescape(normalizer)
     return backend
 
 
