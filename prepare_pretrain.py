@@ -33,9 +33,9 @@ from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import END_OF_TEXT, Tokenizer
 
 try:
-    from minillm.speed.cached_tokenizer import CachedTokenizer
+    from minillm.speed.batch_tokenizer import BatchTokenizer
 except ImportError:                              # minillm/speed was deleted
-    CachedTokenizer = Tokenizer                  # the same ids, slower
+    BatchTokenizer = Tokenizer                   # the same ids, slower
 
 
 @dataclass
@@ -62,7 +62,7 @@ def main():
     begun = time.perf_counter()
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
-    tokenizer = CachedTokenizer.load(s.tokenizer)
+    tokenizer = BatchTokenizer.load(s.tokenizer)
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()

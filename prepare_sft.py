@@ -30,7 +30,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -46,7 +46,12 @@ from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
 from minillm.text_reader import block_conversations, refuse_txt
 from minillm.token_files import advice, check_splits, print_summary, write_meta
-from minillm.tokenizer import IM_END, Tokenizer, is_supervised
+from minillm.tokenizer import IM_END, ROLES, Tokenizer, is_supervised, pack_ids
+
+try:
+    from minillm.speed.batch_tokenizer import BatchTokenizer
+except ImportError:                              # minillm/speed was deleted
+    BatchTokenizer = Tokenizer                   # the same ids, slower
 
 
 @dataclass
@@ -77,7 +82,7 @@ def main():
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
     s.block_size = s.block_size or (512 if s.files else 128)
-    tokenizer = Tokenizer.load(s.tokenizer)
+    tokenizer = BatchTokenizer.load(s.tokenizer)
     report = Report(s.strict)
     names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
@@ -156,10 +161,17 @@ def encode_conversations(tokenizer, chats, capacity, long, report):
     # and one of 50 MB need not be encoded to be told so
     limit = capacity * max(map(len, tokenizer.token_bytes))
     contents = [message["content"] for _, messages in chats for message in messages]
-    encoded = iter(tokenizer.encode_batch([text for text in contents if len(text) <= limit]))
+    encoded = iter(tokenizer.encode_packed([text for text in contents if len(text) <= limit]))
+    prefixes = {role: pack_ids(tokenizer.prefix(role)) for role in ROLES}
+    suffix = pack_ids(tokenizer.suffix)
     documents = []
     for place, messages in chats:
-        turns = [encode_turn(tokenizer, message, limit, encoded) for message in messages]
+        turns = []
+        for message in messages:
+            if len(message["content"]) <= limit:
+                turns.append(to_turn(message, prefixes[message["role"]], next(encoded), suffix))
+            else:
+                turns.append(Turn(message, b"", b"", limit))
         parts = fit(turns, capacity, long, report, place)
         digest = conversation_digest(messages)
         for number, part in enumerate(parts):
@@ -170,23 +182,21 @@ def encode_conversations(tokenizer, chats, capacity, long, report):
     return documents
 
 
-@dataclass
-class Turn:
-    """A message as tokens: prefix, content and suffix; `length` is of the three."""
+class Turn(NamedTuple):
+    """A message as tokens: prefix, content and suffix."""
     message: dict
-    prefix: list
-    ids: list
-    suffix: list
-    length: int
+    tokens: bytes                        # uint16
+    mask: bytes                          # 1 on the supervised tokens
+    length: int                          # in tokens; of one that is too long, at least a row
 
 
-def encode_turn(tokenizer, message, limit, encoded):
-    """The Turn of a message, its ids from `encoded`; its length is `limit` if it is too long."""
-    prefix, suffix = tokenizer.prefix(message["role"]), tokenizer.suffix
-    if len(message["content"]) > limit:
-        return Turn(message, prefix, [], suffix, limit)
-    ids = next(encoded)
-    return Turn(message, prefix, ids, suffix, len(prefix) + len(ids) + len(suffix))
+def to_turn(message, prefix, ids, suffix):
+    """The Turn of a message, from its packed ids and those around them."""
+    tokens = prefix + ids + suffix
+    before, after = len(prefix) // 2, len(suffix) // 2 - 1       # <|im_end|> is supervised
+    length = len(tokens) // 2
+    supervised = bytes([is_supervised(message)]) * (length - before - after)
+    return Turn(message, tokens, bytes(before) + supervised + bytes(after), length)
 
 
 def fit(turns, capacity, long, report, place):
@@ -236,15 +246,13 @@ def conversation_digest(messages):
 
 def packed(turns, digest, place):
     """The Document of some turns."""
-    tokens, mask, size, learned = [], [], 0, 0
+    size, learned = 0, 0
     for turn in turns:
-        supervised = is_supervised(turn.message)
         content = len(turn.message["content"].encode("utf-8"))
         size += content
-        learned += content if supervised else 0
-        tokens += turn.prefix, turn.ids, turn.suffix
-        mask += bytes(len(turn.prefix)), bytes([supervised]) * (len(turn.ids) + 1)
-        mask.append(bytes(len(turn.suffix) - 1))
+        if is_supervised(turn.message):
+            learned += content
+    tokens, mask = [turn.tokens for turn in turns], [turn.mask for turn in turns]
     return Document(digest, size, to_payload(tokens, mask, learned), place)
 
 

@@ -7,7 +7,6 @@
 """
 import os
 import struct
-from itertools import chain
 
 import numpy as np
 
@@ -17,15 +16,15 @@ COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "ro
 POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
 # UTF-8 bytes of the supervised contents, before tokens and mask
 _LEARNED = struct.Struct("<Q")
+_END = struct.pack("<H", END_OF_TEXT)
 
 
 def to_payload(tokens, mask, learned_bytes):
     """The bytes of a conversation.
 
-    tokens: lists of ids; mask: bytes objects of the same lengths.
+    tokens: the packed ids of its parts, uint16; mask: bytes of the parts, one per token.
     """
-    ids = np.fromiter(chain(*tokens, (END_OF_TEXT,)), "<u2").tobytes()
-    return b"".join([_LEARNED.pack(learned_bytes), ids, *mask, b"\0"])
+    return b"".join([_LEARNED.pack(learned_bytes), *tokens, _END, *mask, b"\0"])
 
 
 def pack(lengths, capacity):
@@ -66,11 +65,10 @@ class RowWriter:
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def add(self, document):
-        body = bytes(document.payload[_LEARNED.size:])   # a copy, so that its bucket can go
+        # copies, so that its bucket can go
+        body = document.payload[_LEARNED.size:]
         length = len(body) // 3
-        tokens = np.frombuffer(body, "<u2", length)
-        mask = np.frombuffer(body, "u1", length, 2 * length)
-        self._pool.append((tokens, mask))
+        self._pool.append((bytes(body[:2 * length]), bytes(body[2 * length:])))
         self._pool_tokens += length
         self.counts["documents"] += 1
         self.counts["bytes"] += document.size
@@ -79,22 +77,17 @@ class RowWriter:
             self._write_pool()
 
     def _write_pool(self):
-        rows = pack([len(tokens) for tokens, _ in self._pool], self._capacity)
+        rows = pack([len(mask) for _, mask in self._pool], self._capacity)
         for row in rows:
-            tokens = np.full(self._capacity, END_OF_TEXT, "<u2")
-            mask = np.zeros(self._capacity, "u1")
-            at = 0
-            for item in row:
-                item_tokens, item_mask = self._pool[item]
-                tokens[at: at + len(item_tokens)] = item_tokens
-                mask[at: at + len(item_mask)] = item_mask
-                at += len(item_tokens)
-            self._tokens.write(tokens.tobytes())
-            self._mask.write(mask.tobytes())
-            self.counts["tokens"] += self._capacity
-            self.counts["learned_tokens"] += int(mask.sum())
-            self.counts["rows"] += 1
-            self.counts["padding_tokens"] += self._capacity - at
+            tokens = b"".join([self._pool[item][0] for item in row])
+            mask = b"".join([self._pool[item][1] for item in row])
+            padding = self._capacity - len(mask)
+            self._tokens.write(tokens + padding * _END)
+            self._mask.write(mask + bytes(padding))
+            self.counts["learned_tokens"] += mask.count(1)
+            self.counts["padding_tokens"] += padding
+        self.counts["rows"] += len(rows)
+        self.counts["tokens"] += len(rows) * self._capacity
         self._pool, self._pool_tokens = [], 0
 
     def close(self):

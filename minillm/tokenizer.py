@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from minillm.errors import UserError
+from minillm.token_bytes import bytes_of_tokens
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END_OF_TEXT, IM_START, IM_END = range(3)
@@ -124,10 +125,11 @@ class Tokenizer:
         """data: the bytes of a tokenizer.json; path: what messages call it."""
         self.hash = hashlib.sha256(data).hexdigest()
         self._data = data
+        self._folder = None
         self._backend = _open_backend(data, path)
         self.vocab_size = self._backend.get_vocab_size()
         # [id] -> the bytes it stands for; b"" for special tokens
-        self.token_bytes, self._special = _token_bytes(self._backend, path)
+        self.token_bytes, self._special = bytes_of_tokens(self._backend, path)
         self._prefixes = {}
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{path} was not trained by train_tokenizer.py: it loses text")
@@ -142,10 +144,15 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; "
                             "train_tokenizer.py makes it") from None
-        return cls(data, path)
+        tokenizer = cls(data, path)
+        tokenizer._folder = os.path.abspath(folder)
+        return tokenizer
 
     def __reduce__(self):                                # for the processes that encode
-        return Tokenizer, (self._data,)
+        if self._folder is None:
+            return type(self), (self._data,)
+        # 3 MB through a pipe would make one process wait until another has started
+        return _load_again, (type(self), self._folder, self.hash)
 
     def transformers_config(self):
         """What tokenizer_config.json says for transformers, beside this tokenizer.json."""
@@ -170,8 +177,7 @@ class Tokenizer:
         return encoded
 
     def encode_pieces(self, text):
-        """Yield the ids of a text of any length, piece by piece, in memory that does not grow with
-        it.
+        """Yield the ids of a text piece by piece, in memory that does not grow with its length.
 
         A text over MAX_PIECE characters is cut after a line end, which changes no id; only where
         none is in reach it is cut anywhere, which may part one token into two.
@@ -186,7 +192,7 @@ class Tokenizer:
         packed = []
         for text in texts:
             pieces = [next(short)] if len(text) <= MAX_PIECE else self.encode_pieces(text)
-            packed.append(b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids in pieces))
+            packed.append(b"".join(map(pack_ids, pieces)))
         return packed
 
     def _encode(self, texts):
@@ -249,6 +255,19 @@ class Tokenizer:
         return [IM_END, *self.encode("\n")]
 
 
+def pack_ids(ids):
+    """Ids as they stand in token files: bytes, little-endian uint16."""
+    return struct.pack(f"<{len(ids)}H", *ids)
+
+
+def _load_again(kind, folder, hash_of_data):
+    """The tokenizer that another process has loaded."""
+    tokenizer = kind.load(folder)
+    if tokenizer.hash != hash_of_data:
+        raise UserError(f"{folder}/tokenizer.json has changed meanwhile: start again")
+    return tokenizer
+
+
 def is_supervised(message):
     """Whether the tokens of a message are learned: what the assistant says, unless it is marked."""
     return message["role"] == "assistant" and message.get("supervised", True)
@@ -293,35 +312,3 @@ def _without_unescape(normalizer):
     """The normalizer without the step that is for transformers alone."""
     nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
     return normalizers.NFKC() if nfkc else None
-
-
-def _token_bytes(backend, path):
-    """([id] -> the bytes of a token, {id: name in bytes} of the special ones, which have no bytes).
-
-    Byte-level BPE writes a byte as a printable character: those of Latin-1 for themselves, the 68
-    others (controls, space …) as U+0100 and on (GPT-2's table). Added tokens are written as they
-    are.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    added = backend.get_added_tokens_decoder()
-    table, special = [], {}
-    for token in range(backend.get_vocab_size()):
-        text = backend.id_to_token(token)
-        if token in added and added[token].special:
-            special[token] = text.encode("utf-8")
-            table.append(b"")
-        elif token in added:
-            table.append(text.encode("utf-8"))
-        elif not set(text) <= byte_of.keys():
-            raise UserError(f"{path} was not trained by train_tokenizer.py: token {token} is not "
-                            "written in byte-level BPE")
-        else:
-            table.append(bytes(byte_of[char] for char in text))
-    lost = {bytes([byte]) for byte in range(256)} - set(table)
-    if lost:
-        raise UserError(f"{path} was not trained by train_tokenizer.py: it has no token for "
-                        f"{len(lost)} of the 256 bytes, such as {min(lost)}")
-    return table, special

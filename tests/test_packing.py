@@ -69,7 +69,7 @@ def test_ten_times_the_conversations_take_the_same_memory(tmp_path):
     """RowWriter on simulated lengths, up to ten million."""
     capacity, peaks, payloads = 513, [], [b""]
     for length in range(capacity):
-        payloads.append(packing.to_payload([[0] * length], [bytes(length)], 1))
+        payloads.append(packing.to_payload([bytes(2 * length)], [bytes(length)], 1))
     for name in ("train.bin", "train_mask.bin"):
         (tmp_path / name).symlink_to("/dev/null")
     for count in (1_000_000, 10_000_000):

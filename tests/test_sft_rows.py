@@ -135,12 +135,12 @@ def test_conversation_far_too_long_is_not_encoded(small_corpus, monkeypatch, lon
     short = [{"role": "user", "content": "的"}, {"role": "assistant", "content": "人"}]
     question = {"role": "user", "content": "在" * 5000}
     endless = [*short, question, {"role": "assistant", "content": "是"}]
-    encode_batch, seen = Tokenizer.encode_batch, []
+    encode_packed, seen = Tokenizer.encode_packed, []
 
     def watched(self, texts):
         seen.extend(texts)
-        return encode_batch(self, texts)
-    monkeypatch.setattr(Tokenizer, "encode_batch", watched)
+        return encode_packed(self, texts)
+    monkeypatch.setattr(Tokenizer, "encode_packed", watched)
     report = Report()
 
     first, second = prepare_sft.encode_conversations(

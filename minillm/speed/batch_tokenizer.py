@@ -1,0 +1,319 @@
+"""BPE of a whole batch at once, in numpy: the same ids as the library's, for preparation.
+
+    tokenizer = BatchTokenizer.load("data/tokenizer")
+    tokenizer.encode_packed(texts)                   # what Tokenizer.encode_packed gives
+
+1. Text is cut into words: where one pre-token ends and the next begins, and inside a pre-token
+   between two characters that stand side by side in no token. No merge joins those, so BPE does the
+   same on both sides alone. In Chinese, which has no spaces, this cuts every third place.
+2. Each character becomes its token. What makes a character out of bytes is merged before anything
+   that holds the character, so BPE would come by here as well; where it does not, see
+   characters_first().
+3. In rounds, every word merges the pair of the lowest rank, the first of several, until no word has
+   one. A round is a dozen numpy calls for all words that still merge.
+
+The library encodes the words that this does not fit: with a rare character, which is more than one
+token; with a token of parts of two characters; or long, as rounds are. And it encodes whole texts
+with runs longer than a pre-token, or with characters that fit two kinds of pre-token. A tokenizer
+with other pre-tokens or a normalizer is left to the library altogether.
+"""
+import json
+
+import numpy as np
+from tokenizers import Regex, pre_tokenizers
+
+from minillm.tokenizer import LONGEST, MAX_PIECE, SPECIAL_TOKENS, Tokenizer, cut, untrained
+
+# The kinds of characters of which pre_token_pattern() makes its runs
+UNKNOWN, SPACE, LINE, NUMBER, HAN, LETTER, OTHER, UNCLEAR = range(8)
+PATTERNS = {
+    SPACE: r"[^\S\n]",
+    LINE: r"\n",
+    NUMBER: r"\p{N}",
+    HAN: r"\p{Han}",
+    LETTER: r"[[\p{L}\p{M}]&&[^\p{Han}]]",
+    OTHER: r"[^\s\p{L}\p{M}\p{N}]",
+}
+POINTS = 0x110000                    # of Unicode
+LONG_WORD = 32                       # characters
+PART = 500                           # words that the library encodes as one text
+
+
+class BatchTokenizer(Tokenizer):
+    """Twin of Tokenizer; encode_packed makes 14 MB/s of Chinese on one core, and not 4.7 (AMD EPYC,
+    `RAYON_NUM_THREADS=1 python -m bench.data corpus.jsonl chats.jsonl`)."""
+
+    def __init__(self, data, path="tokenizer.json"):
+        super().__init__(data, path)
+        state = json.loads(self._backend.to_str())
+        self._is_ours = _is_ours(state)
+        if not self._is_ours:
+            return
+        self._line_end = self.encode("\n")[0]
+        self._merges = MergeTable(state["model"])
+        self._pairs, starts = pairs_in_tokens(self.token_bytes)
+        self._starts_of_parts = tuple(starts)
+        # [code point] -> its kind; filled in as characters come
+        self._kinds = np.zeros(POINTS, np.uint8)
+        # … 1: a token may join a part of it to the character before; 2: 〇, Han but also a number
+        self._glue = np.zeros(POINTS, np.uint8)
+        # … its token; -1: more than one
+        self._tokens = np.full(POINTS, -1, np.int32)
+        for character, token in characters_first(state["model"], self.token_bytes):
+            self._tokens[ord(character)] = token
+
+    def encode_packed(self, texts):
+        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
+        if not self._is_ours:
+            return super().encode_packed(texts)
+        parts = [cut(text) for text in texts]            # one, unless it exceeds MAX_PIECE
+        packed, batch, length = [], [], 0
+        for text in (part for parts_of_text in parts for part in parts_of_text):
+            batch.append(text)
+            length += len(text)
+            if length > MAX_PIECE:
+                packed += self._encode_parts(batch)
+                batch, length = [], 0
+        if batch:
+            packed += self._encode_parts(batch)
+        packed = iter(packed)
+        return [b"".join(next(packed) for _ in parts_of_text) for parts_of_text in parts]
+
+    def _encode_parts(self, texts):
+        """encode_packed of texts of at most MAX_PIECE characters."""
+        text = "\n".join([*texts, ""])
+        points = _code_points(text)
+        is_cut = None if points is None else self._cuts(points)
+        if is_cut is not None:
+            ids, offsets = self._encode_words(text, points, is_cut)
+            packed, start = [], 0
+            for part in texts:
+                stop = start + len(part)
+                packed.append(ids[offsets[start]:offsets[stop]].tobytes())
+                start = stop + 1
+            return packed
+        if len(texts) == 1:
+            return super().encode_packed(texts)
+        half = len(texts) // 2                           # one of the halves may be as usual
+        return self._encode_parts(texts[:half]) + self._encode_parts(texts[half:])
+
+    def _cuts(self, points):
+        """Where words begin: bools, one per character. None if the text must be encoded whole."""
+        kinds = self._kinds[points]
+        if not kinds.all():
+            self._learn(np.unique(points[kinds == UNKNOWN]).tolist())
+            kinds = self._kinds[points]
+        first, second = points[:-1], points[1:]          # of each pair of neighbours
+        before, kind = kinds[:-1], kinds[1:]
+        changes = np.flatnonzero(before != kind)
+        longest_run = np.diff(changes, prepend=-1, append=len(kind)).max()
+        if longest_run > LONGEST or kinds.max() == UNCLEAR:
+            return None
+        is_joined = self._pairs[_slot(first, second)] | (self._glue[second] > 0)
+        in_text = (before != kind) | (kind == NUMBER) | (kind == LINE) | ~is_joined
+        # of several spaces, the last goes with a word behind it, or stands alone
+        after = np.append(kind[1:], LINE)
+        is_last = (kind == SPACE) & (after != SPACE) & (after != LINE)
+        goes_with = (first == ord(" ")) & ((kind == LETTER) | (kind == OTHER))
+        behind_space = np.where(kind == SPACE, is_last, ~goes_with)
+        return np.append(True, np.where(before == SPACE, behind_space, in_text))
+
+    def _learn(self, points):
+        """Ask the library of what kind some characters are."""
+        characters = "".join(map(chr, points))
+        kinds = {}
+        for kind, pattern in PATTERNS.items():
+            split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+            for character, _ in split.pre_tokenize_str(characters):
+                kinds.setdefault(character, []).append(kind)
+        for point, character in zip(points, characters):
+            found = kinds.get(character)
+            if found == [NUMBER, HAN]:
+                self._glue[point] = 2
+                self._kinds[point] = HAN
+                continue
+            self._glue[point] = character.encode("utf-8").startswith(self._starts_of_parts)
+            self._kinds[point] = found[0] if found and len(found) == 1 else UNCLEAR
+
+    def _encode_words(self, text, points, is_cut):
+        """(ids of a text as uint16, where the ids of each character begin among them)."""
+        tokens = self._tokens[points]
+        word = np.cumsum(is_cut) - 1                     # [character] -> the number of its word
+        bounds = np.append(np.flatnonzero(is_cut), len(text))
+        length = np.diff(bounds)
+
+        # 1) the words that the library encodes
+        is_hard = length > LONG_WORD
+        is_hard[word[(tokens < 0) | (self._glue[points] > is_cut)]] = True
+        tokens[is_hard[word]] = -1
+        hard = np.flatnonzero(is_hard)
+        bounds_of_hard = zip(bounds[hard].tolist(), bounds[hard + 1].tolist())
+        words = [text[start:stop] for start, stop in bounds_of_hard]
+        ids_of = self._encode_by_library(set(words))
+
+        # 2) all others: merged until nothing is left to merge
+        self._merge(tokens, word, np.flatnonzero((~is_hard & (length > 1))[word]))
+
+        # 3) both in their order
+        is_token = tokens >= 0
+        counts = is_token.astype(np.int64)
+        counts[bounds[hard]] = [len(ids_of[word]) for word in words]
+        offsets = np.append(0, np.cumsum(counts))
+        ids = np.empty(offsets[-1], "<u2")
+        ids[offsets[:-1][is_token]] = tokens[is_token]
+        for offset, word in zip(offsets[bounds[hard]].tolist(), words):
+            ids[offset: offset + len(ids_of[word])] = ids_of[word]
+        return ids, offsets
+
+    def _merge(self, tokens, word, index):
+        """Merge the tokens at `index`; one that is merged into the token before it becomes -1."""
+        none = self._merges.none
+        while len(index):
+            ids, words = tokens[index], word[index]
+            is_new = words[1:] != words[:-1]
+            rank = self._merges.rank(ids[:-1], ids[1:])
+            rank = np.append(np.where(is_new, none, rank), none)
+            starts = np.append(0, np.flatnonzero(is_new) + 1)
+            lowest = np.minimum.reduceat(rank, starts)   # of each word
+            sizes = np.diff(starts, append=len(index))
+            hits = np.flatnonzero((rank == np.repeat(lowest, sizes)) & (rank < none))
+            hits = hits[np.diff(words[hits], prepend=-1) > 0]        # the first in its word
+            tokens[index[hits]] = self._merges.merged[rank[hits]]
+            tokens[index[hits + 1]] = -1
+            goes_on = np.repeat(lowest < none, sizes)
+            goes_on[hits + 1] = False
+            index = index[goes_on]
+
+    def _encode_by_library(self, words):
+        """{word: its ids}"""
+        words, ids_of = list(words), {}
+        parts = [words[first: first + PART] for first in range(0, len(words), PART)]
+        encoded = self._encode(["\n".join([*part, ""]) for part in parts])
+        for part, ids in zip(parts, encoded):
+            start = 0
+            for word in part:
+                stop = ids.index(self._line_end, start)
+                ids_of[word] = ids[start:stop]
+                start = stop + 1
+        return ids_of
+
+
+class MergeTable:
+    """The merges of BPE as a hash table in arrays: rank(first, second) of pairs of tokens.
+
+    `merged` is the token of each rank; `none` is the rank of a pair that does not merge.
+    """
+    BITS = 18                        # 4 slots or more for each of at most 65,535 merges
+    FREE = np.uint32(2**32 - 1)
+
+    def __init__(self, model):
+        vocabulary = model["vocab"]
+        merges = _merges(model)
+        first = np.array([vocabulary[left] for left, _ in merges], np.uint32)
+        second = np.array([vocabulary[right] for _, right in merges], np.uint32)
+        self.merged = np.array([vocabulary[left + right] for left, right in merges], np.int32)
+        self.none = len(merges)
+        self._keys = np.full(1 << self.BITS, self.FREE)
+        self._ranks = np.full(1 << self.BITS, self.none, np.int32)
+        keys = first << np.uint32(16) | second
+        for rank, (key, slot) in enumerate(zip(keys.tolist(), self._slot(keys).tolist())):
+            while self._keys[slot] != self.FREE:
+                slot = (slot + 1) % len(self._keys)
+            self._keys[slot] = key
+            self._ranks[slot] = rank
+
+    def _slot(self, keys):
+        return keys * np.uint32(2654435761) >> np.uint32(32 - self.BITS)     # Knuth
+
+    def rank(self, first, second):
+        """The rank of each pair, `none` where there is no such merge."""
+        keys = first.astype(np.uint32) << np.uint32(16) | second.astype(np.uint32)
+        slots = self._slot(keys)
+        found = self._keys[slots]
+        rank = np.where(found == keys, self._ranks[slots], self.none)
+        missed = np.flatnonzero((found != keys) & (found != self.FREE))
+        while len(missed):                               # another pair's slot: look into the next
+            slots[missed] = (slots[missed] + 1) % len(self._keys)
+            found = self._keys[slots[missed]]
+            is_it = found == keys[missed]
+            rank[missed[is_it]] = self._ranks[slots[missed[is_it]]]
+            missed = missed[~is_it & (found != self.FREE)]
+        return rank
+
+
+def characters_first(model, token_bytes):
+    """Yield (character, its token) where BPE may as well begin with the character.
+
+    That is where its bytes become one token, by merges that come before all those of that token. A
+    token that two merges make need not be like that.
+    """
+    vocabulary, rank_of, earliest = model["vocab"], {}, {}
+    for rank, (left, right) in enumerate(_merges(model)):
+        left, right = vocabulary[left], vocabulary[right]
+        rank_of[left, right] = rank
+        earliest.setdefault(left, rank)
+        earliest.setdefault(right, rank)
+    of_bytes = {content: token for token, content in enumerate(token_bytes)}
+    for content, token in of_bytes.items():
+        character = content.decode("utf-8", "replace")
+        if len(character) != 1 or character == "\ufffd":
+            continue
+        ids, last = [of_bytes[bytes([byte])] for byte in content], -1
+        while ranks := [rank_of[pair] for pair in zip(ids, ids[1:]) if pair in rank_of]:
+            pairs = list(zip(ids, ids[1:]))
+            place = next(i for i, pair in enumerate(pairs) if rank_of.get(pair) == min(ranks))
+            merged = token_bytes[ids[place]] + token_bytes[ids[place + 1]]
+            ids[place: place + 2] = [of_bytes[merged]]
+            last = max(last, min(ranks))
+        if ids == [token] and last < earliest.get(token, last + 1):
+            yield character, token
+
+
+def _merges(model):
+    """[(left, right)] of a tokenizer.json, which may write a merge as one string."""
+    return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+
+
+def _is_ours(state):
+    """Whether all but the vocabulary is as train_tokenizer.py makes it, without --nfkc."""
+    ours = json.loads(untrained().to_str())
+    same = all(state["model"][key] == value for key, value in ours["model"].items()
+               if key not in ("vocab", "merges"))
+    added = [token["content"] for token in state["added_tokens"]]
+    return (same and added == SPECIAL_TOKENS and state["normalizer"] is None
+            and state["pre_tokenizer"] == ours["pre_tokenizer"])
+
+
+def _code_points(text):
+    try:
+        return np.frombuffer(text.encode("utf-32-le"), "<u4")
+    except UnicodeEncodeError:                           # a lone surrogate
+        return None
+
+
+SLOTS = 1 << 20                      # of the table of pairs; two pairs in one slot cost a cut
+
+
+def _slot(first, second):
+    """Where a pair of characters stands in the table of pairs."""
+    return (first * 4099 + second) % SLOTS
+
+
+def pairs_in_tokens(token_bytes):
+    """(table of the neighbours inside tokens, how the second of two neighbours may begin).
+
+    The latter is of tokens that hold a part of a character, beside one more.
+    """
+    whole, starts = [], set()
+    for token in token_bytes:
+        try:
+            whole.append(token.decode("utf-8"))
+        except UnicodeDecodeError:
+            leads = [place for place, byte in enumerate(token) if not 0x80 <= byte < 0xC0]
+            for place, stop in zip(leads, [*leads[1:], len(token)]):
+                if place:
+                    starts.add(token[place:stop])
+    points = np.frombuffer("\n".join(whole).encode("utf-32-le"), "<u4")
+    pairs = np.zeros(SLOTS, bool)
+    pairs[_slot(points[:-1], points[1:])] = True
+    return pairs, starts
