@@ -10,8 +10,8 @@ The loop below reads from top to bottom. It promises: the batch and the randomne
 on (seed, s) alone; the loss of a step is the sum over the supervised tokens of the whole global
 batch divided by their number, however it is cut into micro-steps and processes; a run that is
 killed and resumed ends with the bits of one that never was (same machine, same settings, and on a
-GPU --deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C or
-SIGTERM finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
+GPU --deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C,
+SIGTERM or a closed terminal finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
 
 A log line: step 100/1500 · loss (nats per supervised token, before the update) · lr · norm (of the
 gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:

@@ -29,6 +29,7 @@ PLAIN = {
     "eval": "--out_dir=out",
     "sample": "--out_dir=out --max_new_tokens=5",
     "chat": "--out_dir=out --prompt=你好 --max_new_tokens=5",
+    "export": "--out_dir=out",
 }
 LONG_RUNS = [("train", "max_iters", "1e9"), ("train", "compile", "True")]
 
