@@ -78,7 +78,7 @@ def write_model(folder, config, weights, tokenizer_json, dtype, name):
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "llama")
-    writer.add_name(name)
+    writer.add_name(name.encode("utf-8", "backslashreplace").decode())   # it need not be UTF-8
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     add_shape(writer, config)
     vocab_size = add_tokenizer(writer, gguf, tokenizer_json)

@@ -96,5 +96,7 @@ def write_card(folder, model, format, name, dtype, notes):
         block_size=config.block_size, vocab_size=model.tokenizer.vocab_size,
         usage=USAGES[format].format(name=name),
         notes="\n".join(f"- {NOTES[note]}" for note in notes))
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+    # a folder's name need not be UTF-8
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8",
+              errors="backslashreplace") as file:
         file.write(text)

@@ -3,7 +3,7 @@
 test_faults_<program>.py holds the cases that one program must name.
 """
 import dataclasses
-import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -96,12 +96,16 @@ def test_a_file_name_that_is_not_utf8(project):
     """Names in GBK, as archives from Windows hold: every stage reads, writes and keeps them."""
     name, out = (os.fsdecode(word.encode("gbk")) for word in ("语料.jsonl", "输出"))
     os.rename(project / "corpus.jsonl", project / name)
+    exports = []
+    if importlib.util.find_spec("safetensors") and importlib.util.find_spec("gguf"):
+        exports = [("export", f"--out_dir=model_{out} --format={kind}") for kind in ("hf", "gguf")]
 
     for program, argv in [
         ("train_tokenizer", f"{name} --vocab_size=300 --out_dir=tok_{out}"),
         ("prepare_pretrain", f"{name} --tokenizer=tok_{out} --val_fraction=0.1 --out_dir={out}"),
         ("train", TRAIN + f"--data_dir={out} --out_dir=model_{out} --eval_iters=1"),
         ("eval", f"--out_dir=model_{out}"),
+        *exports,
     ]:
         finish(program, argv.split(), folder=project)
 
