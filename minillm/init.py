@@ -6,10 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from minillm.dataloader import derive_seed
-from minillm.tokenizer import IM_START
 
 EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
 ALIKE = 0.9                  # cosine above which two rows count as collapsed into one
+FIRST_ROWS = 512             # hold the control tokens and all 256 bytes
+UNUSED_BYTES = 13            # that UTF-8 has no use for
 SCANNED = 1 << 27            # tokens of the coming data that are looked at
 
 
@@ -32,19 +33,30 @@ def redraw_collapsed_rows(model, data, seed):
     A token that no text contains gets one tiny gradient, the same for all such tokens: AdamW turns
     it into full steps in one direction, weight decay removes the random start, and the rows
     collapse into one. SFT would first have to tell them apart (control tokens, and words that only
-    questions have), and forgets facts meanwhile. <|im_start|> is in no text, so what looks like its
-    row has collapsed.
+    questions have), and forgets facts meanwhile.
 
     data: a TokenData; only the tokens that it holds get new rows, as large as the others are.
     Returns how many.
     """
     weight = model.wte.weight
-    alike = F.cosine_similarity(weight, weight[IM_START], dim=1) > ALIKE
-    if alike.sum() < 2:              # <|im_start|> stands alone: it has been trained
-        return 0
+    collapsed = collapsed_rows(weight)
     tokens = torch.from_numpy(np.unique(data.tokens[:SCANNED]).astype(np.int64))
-    rows = tokens[alike[tokens]]
-    size = weight[~alike].square().mean().sqrt()
+    rows = tokens[collapsed[tokens]]
+    size = weight[~collapsed].square().mean().sqrt()
     generator = torch.Generator().manual_seed(derive_seed(seed, "embedding"))
     weight[rows] = torch.randn(len(rows), weight.shape[1], generator=generator) * size
     return len(rows)
+
+
+def collapsed_rows(weight):
+    """Which rows have collapsed into one: booleans (vocab_size,).
+
+    The first rows are those of the control tokens and of the 256 bytes, and 13 bytes (0xC0, 0xC1,
+    0xF5 to 0xFF) occur in no UTF-8 text. If any rows have collapsed, these have; none of them is
+    ever trained, however many datasets the model has seen.
+    """
+    first = F.normalize(weight[:FIRST_ROWS].float(), dim=1)
+    alike = (first @ first.mT > ALIKE).sum(1)        # for each row, how many resemble it
+    if alike.max() < UNUSED_BYTES:
+        return torch.zeros(len(weight), dtype=torch.bool)
+    return F.cosine_similarity(weight, weight[alike.argmax()], dim=1) > ALIKE

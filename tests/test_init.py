@@ -9,7 +9,8 @@ from minillm.init import redraw_collapsed_rows
 from minillm.tokenizer import IM_START
 from support.tiny_models import tiny_model
 
-COLLAPSED = [IM_START, 2, 5, 9, 11]
+NEVER_IN_TEXT = list(range(40, 53))               # as many as bytes that UTF-8 doesn't use
+COLLAPSED = [IM_START, 2, 5, 9, 11, *NEVER_IN_TEXT]
 
 
 def collapsed_model():
@@ -47,7 +48,19 @@ def test_the_same_seed_draws_the_same_rows():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_model_that_has_seen_chats_keeps_its_rows():
+def test_a_second_sft_finds_the_rows_that_the_first_did_not_need():
+    """The control tokens have been trained since; what no chat held is as collapsed as before."""
+    model = collapsed_model()
+    model.wte.weight.data[[IM_START, 2, 5]] = torch.randn(3, model.config.n_embd)
+    before = model.wte.weight.detach().clone()
+    data = SimpleNamespace(tokens=np.array([0, 1, 2, 5, 9, 11], np.uint16))
+
+    assert redraw_collapsed_rows(model, data, seed=1) == 2
+    changed = (model.wte.weight != before).any(1).nonzero()[:, 0].tolist()
+    assert changed == [9, 11]
+
+
+def test_rows_that_have_not_collapsed_stay():
     model = tiny_model()
     before = model.wte.weight.detach().clone()
     data = SimpleNamespace(tokens=np.arange(20, dtype=np.uint16))
