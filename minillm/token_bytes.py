@@ -14,8 +14,9 @@ def bytes_of_tokens(backend, path):
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    byte_of = {byte: chr(byte) for byte in printable}
+    byte_of |= {0x100 + i: chr(byte) for i, byte in enumerate(others)}
+    written = set(map(chr, byte_of))
     added = backend.get_added_tokens_decoder()
     table, special = [], {}
     for token in range(backend.get_vocab_size()):
@@ -25,11 +26,11 @@ def bytes_of_tokens(backend, path):
             table.append(b"")
         elif token in added:
             table.append(text.encode("utf-8"))
-        elif not set(text) <= byte_of.keys():
+        elif not written.issuperset(text):
             raise UserError(f"{path} was not trained by train_tokenizer.py: token {token} is not "
                             "written in byte-level BPE")
         else:
-            table.append(bytes(byte_of[char] for char in text))
+            table.append(text.translate(byte_of).encode("latin-1"))
     lost = {bytes([byte]) for byte in range(256)} - set(table)
     if lost:
         raise UserError(f"{path} was not trained by train_tokenizer.py: it has no token for "
