@@ -9,6 +9,8 @@ files of text. Writes tokenizer.json and tokenizer_config.json, the latter with 
 for transformers. Of an input larger than max_bytes the sample is spread evenly over the whole of
 it. The same input gives the same tokenizer, on any number of processes. Memory stays under 4 GiB
 whatever max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
+Time: 64 MB take 70 seconds of one core, 28 to count the pieces, which all cores share, and 42 to
+learn the merges from at most 25 MB of pieces. A smaller max_bytes takes less.
 """
 import json
 import re
