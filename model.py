@@ -171,8 +171,8 @@ class GPT(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
-            # 2 * n_layer sub-layers add to the residual stream; so scaled, its variance stays near
-            # 1 (GPT-2)
+            # 2 * n_layer sub-layers add to the residual stream; dividing their std by
+            # sqrt(2 * n_layer) keeps its growth independent of depth (GPT-2)
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / (2 * config.n_layer) ** 0.5)
 

@@ -45,8 +45,7 @@ class Router(nn.Module):
                 logits_TE = x_TD @ self.weight_DE.to(x_TD.dtype)
             expert_TK = self.top_experts(logits_TE, self.k)
             if self.k == 1:
-                # a softmax over one logit is 1 whatever the logit: no gradient would reach the
-                # router
+                # a softmax over the one chosen logit is always 1, without a gradient for the router
                 return logits_TE.softmax(dim=1).gather(1, expert_TK), expert_TK
             return logits_TE.gather(1, expert_TK).softmax(dim=1), expert_TK
 
@@ -60,9 +59,11 @@ class Router(nn.Module):
 def balance_loss(gate_TK, expert_TK, n_expert):
     """The load-balancing loss, KL(uniform ‖ mean gate over the tokens), a scalar.
 
-    0 when every expert carries the same gate weight. A statistic of the batch, not of a token. An
-    expert that no token chose has a mean gate of 0; the floor of 1e-6 keeps its term finite (then
-    the pressure comes from the experts that were chosen).
+    0 when every expert carries the same gate weight. A statistic of the batch, not of a token. It
+    is neither Shazeer's CV² of the gates (a variance) nor Switch's f·P (share of tokens times mean
+    gate): -log grows steeply as an expert's mean gate nears 0, so one that is about to be left
+    without tokens is pulled back the hardest. One that no token chose has a mean gate of 0; the
+    floor of 1e-6 keeps its term finite (then the pressure comes from the experts that were chosen).
     """
     one_hot_TKE = F.one_hot(expert_TK, n_expert).to(gate_TK.dtype)
     mean_E = (gate_TK[:, :, None] * one_hot_TKE).sum(1).mean(0)
@@ -77,6 +78,7 @@ def loop_over_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
     y_TD = torch.zeros_like(x_TD)
     for expert, (w1_DF, w2_FD) in enumerate(zip(w1_EDF, w2_EFD)):
         h_TF = F.silu(x_TD @ w1_DF.to(x_TD.dtype))
+        # the gates are float32, and so is the sum from the first expert on
         y_TD = y_TD + gate_TE[:, expert, None] * (h_TF @ w2_FD.to(x_TD.dtype))
     return y_TD.to(x_TD.dtype)
 

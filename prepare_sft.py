@@ -1,6 +1,4 @@
-"""Conversations to token files for supervised fine-tuning (SFT).
-
-They are encoded as ChatML, masked and packed into rows.
+"""Conversations to token files for supervised fine-tuning (SFT): encoded, masked, packed.
 
     python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft
     python prepare_sft.py                            # the embedded demo conversations
@@ -152,30 +150,32 @@ class Encoder:
 
 
 def encode_conversations(tokenizer, chats, capacity, long, report):
-    """[(place, messages)] -> [Document], each at most `capacity` tokens, one <|endoftext|>
-    included.
+    """[(place, messages)] → [Document] of at most `capacity` tokens, with their <|endoftext|>.
 
     The payload is the number of supervised bytes, the tokens, and their mask.
     """
-    # no token is longer than `longest` bytes, so a content beyond that many characters cannot fit,
-    # and one of 50 MB need not be encoded to be told so
-    limit = capacity * max(map(len, tokenizer.token_bytes))
+    # A character takes at least one byte, and no token has more bytes than the longest. So a longer
+    # content fits into no row, and one of 50 MB is not encoded only to be skipped
+    most_characters = capacity * max(map(len, tokenizer.token_bytes))
     contents = [message["content"] for _, messages in chats for message in messages]
-    encoded = iter(tokenizer.encode_packed([text for text in contents if len(text) <= limit]))
+    short = [text for text in contents if len(text) <= most_characters]
+    encoded = iter(tokenizer.encode_packed(short))
     prefixes = {role: pack_ids(tokenizer.prefix(role)) for role in ROLES}
     suffix = pack_ids(tokenizer.suffix)
     documents = []
     for place, messages in chats:
         turns = []
         for message in messages:
-            if len(message["content"]) <= limit:
+            if len(message["content"]) <= most_characters:
                 turns.append(to_turn(message, prefixes[message["role"]], next(encoded), suffix))
             else:
-                turns.append(Turn(message, b"", b"", limit))
+                turns.append(Turn(message, b"", b"", capacity))
         parts = fit(turns, capacity, long, report, place)
         digest = conversation_digest(messages)
         for number, part in enumerate(parts):
-            if number:                   # another digest, but on the same side of the split
+            if number:
+                # bytes 0-7 decide the split: they stay, so that all parts fall on the same side.
+                # Bytes 8-15 find duplicates and give the place in the shuffle: they become others
                 other = content_digest(digest + number.to_bytes(4, "little"))
                 digest = digest[:8] + other[8:]
             documents.append(packed(part, digest, place))
@@ -187,14 +187,15 @@ class Turn(NamedTuple):
     message: dict
     tokens: bytes                        # uint16
     mask: bytes                          # 1 on the supervised tokens
-    length: int                          # in tokens; of one that is too long, at least a row
+    length: int                          # in tokens; of one that fits into no row: a row's
 
 
 def to_turn(message, prefix, ids, suffix):
     """The Turn of a message, from its packed ids and those around them."""
     tokens = prefix + ids + suffix
-    before, after = len(prefix) // 2, len(suffix) // 2 - 1       # <|im_end|> is supervised
-    length = len(tokens) // 2
+    length = len(tokens) // 2                            # two bytes each
+    # of the suffix <|im_end|>\n, the <|im_end|> is supervised too: -1
+    before, after = len(prefix) // 2, len(suffix) // 2 - 1
     supervised = bytes([is_supervised(message)]) * (length - before - after)
     return Turn(message, tokens, bytes(before) + supervised + bytes(after), length)
 
@@ -206,12 +207,13 @@ def fit(turns, capacity, long, report, place):
     long="truncate" there is one part at most.
     """
     system = [turn for turn in turns if turn.message["role"] == "system"]
+    # after the system turn, user and assistant alternate: clean_conversation() makes it so
     exchanges = [turns[start: start + 2] for start in range(len(system), len(turns), 2)]
     base = sum(turn.length for turn in system)
     parts, part, length, lost = [], [], base, False
     for exchange in exchanges:
         size = sum(turn.length for turn in exchange)
-        if length + size < capacity:                     # and one <|endoftext|>
+        if length + size < capacity:                     # <, because an <|endoftext|> follows
             part += exchange
             length += size
             continue
@@ -268,11 +270,7 @@ def write_splits(folder, shuffle, split, capacity):
 
 
 def show(tokenizer, blocks, names, report, s):
-    """Print some conversations token by token, the supervised ones marked with *, long turns
-    abridged.
-
-    Raises UserError where nothing was understood.
-    """
+    """Print some conversations token by token; raises UserError where nothing was understood."""
     number = 0
     for block in blocks:
         for place, messages in block_conversations(block, report, names):

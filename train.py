@@ -6,16 +6,16 @@
     torchrun --standalone --nproc_per_node=8 train.py config/moe_sft.py
     python train.py config/pretrain.py --init_from=resume  # resume after a crash or Ctrl-C
 
-The loop below reads from top to bottom. It promises: the batch and the randomness of step s depend
-on (seed, s) alone; the loss of a step is the sum over the supervised tokens of the whole global
-batch divided by their number, however it is cut into micro-steps and processes; a run that is
-killed and resumed ends with the bits of one that never was (same machine, same settings, and on a
-GPU --deterministic=True); a step whose loss or gradient is not finite changes nothing. Ctrl-C,
-SIGTERM or a closed terminal finishes the step, saves and exits 0; a second Ctrl-C leaves at once.
+Guarantees: the batch and the randomness of step s depend on (seed, s) alone. The loss of a step is
+the mean over the supervised tokens of the whole global batch, however it is cut into micro-steps
+and processes. A run that is killed and resumed is bit-identical to an uninterrupted one (same
+machine and settings; on a GPU with --deterministic=True). A step whose loss or gradient is not
+finite changes nothing. Ctrl-C, SIGTERM or a closed terminal finishes the step, saves and exits 0; a
+second Ctrl-C exits at once.
 
 A log line: step 100/1500 · loss (nats per supervised token, before the update) · lr · norm (of the
 gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:
-least and most tokens of an expert, 1.00 is a fair share) · time left.
+tokens of the least and the most loaded expert, 1.00 is a fair share) · time left.
 """
 import math
 import sys
@@ -185,6 +185,7 @@ def build_model(s, data, start):
 @torch.no_grad()
 def validation_loss(forward, data, s, device, rank, world, stop):
     """Mean language loss per supervised token, always over the same windows; None if cut short."""
+    # key 0, whatever the seed: runs are compared on the same windows, from all over the split
     windows = permute(range(min(s.eval_iters * s.batch_size, data.n_windows)), data.n_windows, 0)
     # sums in float64, which mps does not have
     sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
@@ -229,16 +230,16 @@ def main():
             show_windows(train_data, windows, Tokenizer.load(tokenizer))
         return
     lock = run_folder.lock_existing(s.out_dir) if rank == 0 else None
-    resumed = start = run_folder.open_resumed(s, train_data)
-    if not resumed and s.init_from != "scratch":
+    resumed = run_folder.open_resumed(s, train_data)
+    start, finetuning = resumed, not resumed and s.init_from != "scratch"
+    if finetuning:
         start = checkpoint.load_for_inference(s.init_from, s.checkpoint, check=True)
         s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
     model = build_model(s, train_data, start)
-    if start is not resumed:
+    if finetuning:
         redraw_collapsed_rows(model, train_data, s.seed)
     run_folder.state_shape(s, model.config, train_data.meta)
-    # torch has no compiler for Apple's GPUs
-    compiled = s.compile and device.type != "mps"
+    compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
     model.to(device).use_fast(compiled)
     if s.fp8:
         from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
@@ -316,7 +317,7 @@ def main():
         supervised, stopping = sum_over_ranks(host_group, targets, stop.asked)
         last = step >= s.steps or stopping > 0
         evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
-        saving = last or step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0
+        saving = last or (step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0)
         if evaluating or saving:
             log.catch_up()
         if log.bad_in_a_row >= s.max_bad_steps:
@@ -352,10 +353,10 @@ def main():
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             loss, moe = forward(x, y)
-            # A loss that is not finite gets a gradient that is not: one test of the gradient's
-            # norm then serves for both, on all ranks alike. DDP averages, `world` makes it a sum
+            # 0, or NaN for a loss that is not finite. Then the gradient is NaN as well, and one
+            # test of its norm serves for both, on all ranks alike
             nan_if_bad = 0 * loss.detach()
-            objective = loss * (world / max(supervised, 1) + nan_if_bad)
+            objective = loss * (world / max(supervised, 1) + nan_if_bad)     # DDP divides by world
             if moe:
                 weight = s.aux_loss_weight * world / s.gradient_accumulation_steps
                 objective = objective + weight * moe[0]

@@ -152,9 +152,8 @@ def train_on(counts, vocab_size, nfkc=False, special=()):
 def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BYTES):
     """How often each pre-token occurs in the texts: a Counter. Special tokens are no part of any.
 
-    Han has no spaces, so most runs of it occur once, and the trainer would keep every one. Where
-    the pieces come to more than `limit` bytes, those that have occurred least are cut in half, and
-    again.
+    Han has no spaces, so most runs of it occur once, and the trainer would keep every one. If the
+    pieces exceed `limit` bytes, those that have occurred least are cut in half, repeatedly.
     """
     normalizer = tokenizer_module.untrained(nfkc).normalizer
     pattern = tokenizer_module.pre_token_pattern(han_run, WORD, OTHER)
@@ -195,7 +194,7 @@ def _bytes(counts):
 
 
 def written_out(counts, size=1 << 17):
-    """Yield texts of about `size` characters; every piece has as many lines as it was counted.
+    """Yield texts of about `size` characters, a line for each time that a piece was counted.
 
     Empties `counts`.
     """
@@ -224,11 +223,10 @@ def demo_blocks():
 
 
 class Sample:
-    """Iterates over the sampled texts: the first `f` of the input may give the first `f` of
-    max_bytes.
+    """Iterates over the sampled texts, which are spread evenly over the input.
 
-    And a hundredth ahead; blocks beyond that pass unparsed. `bytes` and `documents` say how much
-    was taken so far.
+    From the first x% of the input it takes at most the first (x + 1)% of max_bytes; blocks beyond
+    that pass unparsed. `bytes` and `documents` say how much was taken so far.
     """
 
     def __init__(self, source, settings, report):

@@ -1,7 +1,4 @@
-"""The demo's pretraining as MoE: two of four experts per token.
-
-No more parameters are active than in the dense demo.
-"""
+"""The demo's pretraining as MoE: 2 of 4 experts per token, no more active parameters than dense."""
 out_dir = "out/demo_moe_pretrain"
 n_expert = 4
 n_expert_per_tok = 2

@@ -1,6 +1,4 @@
-"""Replacing an output folder, or a file, as a whole.
-
-Whoever looks, at any moment, finds the old files or the new ones.
+"""Replacing an output folder, or a file, as a whole: a reader finds all old files or all new ones.
 
     with replaced_folder("data/pretrain", {"train.bin", "val.bin", "meta.json"}) as folder:
         ...                     # write into `folder`; an exception leaves data/pretrain as it was

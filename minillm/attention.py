@@ -1,8 +1,8 @@
 """Attention as functions without weights: rotary positions, masks, and attention itself.
 
-    rope = rope_table(config)                            # cos and sin, (2, block_size, head_dim /
-    2) q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim) y =
-    causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
+    rope = rope_table(config)                            # (2, block_size, head_dim / 2): cos, sin
+    q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
+    y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
 Training calls causal_attention, decoding calls cached_attention. Both are torch SDPA, which groups
 the query heads itself (GQA): k and v are never repeated.
@@ -18,6 +18,7 @@ from minillm.tokenizer import END_OF_TEXT
 def rope_table(config):
     """cos and sin of position × frequency: (2, block_size, head_dim / 2), float32."""
     half = config.n_embd // config.n_head // 2
+    # in float64: at position 100,000 an angle in float32 is off by up to 0.004
     frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
@@ -26,7 +27,8 @@ def rope_table(config):
 def apply_rope(x, rope):
     """Rotate each pair of channels (i, i + half) by the angle of its position.
 
-    x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2).
+    x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2). The pairs
+    are those of GPT-NeoX and Llama; the paper takes (2i, 2i + 1), the same in another order.
     """
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
@@ -40,6 +42,9 @@ def document_mask(idx, flex=False):
     where attention is allowed. flex=True: a BlockMask for flex_attention, whose kernel skips what
     is masked and is fast only if compiled. Call it outside the compiled model: torch 2.11 cannot
     compile the validation with this inside.
+
+    Positions are counted from the start of the row, not of the document. RoPE sees differences of
+    positions only, and those inside a document are the same either way.
     """
     B, T = idx.shape
     ends = (idx == END_OF_TEXT).int()
@@ -72,7 +77,8 @@ def causal_attention(q, k, v, mask=None):
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     from torch.nn.attention.flex_attention import flex_attention      # late: as above
-    # k is a slice; compiled without a backward pass, torch (2.11 and 2.13) loses a slice's offset
+    # contiguous: k may be a view with an offset into a larger buffer, and torch (2.11 and 2.13),
+    # compiled without a backward pass, reads it from the buffer's start
     return flex_attention(q, k.contiguous(), v, block_mask=mask, enable_gqa=True)
 
 

@@ -220,7 +220,7 @@ def _supervised(record, left_out):
 def _with_flags_of(record, turns, start, left_out):
     """The turns, those from `start` on unsupervised if a flag of the whole record says so.
 
-    A flag may also be a list, of one entry for each turn from `start` on.
+    A flag may also be a list with one entry for each of these turns.
     """
     if record.keys().isdisjoint(FLAGS):
         return turns
@@ -237,9 +237,7 @@ def _with_flags_of(record, turns, start, left_out):
 
 
 def _check_unused(record, turns, keys, left_out):
-    """Beside a list of turns, what stands under the keys of pairs is not used.
-
-    This is said, unless the turns hold it.
+    """Report texts under the keys of pairs, which a list of turns makes unused, unless it has them.
     """
     said = {text for _, text, _ in turns}
     for key in (*keys["user"], "input", *keys["assistant"]):

@@ -251,8 +251,7 @@ def model_config(state, kind):
 class skip_init(torch.overrides.TorchFunctionMode):
     """with skip_init(): a new model's weights are not drawn, so their memory is never touched.
 
-    (The meta device has no memory at all, but its first operation imports sympy and torch._dynamo:
-    0.8 s.)
+    Not the meta device: its first operation imports sympy and torch._dynamo, which takes 0.8 s.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

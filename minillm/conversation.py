@@ -85,10 +85,7 @@ class Conversation:
     """
 
     def __init__(self, model, system="", context=0, cache=None):
-        """context: at most so many tokens (0: the model's block_size).
-
-        cache: one to use instead of a new one.
-        """
+        """context: at most that many tokens (0: block_size). cache: used instead of a new one."""
         self.model, self.tokenizer = model, model.tokenizer
         self.cache = cache or model.new_cache(size=context)
         self.context = min(context or self.cache.size, self.cache.size)
@@ -99,9 +96,7 @@ class Conversation:
         self.set_system(system)
 
     def set_system(self, text):
-        """Set the system prompt; '' takes it away.
-
-        Raises UserError if it leaves no room for a question.
+        """Set the system prompt, '' for none. Raises UserError if there is no room for a question.
         """
         ids = self._ids("system", text) if text else []
         if len(self.generation_prompt) >= self.context:
@@ -120,10 +115,7 @@ class Conversation:
         self.turns, self.first = [], 0
 
     def undo(self):
-        """Take back the last question and what follows it.
-
-        Return the question, None if there is none.
-        """
+        """Take back the last question and what follows it; return it, or None if there is none."""
         for i in reversed(range(len(self.turns))):
             if self.turns[i].role == "user":
                 question = self.turns[i].content
@@ -133,10 +125,10 @@ class Conversation:
         return None
 
     def load(self, messages):
-        """Go on from `messages`, as `messages()` gives them.
+        """Replace the conversation by `messages`, in the form that `messages()` returns.
 
-        Raises UserError if they are none, or their system prompt doesn't fit; then nothing has
-        changed.
+        Raises UserError, and changes nothing, if they have another form, or their system prompt
+        does not fit.
         """
         check_messages(messages)
         system = ""
@@ -150,21 +142,21 @@ class Conversation:
         self.turns, self.first = turns, 0
 
     def messages(self):
-        """All of it, also what the model no longer sees, as [{"role", "content"}, ...]."""
+        """The whole conversation, also what the model no longer sees: [{"role", "content"}, ...]"""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + [{"role": turn.role, "content": turn.content} for turn in self.turns]
 
     def prompt(self):
-        """The ids that the next answer goes on from."""
+        """The ids that the next answer continues."""
         ids = list(self.system_ids)
         for turn in self.turns[self.first:]:
             ids += turn.ids
         return ids + self.generation_prompt
 
     def next_prompt(self, ids):
-        """The prompt to continue with after `ids` of the answer, for whoever decodes it elsewhere.
+        """The prompt to continue with after `ids` of the answer; for a decoder outside this class.
 
-        Makes room where the context is full. None where nothing is left to drop.
+        Makes room if the context is full. None if nothing is left to drop.
         """
         if ids and not self._droppable():
             return None
@@ -172,20 +164,20 @@ class Conversation:
         return self.prompt() + ids
 
     def ask(self, text, **options):
-        """Say `text` and return the iterator of the answer's pieces; options: see `answer`.
+        """Add the user's message `text`, return the iterator over the answer's pieces.
 
-        Raises UserError if the message alone is longer than the context; then nothing has been
-        said.
+        options: see `answer`. Raises UserError, and adds nothing, if the message alone is longer
+        than the context.
         """
         before = self.turns[:], self.first
         self.add("user", text)
         return self._answer_or_restore(before, options)
 
     def retry(self, **options):
-        """Take back the last answer and return the iterator of another one's pieces.
+        """Drop the last answer, return the iterator over the pieces of another one.
 
-        Raises UserError, and keeps it, if there is none, or no room since the system prompt has
-        changed.
+        Raises UserError, and drops nothing, if there is no answer, or if a longer system prompt has
+        left no room.
         """
         if not self.turns or self.turns[-1].role != "assistant":
             raise UserError("there is no answer to retry")

@@ -71,12 +71,13 @@ class TokenData:
             if not any(self.mask[start: start + (1 << 20)].any() for start in starts):
                 raise UserError(f"{mask_path} marks no token as learned: "
                                 "there is nothing to train or to score")
-        # windows come in random order: reading ahead of one fetches what no batch will want for
-        # hours. Without, windows of 513 tokens come from a cold disk ten times as fast (11,000 a
-        # second against 1,000)
-        for array in (self.tokens, self.mask) if hasattr(mmap, "MADV_RANDOM") else ():
-            if array is not None:
-                array._mmap.madvise(mmap.MADV_RANDOM)
+        # Windows are read in random order, so what the system reads ahead is not used for hours.
+        # Without read-ahead, windows of 513 tokens come from a cold disk ten times as fast (11,000
+        # per second instead of 1,000)
+        if hasattr(mmap, "MADV_RANDOM"):
+            for array in (self.tokens, self.mask):
+                if array is not None:
+                    array._mmap.madvise(mmap.MADV_RANDOM)
 
     def _check_ids(self, tokens, start):
         if tokens.max() >= self.meta["vocab_size"]:
@@ -85,10 +86,7 @@ class TokenData:
                             f"outside the vocabulary of {self.meta['vocab_size']:,}")
 
     def windows(self, indices):
-        """x, y for some windows: int64 tensors (len(indices), block_size).
-
-        y is -1 where nothing is learned.
-        """
+        """x and y of some windows: int64 (len(indices), block_size); y is -1 without a target."""
         x = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         for row, index in enumerate(indices):
             start = int(index) * self.stride
@@ -124,8 +122,7 @@ def permute(indices, n, key):
 
     A four-round Feistel network is a bijection on a power of four at least n; whatever falls
     outside range(n) is sent on until it falls inside ("cycle walking", Black and Rogaway 2002),
-    which keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. Returns
-    int64.
+    which keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. → int64
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -165,7 +162,7 @@ def rank_batches(data, seed, step, batch_size, micro_steps, rank, world):
     """
     windows = batch_windows(seed, step, batch_size * micro_steps, data.n_windows)
     batches = [data.windows(rows) for rows in windows.reshape(-1, batch_size)[rank::world]]
-    # counted on the host: a question to the GPU would wait for all that it was given
+    # counted on the host: counting on the GPU would need a sync
     targets = sum((y >= 0).sum().item() for _, y in batches)
     return batches, targets
 
@@ -187,7 +184,7 @@ def show_windows(data, windows, tokenizer):
     print("\n".join(lines))                      # at once: `| head` may leave before the end
 
 
-def derive_seed(*numbers):
-    """One 63-bit seed out of several integers."""
-    text = ",".join(map(str, numbers)).encode()
+def derive_seed(*parts):
+    """One 63-bit seed from several integers and names."""
+    text = ",".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

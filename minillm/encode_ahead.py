@@ -33,10 +33,7 @@ WORKERS = {
 
 
 def default_processes(size):
-    """How many processes to use for `size` bytes of input.
-
-    One per core, or one where that is enough.
-    """
+    """How many processes to use for `size` bytes of input: one per core, or one for a small one."""
     return 1 if size < SMALL else available_cores()
 
 
@@ -145,10 +142,7 @@ def _encode_in_worker(block):
 
 
 def in_background(iterable, depth=4):
-    """Iterate `iterable` on a thread of its own, at most `depth` items ahead.
-
-    Its exceptions come out here.
-    """
+    """Iterate `iterable` on another thread, `depth` items ahead; its exceptions are raised here."""
     items, stop = queue.Queue(depth), threading.Event()
 
     def put(item):

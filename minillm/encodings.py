@@ -1,9 +1,7 @@
-"""Which bytes are which characters: byte order marks, transcoding of whole streams.
+"""Which bytes are which characters: byte order marks, and transcoding of whole streams.
 
-Where no encoding fits, one is proposed.
-
-Nothing is guessed silently: a byte order mark decides, else --encoding does; guess_encoding() only
-makes a message more helpful.
+Nothing is guessed silently: a byte order mark decides, otherwise --encoding does. Where neither
+fits, guess_encoding() proposes one for the error message.
 """
 import codecs
 import io
@@ -39,10 +37,7 @@ def known_encoding(name):
 
 
 def marked_encoding(head):
-    """(bytes of the byte order mark, encoding) of a file that begins with `head`.
-
-    Without a mark (0, None).
-    """
+    """(bytes of the byte order mark, encoding) of a file that begins with `head`, or (0, None)."""
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return len(mark), encoding
@@ -57,8 +52,7 @@ def is_wide(encoding):
 class Transcoded(io.RawIOBase):
     """A stream of bytes in `encoding`, read as UTF-8. What does not decode becomes U+FFFD.
 
-    `translate` maps text to text, as for other line ends; `broken` says whether anything was
-    replaced.
+    `translate` maps text to text, as for other line ends; `broken`: whether anything was replaced.
     """
 
     def __init__(self, stream, encoding, translate=None):
@@ -112,10 +106,7 @@ def guess_encoding(sample):
 
 
 def _plausible(text, encoding):
-    """The share of its characters that usual text has.
-
-    ASCII counts only where there is nothing else.
-    """
+    """The share of characters that usual text has; ASCII counts only where all is ASCII."""
     other = [char for char in text if not " " <= char <= "~" and char not in "\t\r\n"]
     if not other:
         return 1.0

@@ -43,10 +43,7 @@ def questions_of(chats, name):
 
 
 def answer_all(model, questions, batch_size, max_new_tokens):
-    """The greedy answers, `batch_size` at a time: texts.
-
-    None stands for a question that is longer than the context.
-    """
+    """A list of greedy answers (text), None where the question is longer than the context."""
     prompts = [model.tokenizer.encode_chat(question.messages, add_generation_prompt=True)[0]
                for question in questions]
     answers = [None] * len(questions)

@@ -2,12 +2,20 @@
 
     cache = KVCache(model, batch=1)
     for ids in generate(model, [prompt], SamplingParams(max_new_tokens=20), cache=cache):
-        ...                                        # ids: one new id per row, None where a row has
-        ended
+        ...                              # one new id per row, None where a row has ended
 
-`prefill` reads the prompt, `decode_one_token` makes the logits of the next token, `sample_next`
-draws it. They stay on the device and have fixed shapes, so that minillm/speed can record them in a
-CUDA graph; its twins come in as the arguments `forward` and `decode`.
+What calls what:
+
+    generate                 checks the prompts, and yields ids until every row has ended
+      prefill                reads the prompts into the cache → logits of the token after them
+      decode_loop            yields the ids of all rows, one step after the other
+        decode_step          one step: position of the token, then the two below
+          decode_one_token   the model over one token per row → logits of the next one
+          sample_next        draws the next token from the logits
+
+All but `generate` and `decode_loop` read nothing back from the device and have fixed shapes, so
+that minillm/speed can record them in a CUDA graph; its twins come in as the arguments `forward`
+(for prefill) and `decode` (for decode_loop).
 """
 import torch
 
@@ -20,11 +28,9 @@ from minillm.sampling_params import SamplingParams
 class KVCache:
     """Keys and values of every token so far.
 
-    k[layer] and v[layer]: (B, n_kv_head, slots, head_dim).
-
-    tokens[b]: the ids of row b that are in the cache. Slot `size`, after the last token's, is for
-    padding: it is written, and never read as a token. prefilled: how many prompt tokens were
-    computed.
+    k[layer] and v[layer]: (B, n_kv_head, slots, head_dim). tokens[b]: the ids of row b that are in
+    the cache. Slot `size`, after the last token's, is for padding: it is written, and never read as
+    a token. prefilled: how many prompt tokens were computed, in all calls together.
     """
 
     def __init__(self, model, batch=1, size=0):
@@ -44,7 +50,10 @@ class KVCache:
 
 
 class DecodeState:
-    """What decoding carries from token to token, on the device: buffers that never move."""
+    """What decoding carries from token to token, on the device.
+
+    The buffers are allocated once and overwritten in place: a CUDA graph reads fixed addresses.
+    """
 
     def __init__(self, model, batch, steps):
         device = model.wte.weight.device
@@ -85,6 +94,7 @@ def cached_forward(model, cache, idx, position, end, attention=cached_attention)
     idx, position = idx.to(device), position.to(device)
     slot = torch.arange(end, device=device)
     visible = (slot <= position[:, :, None])[:, None]                # (B, 1, n, end)
+    # clamp: RoPE has no row for the position of the padding; any will do
     rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, :, None]
     row = torch.arange(len(idx), device=device)[:, None]
 
@@ -122,7 +132,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
     last = [len(prompt) - start - 1 for prompt, start in zip(prompts, starts)]
     row = torch.arange(len(prompts), device=x.device)
     logits = model.logits(x[row, torch.tensor(last, device=x.device)])
-    if not logits.isfinite().all():              # else every row would be empty, without a word
+    if not logits.isfinite().all():              # otherwise every row would silently be empty
         raise UserError("the model computes NaN or infinity: its weights are not finite, or "
                         f"too large for {str(logits.dtype).removeprefix('torch.')}")
     return logits
@@ -148,8 +158,8 @@ def sample_next(state, logits, params, topk=torch.topk):
 
 def decode_step(model, cache, state, params, end, decode_one_token=decode_one_token,
                 topk=torch.topk):
-    """Make one more token in every row, in place. Reads nothing back to the host."""
-    # A row that has run to the end of the cache continues to write to the padding slot
+    """Make one more token in every row, in place, without a GPU sync."""
+    # clamp: a row that has run to the end of the cache writes to the padding slot from there on
     position = (state.prompt_length + state.step - 1).clamp(max=cache.size)
     logits = decode_one_token(model, cache, state.token, position, end)
     sample_next(state, logits, params, topk)

@@ -23,6 +23,7 @@ def init_for_muon(model):
     """
     width = model.wte.weight.shape[1]
     model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
+    # 0.64 = 0.02 * sqrt(1024): the std of the logits with GPT-2's init, at width 1024
     model.norm.weight.fill_(0.64 / EMBEDDING_STD / math.sqrt(width))
 
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 # Four steps of Polar Express, made for singular values from 0.003 (as a share of the matrix's norm)
 # to 1: each (a, b, c) maps a value s to a s + b s³ + c s⁵, and together they bring them all between
-# 0.73 and 1.21. All but the last take a value for 3% smaller than it is: one that bfloat16 rounds
-# past the end of its interval would otherwise run away.
+# 0.73 and 1.21. The first three are p(s / 1.03), with the 1.03 worked into a, b and c: a value that
+# bfloat16 rounds to a little above 1 would otherwise grow with every step.
 POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
                  (3.4209, -2.4158, 0.4548), (2.5115, -1.8524, 0.4388))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
@@ -29,6 +29,10 @@ NEURON_BETA = 0.95           # decay of the mean squared update of an output neu
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (out, in) as in nn.Linear, or (E, in, out) for E experts, each on its own.
+
+    A step: momentum ← β momentum + (1 - β) gradient; direction = orthogonalise(β momentum +
+    (1 - β) gradient); weight ← (1 - lr · decay) weight - lr · sqrt(max(1, out / in)) · (direction,
+    rows evened out).
 
     A group's "split": the rows of an (out, in) matrix that belong together, such as (q, k, v); each
     part is orthogonalised on its own. Where torch.distributed is initialized, all processes must
@@ -65,14 +69,16 @@ class Muon(torch.optim.Optimizer):
             finish()
 
     def _start(self, group, params):
-        """Orthogonalise this process's share of a stack. Returns a function that gets the other
-        shares and moves the weights."""
+        """Orthogonalise this rank's share of a stack, start to exchange the shares.
+
+        Returns a function that waits for the others' and moves the weights.
+        """
         for p in params:
             if not self.state[p]:
                 self.state[p] = self.new_state(p)
         one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
         grad_scale = one if self.grad_scale is None else self.grad_scale
-        keep = one if self.found_inf is None else one - self.found_inf
+        apply = one if self.found_inf is None else one - self.found_inf      # 1, or 0 to skip
         # on the device: a Python number would be compiled into the code
         lr = torch.full_like(one, group["lr"])
         world, rank = 1, 0
@@ -82,7 +88,9 @@ class Muon(torch.optim.Optimizer):
         share = math.ceil(n / world)
         momenta = [self.state[p]["momentum"] for p in params]
         neurons = [self.state[p]["neuron"] for p in params]
-        part = self._direction([p.grad for p in params], momenta, grad_scale, keep,
+        # Every rank updates all momenta, which is cheap and needs no communication. The matmuls of
+        # orthogonalising are the expensive part: each rank does its share of them
+        part = self._direction([p.grad for p in params], momenta, grad_scale, apply,
                                group["momentum"], group["split"], rank * share, share)
         whole, arrived = part, None
         if world > 1:
@@ -94,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         def finish():
             if arrived is not None:
                 arrived.wait()
-            self._move(params, neurons, whole[:n], lr, group["weight_decay"], keep, group["split"])
+            self._move(params, neurons, whole[:n], lr, group["weight_decay"], apply, group["split"])
         return finish
 
 
@@ -116,16 +124,15 @@ def neuron_means(square):
     return square.mean(1 if square.dim() == 3 else -1, keepdim=True)
 
 
-def direction(grads, momenta, grad_scale, keep, beta, split, start, share):
+def direction(grads, momenta, grad_scale, apply, beta, split, start, share):
     """Update the momenta; return matrices start to start + share, orthogonalised: (share, out, in).
 
-    A skipped step (keep is 0) sees gradients of zero and gives them no weight, so nothing becomes
-    NaN.
+    In a skipped step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
     """
     ahead = []
     for grad, momentum in zip(grads, momenta):
-        grad = torch.where(keep > 0, grad / grad_scale, 0)
-        momentum.lerp_(grad, (1 - beta) * keep)
+        grad = torch.where(apply > 0, grad / grad_scale, 0)
+        momentum.lerp_(grad, (1 - beta) * apply)
         ahead.append(as_stack(grad.lerp(momentum, beta)))    # Nesterov
     stack = torch.cat([matrices.to(matmul_dtype(matrices)) for matrices in ahead])
     stack = stack[start: start + share]
@@ -167,27 +174,30 @@ def polynomial(gram, a, b, c):
     return a * identity + b * gram + c * (gram @ gram)
 
 
-def move(params, neurons, stack, lr, weight_decay, keep, split):
-    """Decay the weights and move them along the stack (n, out, in), rows evened out, norm kept.
+def move(params, neurons, stack, lr, weight_decay, apply, split):
+    """Decay the weights and move them along the stack (n, out, in), rows evened out (NorMuon).
 
-    A step is lr * sqrt(max(1, out / in)) long in the spectral norm: one lr serves every width.
+    Row i, an output neuron, is divided by the running root mean square of its updates; then all
+    rows of a part of the split are scaled by one number that gives back the part's norm. A step is
+    lr * sqrt(max(1, out / in)) long in the spectral norm: one lr serves every width.
     """
     sizes = [len(as_stack(p)) for p in params]
     rows = list(split or stack.shape[1:2])
     # 1) the running mean square of every output neuron
-    mean = stack.to(neurons[0].dtype).square().mean(-1, keepdim=True)    # (n, out, 1)
+    square = stack.to(neurons[0].dtype).square().mean(-1, keepdim=True)      # (n, out, 1)
     running = torch.cat([as_stack(neuron) for neuron in neurons])
-    running = running.lerp(mean, (1 - NEURON_BETA) * keep)
-    even = running.clamp_min(1e-10).rsqrt()
-    # 2) what each row is multiplied by
-    factors = []
-    for m, e in zip(mean.split(rows, dim=1), even.split(rows, dim=1)):
-        evened = (m * e.square()).sum(1, keepdim=True).clamp_min(1e-10)
-        norm_kept = (m.sum(1, keepdim=True) / evened).sqrt()
-        factors.append(e * norm_kept * math.sqrt(max(1, m.shape[1] / stack.shape[2])))
-    factor = torch.cat(factors, dim=1) * (lr * keep)
+    running = running.lerp(square, (1 - NEURON_BETA) * apply)
+    inverse_rms = running.clamp_min(1e-10).rsqrt()
+    # 2) what each row is multiplied by, part by part
+    scales = []
+    for part_square, part_inverse in zip(square.split(rows, 1), inverse_rms.split(rows, 1)):
+        evened = part_square * part_inverse.square()     # the mean squares after the division
+        norm = part_square.sum(1, keepdim=True) / evened.sum(1, keepdim=True).clamp_min(1e-10)
+        width = math.sqrt(max(1, part_square.shape[1] / stack.shape[2]))
+        scales.append(part_inverse * norm.sqrt() * width)
+    scale = torch.cat(scales, dim=1) * (lr * apply)
     # 3) the move
     for neuron, new in zip(neurons, running.split(sizes)):
         as_stack(neuron).copy_(new)
-    for p, matrices, f in zip(params, stack.split(sizes), factor.split(sizes)):
-        as_stack(p).mul_(1 - lr * weight_decay * keep).sub_(matrices.to(p.dtype) * f)
+    for p, matrices, row_scale in zip(params, stack.split(sizes), scale.split(sizes)):
+        as_stack(p).mul_(1 - lr * weight_decay * apply).sub_(matrices.to(p.dtype) * row_scale)

@@ -4,9 +4,8 @@
         with open(path, "rb") as raw:
             for name, kind, stream in open_streams(path, raw): …
 
-A directory stands for the files of a known kind below it, in the order of their paths; what begins
-with a dot is not looked at. A file's suffix says what it holds, its first bytes how it is
-compressed.
+A directory stands for the files of a known kind below it, in the order of their paths, without
+those that begin with a dot. A file's suffix says what it holds, its first bytes how it is packed.
 """
 import bz2
 import gzip

@@ -62,7 +62,8 @@ def parameters_by_role(model):
 
 class Optimizer:
     """The optimizers in `parts` as one. A group's rate is the step's times its "multiple"."""
-    _step_supports_amp_scaling = True            # torch's GradScaler: it takes found_inf
+    # torch's GradScaler then hands over found_inf, instead of reading it back to skip `step`
+    _step_supports_amp_scaling = True
 
     def __init__(self, model, parts, asks_host=False):
         self.parts, self.asks_host = parts, asks_host

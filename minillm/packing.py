@@ -30,9 +30,10 @@ def to_payload(tokens, mask, learned_bytes):
 def pack(lengths, capacity):
     """Best-fit decreasing (Johnson 1974) of items into rows: lists of item indices.
 
-    Every item, the longest first, goes into the fullest row with room for it. The rows are kept by
-    the room they have left, which is a small integer, and a bit set says which rooms there are; so
-    the time is linear in the number of items, and the same lengths always give the same rows.
+    Every item, the longest first, goes into the fullest row with room for it. Rows are kept in
+    lists by the room they have left; bit r of `rooms` says whether some row has room r. So after
+    the sort, each item takes a few operations on one integer of `capacity` bits. The same lengths
+    always give the same rows.
     """
     rows, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
@@ -40,6 +41,7 @@ def pack(lengths, capacity):
         length = lengths[item]
         fitting = rooms >> length
         if fitting:
+            # fitting & -fitting is its lowest set bit: the smallest room that is large enough
             room = length + (fitting & -fitting).bit_length() - 1
             row = by_room[room].pop()
             if not by_room[room]:

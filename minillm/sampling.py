@@ -1,7 +1,7 @@
 """How the next token is drawn from the logits: temperature, top-k, top-p, repetition penalty.
 
-Nothing here asks the device for a number, so all of it can be part of a CUDA graph. The numbers
-stay finite for every setting that SamplingParams takes.
+All of it runs without a GPU sync, so it can be part of a CUDA graph. The numbers stay finite for
+every setting that SamplingParams takes.
 
 Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """
@@ -14,10 +14,11 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     """Draw one id per row from softmax(logits / temperature), cut by top_k and top_p.
 
     logits: (B, V); u: (B,) in [0, 1), the only randomness, which depends on the row's seed and step
-    alone. From it every id gets a waiting time, exponential with mean 1; the id whose time divided
-    by its probability is smallest is drawn. So neither the other rows nor the order of almost equal
-    logits moves the choice: rounding does only where two ids are about to tie. temperature 0 is
-    greedy. topk: minillm/speed/topk.py has faster ones. Returns (B,).
+    alone. temperature 0 is greedy. topk: minillm/speed/topk.py has faster ones. Returns (B,).
+
+    The draw is Gumbel-max, written as a race: argmin of Exp(1) / p is id i with probability p[i].
+    Each id's exponential is a hash of (u, id), so neither the other rows nor the order of almost
+    equal logits changes the choice; rounding does only where two ids are about to tie.
     """
     if temperature < ALL_OF_IT or top_k == 1:
         return logits.argmax(-1)
@@ -28,23 +29,28 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
         logits, ids = logits.sort(descending=True)
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
+        # topk and sort give falling order: `before` is the probability of all likelier ids
         before = p.cumsum(-1) - p
         p = p * (before < top_p)                 # the first one always stays
     if ids is None:
         ids = torch.arange(p.shape[-1], device=p.device).expand_as(p)
-    choice = (waiting_time(u[:, None], ids) / p).argmin(-1, keepdim=True)
+    choice = (exponential_noise(u[:, None], ids) / p).argmin(-1, keepdim=True)
     return ids.gather(1, choice)[:, 0]
 
 
-def waiting_time(u, ids):
-    """An exponential number of mean 1 for each id: u (B, 1), ids (B, n) → (B, n)."""
-    bits = mix(ids + 1) ^ (u * 2**24).long()     # u is a multiple of 2**-24
+def exponential_noise(u, ids):
+    """A number of the exponential distribution Exp(1) per id: u (B, 1), ids (B, n) → (B, n)."""
+    # ids + 1, because mix(0) is 0; u is a multiple of 2**-24
+    bits = mix(ids + 1) ^ (u * 2**24).long()
     uniform = (mix(bits) + 0.5) / 2**32
     return -torch.log1p(-uniform)
 
 
 def mix(x):
-    """A hash of whole numbers below 2**32: every bit of x moves every bit of the result."""
+    """A hash of whole numbers below 2**32: every bit of x moves every bit of the result.
+
+    The constant is Thomas Mueller's, found by search for an even spread of the bits.
+    """
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -110,10 +110,7 @@ class DiskShuffle:
         shutil.rmtree(self._folder)
 
     def _in_order(self, files, folder, shift):
-        """Yield the documents of some buckets.
-
-        `shift` is that of the next eight bits of the key.
-        """
+        """Yield the documents of some buckets. `shift`: where the next 8 bits of the key stand."""
         for file in files.values():
             file.close()
         for bucket in sorted(files):
@@ -141,10 +138,7 @@ class DiskShuffle:
 
 
 def _allow_open_files(count):
-    """Raise the process's own limit to `count` where that is allowed.
-
-    On macOS it is 256 at first.
-    """
+    """Raise the process's own limit to `count` where that is allowed; on macOS it starts at 256."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,16 +1,14 @@
-"""Which documents are for validation: a property of their content.
-
-They are about the share that was asked for.
+"""Which documents are for validation: decided by a hash of their content.
 
     split = ValidationSplit(0.01)
     split.count(documents)           # all of them, in any order
     split.decide()
     split.in_validation(document)    # whole; or split.bytes_to_cut(document) from its end
 
-A document falls where the hash of its content says, between 0 and 1; validation takes those below
-its fraction. So the split stays as it is when files are added. Where documents are few, or one of
-them is huge, their sizes would make that 0% or 80%. Then the lowest documents that keep the share
-within a factor of two are taken instead, and the end of one more where whole ones do not suffice.
+The hash of a document is a number between 0 and 1; validation takes those below its fraction. So
+the split stays as it is when files are added. With few documents, or a huge one, that could be 0%
+or 80% of the bytes. Then the documents with the lowest numbers that keep the share within a factor
+of two are taken instead, and the end of one more where whole ones do not suffice.
 """
 from collections import Counter
 

@@ -153,10 +153,7 @@ def _decoded_lines(block, report):
 
 
 def _several_values(text):
-    """The JSON values of a line that holds several, or a comma behind one.
-
-    None if it is malformed.
-    """
+    """The JSON values of a line with several, or with a comma after one; None if malformed."""
     values, at = [], 0
     while at < len(text):
         try:

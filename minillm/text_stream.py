@@ -50,9 +50,8 @@ class TextStream:
 class StreamDecoder:
     """Text out of tokens as they come, whole characters only.
 
-    `push(id)` gives the text that is complete by now, `flush()` ends. Bytes that cannot become a
-    character are dropped, so no U+FFFD appears that the tokens do not spell; special tokens say
-    nothing.
+    `push(id)` returns the text that is complete by now, `flush()` ends. Bytes that cannot become a
+    character are dropped: no U+FFFD appears that the tokens do not spell. Special tokens give "".
     """
 
     def __init__(self, tokenizer):

@@ -8,9 +8,8 @@ from minillm.errors import UserError
 def bytes_of_tokens(backend, path):
     """([id] -> the bytes of a token, {id: name in bytes} of the special ones, which have no bytes).
 
-    Byte-level BPE writes a byte as a printable character: those of Latin-1 for themselves, the 68
-    others (controls, space …) as U+0100 and on (GPT-2's table). Added tokens are written as they
-    are.
+    Byte-level BPE writes a byte as a printable character: those of Latin-1 as themselves, the other
+    68 (controls, space …) from U+0100 on (GPT-2's table). Added tokens are written as they are.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -56,9 +56,8 @@ def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
 
 
 # transformers reads control tokens in any text. So the template writes a noncharacter into what a
-# message spells like one, "<|" becomes "<U+FDD0|", and the normalizer, which comes after control
-# tokens are found, takes it out again: the ids are those of the text. Our own load() drops that
-# normalizer.
+# message spells like one: "<|" becomes "<U+FDD0|". The normalizer, which runs after control tokens
+# are found, takes it out again: the ids are those of the text. Our load() drops that normalizer.
 ESCAPE, ESCAPED = "<|", "<\ufdd0|"
 UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
 
@@ -91,8 +90,11 @@ TRANSFORMERS_CONFIG = {
 
 
 def untrained(nfkc=False, han_run=LONGEST):
-    """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer. `nfkc` folds compatibility
-    characters (full-width letters, ligatures …) before all else, and gives up losslessness."""
+    """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer.
+
+    `nfkc` folds compatibility characters (full-width letters, ligatures …) before all else; the
+    tokenizer is then no longer lossless.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     if nfkc:
         backend.normalizer = normalizers.NFKC()
@@ -233,6 +235,7 @@ class Tokenizer:
             prefix, suffix = self.prefix(message["role"]), self.suffix
             supervised = int(is_supervised(message))
             ids += prefix + content + suffix
+            # + 1 and - 1: the <|im_end|> that begins the suffix is supervised like the content
             mask += [0] * len(prefix) + [supervised] * (len(content) + 1) + [0] * (len(suffix) - 1)
         if add_generation_prompt:
             prefix = self.prefix("assistant")

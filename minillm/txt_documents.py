@@ -13,8 +13,7 @@ def txt_documents(name, stream, encoding, document, report):
     """Yield (place, text) of the documents of a .txt. `document`: "file", "paragraph" or "line".
 
     A paragraph ends at a blank line. Each is also cut at lines of <|endoftext|>, and at the first
-    line end after TXT_DOCUMENT bytes, so that a book neither fills the memory nor falls whole into
-    one split.
+    line end after TXT_DOCUMENT bytes: a book shall neither fill the memory nor be in one split.
     """
     pending, size, start = [], 0, None
     for number, line, text in _lines(name, stream, encoding, report):

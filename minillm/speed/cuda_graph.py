@@ -11,8 +11,7 @@ from minillm.speed import decode_gpu
 from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
 from minillm.speed.topk import topk_by_parts, topk_compiled
 
-# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, however many weights it
-# reads
+# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads
 DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True,
                   "combo_kernels_pointwise_only": True, "realize_acc_reads_threshold": 1000,
                   "use_fast_math": True}
@@ -25,8 +24,7 @@ class GraphCache(KVCache):
         self.prefill_graphs = {}                 # (width, end) → (idx, position, replay, x)
         self.decode_graphs = {}                  # (params, compile) → replay
         if shape[0] > 1:
-            # one tensor per layer: a compiled step writes each in place instead of copying all of
-            # them
+            # one tensor per layer: a compiled step writes each in place instead of copying all
             super().allocate(like, n_layer, shape)
             return
         # one tensor for all layers, which decode_gpu writes at once
@@ -60,12 +58,10 @@ def forward(model, cache, idx, position, end):
     """
     B, n = idx.shape
     width = next_power_of_two(n)                 # few different widths, since each is captured once
-    # more tokens go through grouped_mm, which may ask the host for its offsets: no graph can hold
-    # that
+    # more tokens go through grouped_mm, which may sync for its offsets: no graph can hold that
     if model.config.n_expert and B * width > ALL_EXPERTS_TOKENS:
         return cached_forward(model, cache, idx, position, end)
-    # For a single row, whose prompts grow from turn to turn, always the whole cache: fewer graphs,
-    # as fast
+    # a single row, whose prompts grow from turn to turn: always the whole cache, for fewer graphs
     end = cache.size if B == 1 else min(next_power_of_two(end), cache.size)
     if (width, end) not in cache.prefill_graphs:
         cache.prefill_graphs[width, end] = capture_forward(model, cache, B, width, end)

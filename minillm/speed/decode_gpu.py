@@ -58,8 +58,8 @@ def decode_vector(model, cache, token, position):
         new.append(realize(linear(attn.qkv, x, block.attn_norm).to(dtype).view(-1, hd)))
         q, new_k, new_v = new[-1].float().split((c.n_head, n_kv, n_kv))
         # The new token's k and v stand beside the cache, where `here` is True, and are written to
-        # it at the end, all layers at once. RoPE turns q and the new k alike, so their product
-        # needs none.
+        # it at the end, all layers at once. RoPE turns q and the new k alike: their product needs
+        # no RoPE
         q_a, q_b = q.view(n_kv, group, 1, hd).chunk(2, -1)
         k_a, k_b = keys[0].float().chunk(2, -1)
         new_a, new_b = new_k[:, None].chunk(2, -1)

@@ -6,8 +6,7 @@
 models only, with bfloat16 beside it. The four linear layers of a block compute all three of their
 matmuls (forward, for the input's gradient, for the weights') in 8 bits: activations and weights as
 e4m3 (3 bits of mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344). Everything else is
-as without: embedding and head, attention, norms, optimizer, and all validation, which multiplies in
-16 bits.
+as without: embedding and head, attention, norms, optimizer, and all validation (in 16 bits).
 
 Only the weights need a measured scale, and nothing is remembered between two steps:
 - activations have none. The output of a norm, an average of values or SiLU is of the order of 1;
@@ -26,8 +25,7 @@ from minillm.errors import UserError
 from minillm.speed.linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-# times the number of tokens: the largest gradients of a training then are near 30, the mean near
-# 0.01
+# times the number of tokens: the largest gradients of a training are then near 30, the mean 0.01
 GRADIENT_SCALE = 16
 
 

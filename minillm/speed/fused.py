@@ -11,8 +11,7 @@ the next product read goes through memory; otherwise each of them computes it ag
 def row_terms(weight, x, expert=None):
     """What `weight @ x` sums along its rows, in float32: (out, in), or folded to (out, 1024).
 
-    weight: (out, in); with `expert`, a tensor of one index, (n, out, in) of which weight[expert]
-    counts.
+    weight: (out, in); with `expert`, a tensor of one index: (n, out, in), of which weight[expert].
     """
     fold = 1
     if len(x) % 1024 == 0:

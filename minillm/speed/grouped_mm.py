@@ -6,8 +6,7 @@ on the data, so the layer compiles with fullgraph=True.
 
 Shape suffixes are those of moe.py, and N = T·K: one row per (token, chosen expert) pair.
 
-Paper: sorting tokens by expert instead of padding them to a capacity, MegaBlocks (arXiv
-2211.15841).
+Paper: MegaBlocks, which sorts tokens by expert instead of padding them (arXiv 2211.15841).
 """
 import torch
 from torch.nn import functional as F
