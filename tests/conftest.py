@@ -10,7 +10,7 @@ import threading
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-pytest_plugins = ["support.small_corpus", "support.small_project"]
+pytest_plugins = ["support.own_process", "support.small_corpus", "support.small_project"]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Tests fork. A pool of compiler processes, once this one has it, is broken in its children, and
 # they wait for it forever

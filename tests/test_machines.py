@@ -141,7 +141,8 @@ def test_a_clock_that_is_set_back(data, tmp_path):
 
 def test_training_without_what_windows_lacks(data, tmp_path):
     """fcntl, resource, termios and readline do not exist there, and folders cannot be opened."""
-    code = ("import os, sys\n"
+    code = ("import os, shutil, sys\n"
+            "shutil._use_fd_functions = False\n"          # as it is there
             "for name in ('fcntl', 'resource', 'termios', 'readline'): sys.modules[name] = None\n"
             "inner = os.open\n"
             "def opened(path, *args, **kwargs):\n"

@@ -1,0 +1,52 @@
+"""A pytest plugin: where torch is built for GPUs, every test runs in a process of its own.
+
+Such a torch refuses a backward pass in a forked child once the parent has made one, even with all
+GPUs hidden. The tests of the programs fork (support/processes.py), others call backward: so
+pytest's own process never does.
+"""
+import json
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+
+# asked by NVML: to ask CUDA would make it unusable in a forked child
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    if not (torch.version.cuda or torch.version.hip):
+        return None                              # pytest calls it as usual
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        with open(writer, "w") as pipe:
+            json.dump(outcome(pyfuncitem), pipe)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        told = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    kind, text = json.loads(told) if told else ("failed", f"its process ended with {status}")
+    if kind == "skipped":
+        pytest.skip(text)
+    if kind == "failed":
+        pytest.fail(text, pytrace=False)
+    return True
+
+
+def outcome(pyfuncitem):
+    """("passed", "skipped" or "failed", why) of the test, called here."""
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    try:
+        pyfuncitem.obj(**arguments)
+    except pytest.skip.Exception as skipped:
+        return "skipped", str(skipped)
+    except BaseException:
+        return "failed", traceback.format_exc()
+    return "passed", ""
