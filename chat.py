@@ -5,10 +5,11 @@
     echo 你好 | python chat.py                       # stdin is one message; prints the answer alone
     python chat.py --prompt="你好" --json=True       # one JSON record
 
-In a terminal the conversation goes on over turns, and only what is new is computed; when the
-context is full the oldest exchanges go, the system prompt stays. What the user types is text:
-<|im_end|> or <|im_start|>system are read as these characters. Exit status: 0, 2 for what the user
-can put right, 130 for Ctrl-C.
+In a terminal you have a conversation: when the context is full, the model forgets the oldest
+questions and answers; the system prompt stays. What you type is always text: <|im_end|> is read as
+these ten characters.
+
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import json
 import os
@@ -23,10 +24,10 @@ from minillm.sampling_params import GenerationSettings, read_prompt
 
 @dataclass
 class Settings(GenerationSettings):
-    out_dir: str = "out/demo_sft"          # folder with the model, as train.py leaves it
-    prompt: str = ""                       # answer this message and leave
+    out_dir: str = "out/demo_sft"          # folder of the model, as train.py leaves it
+    prompt: str = ""                       # answer this one message and exit
     system: str = ""                       # the system prompt
-    truncate_ctx: int = 0                  # keep at most so many tokens; 0: the model's context
+    truncate_ctx: int = 0                  # at most this many tokens of context; 0: all it has
 
 
 def load_model(s):
@@ -63,16 +64,17 @@ def main():
     s = configure(Settings)
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
-    if s.prompt or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        try:
-            answer_once(s, options, read_prompt(s.prompt or "-"))
-        except KeyboardInterrupt:
-            # what was said stays; leave at once, torch's threads take their time
-            sys.stdout.flush()
-            os._exit(130)
-    else:
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if in_terminal and not s.prompt:
         from minillm.terminal import Terminal    # late: it imports torch
         Terminal(s, load_model(s)).run()
+        return
+    try:
+        answer_once(s, options, read_prompt(s.prompt or "-"))
+    except KeyboardInterrupt:
+        # keep the text so far; exit at once, without waiting for torch's threads
+        sys.stdout.flush()
+        os._exit(130)
 
 
 if __name__ == "__main__":

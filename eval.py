@@ -5,12 +5,14 @@
     python eval.py --out_dir=out/sft --choices=FILE.csv        # multiple choice, C-Eval's shape
     python eval.py --out_dir=out/pretrain --eval_iters=0       # all of the validation split
 
-Validation: the loss in nats per supervised token (the language loss alone), perplexity, bits per
-byte of text (comparable between tokenizers), next-token accuracy, and for a MoE model the share of
-tokens of every expert. Questions are answered greedily; those that match to the character count.
-Multiple choice compares the likelihood of the choices, see minillm/multiple_choice.py. A question
-longer than the context counts as wrong, and is named. The same model and data give the same
-numbers. They are also written to out_dir/eval.json, after each part.
+Validation: the loss in nats per supervised token (without the load-balancing loss), perplexity,
+bits per byte of text (comparable between tokenizers), next-token accuracy, and for an MoE model
+each expert's share of the tokens. Questions are answered greedily; an answer is right if every
+character matches. Multiple choice compares the likelihood of the choices, see
+minillm/multiple_choice.py. A question longer than the context counts as wrong, and is named. The
+same model and data give the same numbers. They are also written to out_dir/eval.json.
+
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import json
 import math
@@ -36,20 +38,20 @@ DEMO_SFT = (["demo.town.conversations()"], ["demo_corpus.conversations()"])
 @dataclass
 class Settings:
     out_dir: str = "out/demo_sft"         # folder of the model, as train.py leaves it
-    checkpoint: str = "newest"            # which of its checkpoints: newest, best or a step
+    checkpoint: str = "newest"            # which one to load from out_dir: newest, best or a step
     # what is scored
     data_dir: str = ""                    # token files; empty: those it was trained on; or none
     eval_iters: NonNegative = 0           # validation batches; 0: all
-    questions: str = "auto"               # file of chats, demo, none; auto: demo for a demo's SFT
-    max_new_tokens: Positive = 64         # longest answer
-    choices: str = "none"                 # file of multiple-choice questions, demo, or none
-    answer_by: Literal["text", "letters"] = "text"      # what is compared: choices, or A, B, C ...
+    questions: str = "auto"               # file of chats, demo or none; auto: demo after demo SFT
+    max_new_tokens: Positive = 64         # longest answer, in tokens
+    choices: str = "none"                 # file of multiple-choice questions, demo or none
+    answer_by: Literal["text", "letters"] = "text"      # compare the choices, or A, B, C ...
     template: Literal["chat", "plain"] = "chat"         # of multiple choice; plain: no ChatML
     # how
-    batch_size: Positive = 16             # windows, questions or choices at once
+    batch_size: Positive = 16             # sequences, questions or choices at once
     show: NonNegative = 3                 # wrong answers to print
     json: bool = False                    # print the results as one line of JSON, and nothing else
-    device: str = "auto"                  # auto, cpu, cuda, cuda:N
+    device: str = "auto"                  # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                   # of the matmuls: auto, float32, bfloat16
 
 

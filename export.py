@@ -8,8 +8,10 @@
 
 --format=hf writes config.json, model.safetensors and the tokenizer; transformers 4.57 and 5 open
 the folder. --format=gguf writes model.gguf and a Modelfile for `ollama create`. Both write a model
-card (README.md) that says what to know. In float32 the logits are ours up to rounding. The packages
-that export needs: pip install -r requirements-export.txt
+card (README.md) with what its users must know. In float32 the logits are the same up to rounding.
+
+Needs `pip install -r requirements-export.txt`. Exit status: 0; 2 after a mistake that you can
+correct, with one line on stderr; 130 after Ctrl-C.
 """
 import os
 from dataclasses import dataclass
@@ -33,10 +35,10 @@ SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 @dataclass
 class Settings:
     out_dir: str = "out/demo_sft"             # folder of the model, as train.py leaves it
-    checkpoint: str = "newest"                # which of its checkpoints: newest, best or a step
+    checkpoint: str = "newest"                # which one to load: newest, best or a step
     format: Literal["hf", "gguf"] = "hf"      # hf: transformers; gguf: llama.cpp, Ollama
     export_dir: str = ""                      # where the export goes; empty: hf or gguf in out_dir
-    dtype: Dtype = "float32"                  # of the matrices; q8_0 (8 bits) only with gguf
+    dtype: Dtype = "float32"                  # of the matrices; q8_0: gguf only
     stock: Literal["auto", "llama"] = "auto"  # hf: llama writes a dense model as Llama, not Arcee
 
 

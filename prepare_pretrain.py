@@ -1,4 +1,4 @@
-"""Text to token files for pretraining: shuffled, split, one flat stream of uint16.
+"""Prepare text for pretraining: token files, shuffled and split, one flat stream of uint16.
 
     python prepare_pretrain.py corpus.jsonl --tokenizer=data/tokenizer --out_dir=data/pretrain
     python prepare_pretrain.py                       # the embedded demo corpus
@@ -11,6 +11,8 @@ Writes train.bin, val.bin (little-endian uint16, no header, <|endoftext|> after 
 meta.json. The bytes depend on the input, the tokenizer and the seed alone, not on the number of
 processes. The text is read once, streaming. The shuffle takes as much disk as the token files,
 until the end. The old files stay until the new ones are complete.
+
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import os
 import struct
@@ -40,18 +42,18 @@ except ImportError:                              # minillm/speed was deleted
 
 @dataclass
 class Settings:
-    files: list[str] = positional()   # files or folders of text, see above; none: the demo
+    files: list[str] = positional()   # files or folders of text; none: the demo's
     tokenizer: str | None = None      # its folder; default data/tokenizer, or data/demo/tokenizer
     out_dir: str | None = None        # default data/pretrain, or data/demo/pretrain without FILE
     val_fraction: BelowOne = 0.01     # share for validation, chosen by a hash of each document
-    seed: int = 1337                  # of the shuffle
-    dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)
+    seed: int = 1337                  # of the order of the documents
+    dedup: bool = False               # drop exact copies of a document
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt: what is a document
+    document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # that encode; 0: one per core, or one for a small input
-    batch_size: Positive = 1_000_000  # bytes encoded in one call: changes speed and memory alone
+    processes: NonNegative = 0        # how many encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000  # bytes encoded in one call: affects speed and memory only
 
 
 FILES = {"train.bin", "val.bin", "meta.json"}

@@ -1,4 +1,4 @@
-"""Conversations to token files for supervised fine-tuning (SFT): encoded, masked, packed.
+"""Prepare conversations for supervised fine-tuning (SFT): token files with a loss mask.
 
     python prepare_sft.py data/raw/chats.json --tokenizer=data/tokenizer --out_dir=data/sft
     python prepare_sft.py                            # the embedded demo conversations
@@ -6,23 +6,25 @@
 
 Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other) and
 .parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record
-is a list of turns, or holds one under conversations, messages, conversation, dialogue, chat or
-turns; a turn has a role (from, role, speaker) and a text (value, content, text: a string, or a list
-of parts). Roles, in any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt,
-助手; system, developer. Or a record is a pair: instruction (and input), prompt, question or query;
-output, response, completion, answer or target; with `history` before it. `system` or
-`system_prompt` is the system turn. `--map` names others. A turn with weight, loss, train, trainable
-or loss_mask 0 or false is context.
+is one of these; --map adds names to those listed:
+
+- turns: a list of them, or one under conversations, messages, conversation, dialogue, chat, turns.
+  A turn has a role (key from, role or speaker) and a text (key value, content or text). Roles, in
+  any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt, 助手; system,
+  developer.
+- a pair: instruction (and input), prompt, question or query; and output, response, completion,
+  answer or target; with the turns before it under history.
+
+The system prompt can also stand beside them, under system or system_prompt. A turn with weight,
+loss, train, trainable or loss_mask 0 or false is context: it is not learned.
 
 Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin,
 val_mask.bin (uint8 of the same length: 1 on the supervised tokens, which are what the assistant
-says and its <|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first;
-each one ends in an <|endoftext|>, which is how attention finds where the next begins, and so does
-the padding.
+says and its <|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first.
+Each ends with <|endoftext|>, by which attention finds where the next one begins; the padding is
+<|endoftext|> too. The bytes depend on the input, the tokenizer and the seed alone.
 
-The bytes depend on the input, the tokenizer and the seed alone. Conversations are shuffled as in
-prepare_pretrain.py, then packed a pool at a time: best-fit decreasing inside a pool, so memory is
-one pool, and time grows linearly.
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import os
 import sys
@@ -54,20 +56,20 @@ except ImportError:                              # minillm/speed was deleted
 
 @dataclass
 class Settings:
-    files: list[str] = positional()   # files or folders of conversations, see above; none: the demo
+    files: list[str] = positional()   # files or folders of conversations; none: the demo's
     tokenizer: str | None = None      # its folder; default data/tokenizer, or data/demo/tokenizer
     out_dir: str | None = None        # default data/sft, or data/demo/sft without FILE
-    block_size: whole(8, 1 << 20) | None = None  # of the model; default 512, demo 128
-    long: Literal["split", "truncate"] = "split"  # what exceeds a row: a new row, or cut
+    block_size: whole(8, 1 << 20) | None = None  # the model's block_size; auto: 512, demo 128
+    long: Literal["split", "truncate"] = "split"  # a conversation that exceeds a row
     val_fraction: BelowOne = 0.01     # share for validation, chosen by a hash of each conversation
-    seed: int = 1337                  # of the shuffle
-    dedup: bool = False               # drop exact duplicates (no memory: equals meet on disk)
-    map: str = ""                     # other names, q:user,a:assistant: of roles, keys, messages …
+    seed: int = 1337                  # of the order of the conversations
+    dedup: bool = False               # drop exact copies of a conversation
+    map: str = ""                     # names of roles and keys in your files: q:user,a:assistant
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # that encode; 0: one per core, or one for a small input
-    batch_size: Positive = 1_000_000  # bytes encoded in one call: changes speed and memory alone
-    show: NonNegative = 0             # print so many conversations as tokens, and stop
+    processes: NonNegative = 0        # how many encode; 0: one per core, or one for a small input
+    batch_size: Positive = 1_000_000  # bytes encoded in one call: affects speed and memory only
+    show: NonNegative = 0             # print this many conversations as tokens, and write nothing
 
 
 FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json"}

@@ -5,10 +5,12 @@
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
     cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
 
-The text streams to stdout as it is made, and nothing else does; why a text ended and the speed go
-to stderr. It ends with <|endoftext|>, a --stop string, max_new_tokens, or the model's context.
-Sample i draws from seed + i. The same seed gives the same text alone and in a batch with
---dtype=float32; in 16 bits a batch rounds differently, which now and then moves a draw.
+The text streams to stdout, and nothing else does; speed and the reason for the end go to stderr. A
+text ends with <|endoftext|>, a --stop text, max_new_tokens, or the model's context. Sample i uses
+seed + i. The same seed gives the same text, alone and in a batch with --dtype=float32; in 16 bits a
+batch rounds differently, and now and then a token is another one.
+
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import json
 import random
@@ -26,10 +28,10 @@ from minillm.tokenizer import END_OF_TEXT
 
 @dataclass
 class Settings(GenerationSettings):
-    out_dir: str = "out/demo_pretrain"     # folder with the model, as train.py leaves it
-    prompt: str = ""                       # the text to go on from; - reads stdin; empty: a new one
+    out_dir: str = "out/demo_pretrain"     # folder of the model, as train.py leaves it
+    prompt: str = ""                       # the text to continue; - reads stdin; empty: a new text
     num_samples: int = 1                   # texts to make, in one batch
-    truncate_ctx: int = 0                  # keep only the last so many tokens of the prompt; 0: all
+    truncate_ctx: int = 0                  # use only the prompt's last tokens, this many; 0: all
 
 
 def main():

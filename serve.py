@@ -10,10 +10,12 @@
 Any client of OpenAI's API works with the base URL http://127.0.0.1:8000/v1; top_k and
 repetition_penalty are extra fields. The same seed gives the same text as chat.py. Requests are
 decoded together; when all rows and the queue are taken, the answer is 429 with Retry-After. SIGTERM
-or Ctrl-C stops taking requests and finishes those under way. The key may also stand in the
-environment's MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in front
-where that matters.
-Needs `pip install -r requirements-serve.txt`.
+or Ctrl-C stops taking requests and finishes those that run. The key can also come from the
+environment variable MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in
+front where that matters.
+
+Needs `pip install -r requirements-serve.txt`. Exit status: 0; 2 after a mistake that you can
+correct, with one line on stderr.
 """
 import os
 import signal
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.errors import UserError, run
-from minillm.sampling_params import SamplingParams
+from minillm.sampling_params import DEFAULTS, SamplingParams
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -31,9 +33,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 @dataclass
 class Settings:
     # the model
-    out_dir: str = "out/demo_sft"          # folder with the model, as train.py leaves it
-    checkpoint: str = "newest"             # newest, or best by validation loss
-    device: str = "auto"                   # auto, cpu, cuda, cuda:N
+    out_dir: str = "out/demo_sft"          # folder of the model, as train.py leaves it
+    checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
+    device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
     model_name: str = ""                   # its name for clients; empty: the folder's
     # who may ask, and how much
@@ -45,12 +47,12 @@ class Settings:
     max_body: Positive = 1_000_000         # bytes of a request
     max_tokens: Positive = 4096            # largest max_tokens of a request
     drain_seconds: NonNegative = 30        # after SIGTERM: how long answers may still take
-    # where a request does not say
-    max_new_tokens: int = 256              # most tokens to make
-    temperature: float = 0.8               # 0: always the most likely token
-    top_k: int = 50                        # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0                     # sample from the most likely tokens that hold this much
-    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
+    # used if a request does not give them
+    max_new_tokens: int = DEFAULTS.max_new_tokens        # longest answer, in tokens
+    temperature: float = DEFAULTS.temperature            # 0: always the likeliest token
+    top_k: int = DEFAULTS.top_k            # sample from the k likeliest tokens; 0: from all
+    top_p: float = DEFAULTS.top_p          # sample from the likeliest with this total probability
+    repetition_penalty: float = DEFAULTS.repetition_penalty  # above 1: repeats become less likely
 
     def defaults(self):
         return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p,

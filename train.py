@@ -48,11 +48,11 @@ class Settings:
     # files
     out_dir: str = "out/demo_pretrain"      # checkpoints, tokenizer, config and metrics go here
     data_dir: str = "data/demo/pretrain"    # what prepare_pretrain.py or prepare_sft.py wrote
-    init_from: str = "scratch"              # scratch, resume (in out_dir), DIR, FILE.pt, hf:DIR
-    checkpoint: str = "newest"              # of init_from: newest, best, or a step to go back to
-    tokenizer: str = ""                     # its folder; empty: where meta.json says, or near it
+    init_from: str = "scratch"              # scratch, resume (out_dir's run), DIR, FILE.pt, hf:DIR
+    checkpoint: str = "newest"              # which one init_from loads: newest, best or a step
+    tokenizer: str = ""                     # its folder; empty: the one data_dir was made with
     overwrite: bool = False                 # start over in an out_dir that already holds a run
-    # the model; with init_from=DIR its shape comes from there
+    # the model; with init_from its shape comes from the checkpoint
     n_layer: whole(1, 10**4) = 2            # blocks
     n_head: Positive = 4                    # query heads
     n_kv_head: Positive = 2                 # key/value heads, shared by groups of query heads
@@ -60,43 +60,43 @@ class Settings:
     n_inner: whole(0, 10**8) = 0            # width of the FFN or of one expert; 0: 4 * n_embd
     n_expert: NonNegative = 0               # experts per layer; 0: a dense model
     n_expert_per_tok: Positive = 4          # experts that each token visits
-    block_size: whole(1, 10**8) = 128       # tokens in a window: the context length
+    block_size: whole(1, 10**8) = 128       # tokens per sequence (window): the context length
     vocab_size: whole(0, 10**7) = 0         # rows of the embedding; 0: the tokenizer's vocabulary
     rope_theta: number(1) = 10000.0         # base of the RoPE frequencies
     dropout: float = 0.0                    # on the embedding and after each sub-layer
     bias: bool = False                      # biases in the linear layers
     # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes
-    batch_size: whole(1, 10**7) = 16        # windows in one micro-step of one process
-    gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps in a step, over all processes
-    doc_mask: bool | None = None            # attention stays inside a document; auto: for SFT data
+    batch_size: whole(1, 10**7) = 16        # sequences per micro-step per process
+    gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps per step, over all processes
+    doc_mask: bool | None = None            # no attention across documents; auto: True for SFT data
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
-    optimizer: Literal["muon", "adamw"] = "muon"   # muon: of the blocks, AdamW for the rest
-    max_iters: NonNegative = 700            # steps; 0: as many as epochs says
-    epochs: NonNegativeFloat = 0.0          # passes over the data; with max_iters: what ends sooner
-    learning_rate: NonNegativeFloat = 0.03  # at the end of the warm-up
-    min_lr: NonNegativeFloat = 0.0          # at the end of the decay
+    optimizer: Literal["muon", "adamw"] = "muon"   # muon: AdamW for all but the blocks' matrices
+    max_iters: NonNegative = 700            # number of steps; 0: as many as epochs makes
+    epochs: NonNegativeFloat = 0.0          # passes over the data; 0: no limit. The shorter wins
+    learning_rate: NonNegativeFloat = 0.03  # peak learning rate, reached after the warm-up
+    min_lr: NonNegativeFloat = 0.0          # learning rate at the end of the schedule
     warmup_iters: NonNegative = 20          # steps of linear warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "linear" # linear: first constant
-    decay_share: Fraction = 0.5             # linear: share of the steps in which it decays
+    schedule: Literal["cosine", "linear", "constant"] = "linear" # linear: constant, then falling
+    decay_share: Fraction = 0.5             # linear: share of the steps in which it falls
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: the same as --schedule=constant
-    embedding_rate: NonNegativeFloat = 1.67 # muon: of the embedding, as a multiple of learning_rate
-    vector_rate: NonNegativeFloat = 0.067   # muon: of norms, biases and routers
+    embedding_rate: NonNegativeFloat = 1.67 # muon: embedding's learning rate / learning_rate
+    vector_rate: NonNegativeFloat = 0.067   # muon: the same for norms, biases and routers
     weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
-    beta1: BelowOne = 0.7                   # AdamW's decay of the mean gradient
-    beta2: BelowOne = 0.95                  # AdamW's decay of the mean squared gradient
-    grad_clip: NonNegativeFloat = 1.0       # largest gradient norm; 0: no clipping
+    beta1: BelowOne = 0.7                   # of AdamW: its momentum. Muon's is 0.9, without a flag
+    beta2: BelowOne = 0.95                  # of AdamW: decay of the mean squared gradient
+    grad_clip: NonNegativeFloat = 1.0       # scale larger gradients down to this norm; 0: never
     aux_loss_weight: NonNegativeFloat = 0.05    # weight of the load-balancing loss of an MoE
     # watching and saving
     log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
     eval_interval: NonNegative = 350        # steps between validations; 0: none
-    eval_iters: Positive = 50               # validation batches of batch_size windows
+    eval_iters: Positive = 50               # validation batches of batch_size sequences
     checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: Positive = 2          # how many of the newest to keep
-    keep_every: NonNegative = 0             # also keep those at multiples of so many steps; 0: none
+    keep_every: NonNegative = 0             # also keep checkpoints at multiples of this; 0: none
     save_best: bool = True                  # also keep the weights of the best validation loss
-    max_bad_steps: Positive = 20            # stop after so many in a row that are not finite
+    max_bad_steps: Positive = 20            # stop after this many non-finite steps in a row
     inspect_step: whole(-1) = -1            # print the batch of this step as text and stop
     allow_other_data: bool = False          # resume although data, seed or batch have changed
     tracker: str = ""                       # tensorboard, wandb, swanlab, or several with commas
@@ -107,7 +107,7 @@ class Settings:
     device: str = "auto"                    # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
-    fp8: bool = False                       # dense blocks' matmuls in 8 bits (Ada, Hopper)
+    fp8: bool = False                       # 8-bit matmuls in dense blocks (Ada, Hopper and later)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 

@@ -4,13 +4,14 @@
     python train_tokenizer.py --special_tokens="<think>,</think>" corpus.jsonl
     python train_tokenizer.py                        # the embedded demo corpus
 
-Reads what prepare_pretrain.py and prepare_sft.py read: files of conversations serve as well as
-files of text. Writes tokenizer.json and tokenizer_config.json, the latter with the chat template
-for transformers. Of an input larger than max_bytes the sample is spread evenly over the whole of
-it. The same input gives the same tokenizer, on any number of processes. Memory stays under 4 GiB
-whatever max_bytes is: pieces of text that are rare are counted in halves (see count_pieces).
+Reads what prepare_pretrain.py and prepare_sft.py read: texts and conversations. Writes
+tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers. Of an
+input larger than max_bytes a sample is taken, spread evenly over the input. The same input gives
+the same tokenizer, on any number of processes. Memory stays under 4 GiB for any max_bytes.
 Time: 64 MB take 70 seconds of one core, 28 to count the pieces, which all cores share, and 42 to
 learn the merges from at most 25 MB of pieces. A smaller max_bytes takes less.
+
+Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import json
 import re
@@ -38,17 +39,17 @@ from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
 @dataclass
 class Settings:
-    files: list[str] = positional()   # files or folders of text or conversations; none: the demo
+    files: list[str] = positional()   # files or folders of text or conversations; none: the demo's
     out_dir: str | None = None        # default data/tokenizer, or data/demo/tokenizer
-    vocab_size: whole(259, MAX_VOCAB) | None = None  # all tokens; default 32000, of the demo 1200
-    special_tokens: str = ""          # more of them: "<think>,</think>" are one token each
-    max_bytes: Positive = 1_000_000_000  # of text sampled, evenly over the input
-    nfkc: bool = False                # fold full-width letters and ligatures; decode gives these
+    vocab_size: whole(259, MAX_VOCAB) | None = None  # number of tokens; auto: 32000, demo 1200
+    special_tokens: str = ""          # more of them, as "<think>,</think>": one token each
+    max_bytes: Positive = 1_000_000_000  # bytes of text in the sample
+    nfkc: bool = False                # fold full-width letters and ligatures; not undone by decode
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
-    document: Literal["file", "paragraph", "line"] = "file"  # of a .txt: what is a document
+    document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # that count; 0: one per core, or one for a small input
+    processes: NonNegative = 0        # how many count; 0: one per core, or one for a small input
 
 
 BATCH = 1 << 20                      # characters counted in one call

@@ -12,11 +12,11 @@
 
 A key, its type, its bounds, its default and its meaning stand in one place: the comment behind a
 field is its line in `--help`, a comment on a line of its own is the heading of a group. A config
-file is Python: assignments to the same keys. On the command line `--key=value`, `--key value` and,
-for a bool, a lone `--key` are all understood.
+file is Python: assignments to the same keys. Flags are `--key=value`, `--key value` or, for a bool,
+a bare `--key`. None, which `--help` shows as auto, leaves the choice to the program.
 
-Whatever the user gets wrong raises UserError; `run(main)` turns that into one line on stderr and
-exit status 2. Anything else is a bug and keeps its traceback.
+A mistake of the user raises UserError; `run(main)` turns it into one line on stderr and exit status
+2. Any other exception is a bug and keeps its traceback.
 """
 import contextlib
 import dataclasses
@@ -34,6 +34,9 @@ from minillm.errors import UserError
 
 # with all that end in _dir: a ~ before them means the home folder, which no shell sees behind "="
 PATHS = ("tokenizer", "init_from", "questions", "choices", "out")
+HOW_TO_SET = """\
+Settings and their defaults. Give --key=value or --key value; --key alone means True. An argument
+FILE.py is a config file, with lines key = value. Of files and flags, the later one wins."""
 LARGEST = 10**10             # the upper bound of a number that has no bound of its own
 
 
@@ -114,8 +117,8 @@ def configure(cls, argv=None):
                 elif argv and not argv[0].startswith("--"):
                     text = argv.pop(0)
                 else:
-                    example = f"--{key}={getattr(settings, key)!r}"
-                    raise UserError(f"--{key} needs a value, as in {example}")
+                    example = _show(getattr(settings, key), hints[key])
+                    raise UserError(f"--{key} needs a value, as in --{key}={example}")
             setattr(settings, key, _parse(text, hints[key], f"--{key}"))
             settings.given.add(key)
         elif argument.startswith("-") and len(argument) > 1:
@@ -138,10 +141,10 @@ def configure(cls, argv=None):
 
 
 def help_text(cls):
-    """The text of `--help`: the script's docstring, then one line a key, under their headings."""
+    """The text of `--help`: the script's docstring, then one line per key, under their headings."""
     script = sys.modules[cls.__module__]
-    lines = [(script.__doc__ or "").strip(), ""]
-    lines += ["keys (as --key=value, or key = value in a config file):"]
+    lines = [(script.__doc__ or "").strip(), "", HOW_TO_SET]
+    hints = typing.get_type_hints(cls, include_extras=True)
     comments, headings = field_comments(cls), field_headings(cls)
     for field in dataclasses.fields(cls):
         if field.name in headings:
@@ -149,8 +152,9 @@ def help_text(cls):
         if field.default_factory is list:
             flag = "FILE..."
         else:
-            flag = f"--{field.name}={_show(field.default)}"
-        lines.append(f"  {flag:<34} {comments.get(field.name, '')}")
+            flag = f"--{field.name}={_show(field.default, hints[field.name])}"
+        meaning = _choices(hints[field.name]) + comments.get(field.name, "")
+        lines.append(f"  {flag:<34} {meaning}".rstrip())
     return "\n".join(lines)
 
 
@@ -181,8 +185,17 @@ def _source_of_fields(cls):
 _BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
-def _show(value):
+def _show(value, hint):
+    """A value as it stands behind `--key=`; a None as what _parse() takes for it."""
+    if value is None:
+        return "''" if _parts(hint)[0] is str else "auto"
     return value if isinstance(value, str) and value else repr(value)
+
+
+def _choices(hint):
+    """The allowed values of a Literal, as "{a,b} "; '' for any other type."""
+    _, _, allowed = _parts(hint)
+    return f"{{{','.join(allowed)}}} " if isinstance(allowed, tuple) else ""
 
 
 def _check_key(key, hints, inputs, kind):
@@ -222,9 +235,7 @@ def _check_bounds(key, value, hint):
 def _parse(text, hint, where):
     """Turn the text of a flag into a value of the field's type."""
     kind, optional, _ = _parts(hint)
-    if optional and text in ("None", "none", ""):
-        return None
-    if optional and kind is bool and text == "auto":
+    if optional and (text in ("None", "none", "") or text == "auto" and kind is not str):
         return None
     if kind is bool:
         if text not in _BOOLS:

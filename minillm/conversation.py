@@ -13,10 +13,10 @@ every later turn.
 """
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from minillm.errors import UserError
-from minillm.sampling_params import SamplingParams
+from minillm.sampling_params import DEFAULTS, SamplingParams
 from minillm.text_stream import TextStream
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
@@ -24,16 +24,14 @@ STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
 SEGMENT_SEED = 1_000_003                         # from one prompt of an answer to the next
 
 
-def chat(model, messages, max_new_tokens=256, temperature=0.8, top_k=50, top_p=1.0,
-         repetition_penalty=1.0, seed=None, stop=(), compile=False):
-    """The iterator over the pieces of the answer to `messages`; GPT.chat says what the options are.
+def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
+    """The iterator over the pieces of the answer to `messages`; GPT.chat documents the options.
 
-    Raises UserError at once for messages that cannot be answered. The cache of the call before is
+    Raises UserError at once for messages that cannot be answered. The cache of the previous call is
     taken out of the model while in use: a second stream beside this one makes its own.
     """
-    sampling = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                    top_p=top_p, repetition_penalty=repetition_penalty)
-    SamplingParams(**sampling)
+    sampling = asdict(DEFAULTS) | sampling
+    SamplingParams(**sampling)                   # raises UserError if one is out of range
     check_messages(messages)
     if not messages or messages[-1]["role"] != "user":
         raise UserError("the last message must be the user's")

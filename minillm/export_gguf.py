@@ -20,6 +20,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.export_hf import NORM_EPS, split_qkv
+from minillm.sampling_params import DEFAULTS
 from minillm.tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS
 
 FILES = ("model.gguf", "Modelfile")
@@ -36,7 +37,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# What chat.py does when it is told nothing; Ollama's own defaults are others
+# As chat.py without flags; Ollama's own defaults are others
 MODELFILE = '''FROM ./model.gguf
 TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
 {{{{ .Content }}}}<|im_end|>
@@ -44,11 +45,11 @@ TEMPLATE """{{{{- range .Messages }}}}<|im_start|>{{{{ .Role }}}}
 """
 PARAMETER stop "<|im_end|>"
 PARAMETER num_ctx {block_size}
-PARAMETER temperature 0.8
-PARAMETER top_k 50
-PARAMETER top_p 1.0
+PARAMETER temperature {d.temperature}
+PARAMETER top_k {d.top_k}
+PARAMETER top_p {d.top_p}
 PARAMETER min_p 0.0
-PARAMETER repeat_penalty 1.0
+PARAMETER repeat_penalty {d.repetition_penalty}
 '''
 
 
@@ -91,7 +92,7 @@ def write_model(folder, config, weights, tokenizer_json, dtype, name):
     writer.write_tensors_to_file()
     writer.close()
     with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as file:
-        file.write(MODELFILE.format(block_size=config.block_size))
+        file.write(MODELFILE.format(block_size=config.block_size, d=DEFAULTS))
 
 
 def tensor_type(gguf, name, tensor, dtype):

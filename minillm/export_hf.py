@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import torch
 
 from minillm.errors import UserError
+from minillm.sampling_params import DEFAULTS
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 
 ARCHITECTURES = {
@@ -63,8 +64,9 @@ def write_model(folder, config, weights, vocab_size, kind, dtype=torch.float32):
         save_file(training, os.path.join(folder, "training.safetensors"))
     _write_json(folder, "config.json", transformers_config(config, vocab_size, kind, dtype))
     _write_json(folder, "generation_config.json", {
-        # what chat.py does when it is told nothing
-        "do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": 256,
+        # as chat.py without flags
+        "do_sample": True, "temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k,
+        "max_new_tokens": DEFAULTS.max_new_tokens,
         "eos_token_id": [IM_END, END_OF_TEXT, IM_START], "pad_token_id": END_OF_TEXT,
     })
 

@@ -19,7 +19,7 @@ class SamplingParams:
     max_new_tokens: int = 256              # most tokens to make
     temperature: float = 1.0               # 0: greedy; 1: the model's own distribution
     top_k: int = 0                         # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0                     # sample from the most likely tokens of this probability
+    top_p: float = 1.0                     # sample from the likeliest with this total probability
     repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
 
     def __post_init__(self):
@@ -36,22 +36,27 @@ class SamplingParams:
                             "and at most 100")
 
 
+# of sample.py, chat.py, serve.py and GPT.chat; GPT.generate has those of SamplingParams, which
+# leave the model's distribution as it is
+DEFAULTS = SamplingParams(temperature=0.8, top_k=50)
+
+
 @dataclass
 class GenerationSettings:
     """The flags that sample.py and chat.py share."""
-    out_dir: str = ""                      # folder with the model, as train.py leaves it
-    checkpoint: str = "newest"             # newest, or best by validation loss
+    out_dir: str = ""                      # folder of the model, as train.py leaves it
+    checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
     prompt: str = ""                       # the text to continue
-    max_new_tokens: int = 256              # most tokens to make
-    temperature: float = 0.8               # 0: greedy; 1: the model's own distribution
-    top_k: int = 50                        # sample from the k most likely tokens; 0: from all
-    top_p: float = 1.0                     # sample from the most likely tokens of this probability
-    repetition_penalty: float = 1.0        # above 1: tokens that have occurred become less likely
-    seed: int | None = None                # same seed, same text; None: another each time
-    stop: str = ""                         # end before this string; several: a|b; \n is a line end
-    truncate_ctx: int = 0                  # keep at most so many tokens of context; 0: all
+    max_new_tokens: int = DEFAULTS.max_new_tokens        # longest answer, in tokens
+    temperature: float = DEFAULTS.temperature            # 0: greedy; 1: the model's distribution
+    top_k: int = DEFAULTS.top_k            # sample from the k likeliest tokens; 0: from all
+    top_p: float = DEFAULTS.top_p          # sample from the likeliest with this total probability
+    repetition_penalty: float = DEFAULTS.repetition_penalty  # above 1: repeats become less likely
+    seed: int | None = None                # same seed, same text; auto: another one each time
+    stop: str = ""                         # end before this text; several: a|b; \n is a line end
+    truncate_ctx: int = 0                  # at most this many tokens of context; 0: all
     json: bool = False                     # print a JSON record instead of text
-    device: str = "auto"                   # auto, cpu, cuda, cuda:N
+    device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
     compile: bool = False                  # GPU: compile the decode step; slower start, faster run
 

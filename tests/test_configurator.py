@@ -73,3 +73,11 @@ def test_help_prints_the_headings_of_the_source():
     assert "\n\nthe model\n  --n_layer=2 " in text
     assert "\n\nthe data of a step, over all processes\n  --batch_size=16 " in text
     assert "FILE... " in text and "no heading" not in text and "--name" not in text
+
+
+def test_help_shows_choices_and_what_stands_for_none():
+    text = help_text(Settings)
+
+    assert "  --dtype=auto                       {auto,float32} of the matmuls\n" in text
+    assert "  --scale=auto  " in text and "None: the default" in text
+    assert configure(Settings, ["--scale=2", "--scale=auto"]).scale is None
