@@ -1,4 +1,4 @@
-# make demo              the whole loop on an invented town: 2 to 4 minutes on a laptop
+# make demo              train and test a model about an invented town; README.md says how long
 # make demo MODEL=moe    the same with an MoE
 # make test              the tests
 # make test-faults       the long batteries: kills, resumes, bad input
@@ -23,6 +23,11 @@ OUT := out/$(NAME)
 DATA_CODE := demo/town.py $(wildcard minillm/*.py)
 CODE := train.py model.py moe.py $(wildcard minillm/*.py minillm/speed/*.py)
 CHAT := $(PY) chat.py --out_dir=$(OUT)_sft --temperature=0
+PIP := .venv/bin/pip install --disable-pip-version-check
+# --init_from=resume in a run that was interrupted, if nothing that it depends on has changed since
+UNFINISHED = $(if $(wildcard $@),,$(wildcard $(@D)/ckpt_*.pt))
+NEWER = $(shell find $(UNFINISHED) $(addprefix -newer ,$^) 2>/dev/null)
+BEGIN = $(if $(UNFINISHED),$(if $(NEWER),--init_from=resume,--overwrite=True),--overwrite=True)
 
 .PHONY: demo test test-faults clean-demo
 .DELETE_ON_ERROR:
@@ -46,7 +51,12 @@ demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@printf '\nInstalling into .venv. PyTorch alone can take several minutes.\n'
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-for-tests: requirements-test.txt .venv/installed
+	$(PIP) -r requirements-test.txt
 	@touch $@
 
 data/demo/tokenizer/tokenizer.json: train_tokenizer.py $(DATA_CODE) | .venv/installed
@@ -63,27 +73,27 @@ data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py $(DAT
 	@touch $@
 
 $(OUT)_pretrain/done: data/demo/pretrain/meta.json $(PRETRAIN) $(CODE)
-	$(call stage,Pretraining,$(PY) train.py $(strip $(PRETRAIN) --overwrite=True))
+	$(call stage,Pretraining,$(PY) train.py $(strip $(PRETRAIN) $(BEGIN)))
 	@touch $@
 
 $(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
-	$(call stage,SFT,$(PY) train.py $(SFT) --overwrite=True)
+	$(call stage,SFT,$(PY) train.py $(SFT) $(BEGIN))
 	@touch $@
 
 $(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
 	$(call stage,Control: the same SFT without pretraining,\
 		$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control \
-		--overwrite=True)
+		$(BEGIN))
 	@touch $@
 
 $(OUT)_%/eval.json: $(OUT)_%/done eval.py
 	$(call stage,Evaluation: questions about the other half of the people,\
 		$(PY) eval.py --out_dir=$(OUT)_$* --batch_size=50)
 
-test: .venv/installed
+test: .venv/installed-for-tests
 	$(PY) -m pytest
 
-test-faults: .venv/installed
+test-faults: .venv/installed-for-tests
 	$(PY) -m pytest -m slow
 
 clean-demo:

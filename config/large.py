@@ -1,4 +1,4 @@
-"""A 347M model on top of config/pretrain.py, for a card of 24 GB or more.
+"""A 347M model on top of config/pretrain.py, for a card of 16 GB or more.
 
     python train.py config/pretrain.py config/large.py
 """
