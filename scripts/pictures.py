@@ -4,8 +4,8 @@
     python scripts/pictures.py demo load             # by name
 
 block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
-and the schedule as they are; demo and chat read what `make demo` leaves; loss, dense_and_moe and
-load the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese
+and the schedule as they are; demo and chat read what `make demo` leaves; loss, recipe,
+dense_and_moe and load the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese
 (assets/NAME_zh.svg).
 """
 import json
@@ -25,7 +25,7 @@ from minillm.packing import pack
 from minillm.tokenizer import END_OF_TEXT, Tokenizer
 from model import GPT, GPTConfig
 from moe import Router
-from scripts.curves import dense_and_moe, loss, read_records
+from scripts.curves import dense_and_moe, loss, read_records, recipe
 from scripts.svg import Picture
 
 TOKENIZER = "data/demo/tokenizer"
@@ -43,7 +43,7 @@ def pipeline(say):
     stages = [("train_tokenizer.py", say("text → BPE", "文本 → BPE"), "blue"),
               ("prepare_*.py", say("text → uint16", "文本 → uint16"), "blue"),
               ("train.py", say("pretraining", "预训练"), "violet"),
-              ("train.py", say("SFT", "SFT 微调"), "violet"),
+              ("train.py", say("SFT", "SFT"), "violet"),
               ("chat.py", say("talk", "对话"), "green")]
     for i, (name, note, colour) in enumerate(stages):
         x = 20 + i * 160
@@ -120,7 +120,7 @@ def packing(say):
     lengths, capacity = [9, 4, 6, 5, 12, 7, 3, 2], 16
     rows = pack(lengths, capacity)
     title = say("Conversations are packed whole; attention never crosses from one to the next",
-                "对话整条装箱，注意力不会跨到另一条对话")
+                "对话整条打包，注意力不会跨到另一条对话")
     picture = Picture(820, 330, title)
     colours = ["blue", "green", "orange", "violet", "red"]
     for r, row in enumerate(rows):
@@ -202,8 +202,8 @@ def chat(say):
                  ("请问沈琴明爱吃什么？", "What does Shen Qinming like to eat?")]
     meanings = {"你好！想打听镇上的谁？": "Hello! Whom in town are you asking about?",
                 "住在桂花巷。": "In Osmanthus Lane.", "最爱吃鱼香茄子。": "Fish-fragrant aubergine."}
-    picture = Picture(820, 262, say("Trained on a laptop: SFT never mentioned her",
-                                    "在笔记本上训练：SFT 从没提到过她"))
+    picture = Picture(820, 262, say("Trained on two CPU cores: SFT never mentioned her",
+                                    "用两个 CPU 核心训练：SFT 从没提到过她"))
     picture.text(30, 58, "$ .venv/bin/python chat.py", size=13, colour="soft", mono=True)
     for i, (question, meaning) in enumerate(questions):
         y = 90 + i * 58
@@ -236,13 +236,13 @@ def demo(say):
         picture.rect(200, y, 440 * match, 27, "green" if i == 0 else "orange", round=5, opacity=0.8)
         picture.text(655, y + 19, f"{match:.1%}", size=13, weight=600)
     note = say("exact match on 300 questions about the half of the town that SFT leaves out",
-               "300 道题的完全匹配率，问的是 SFT 没有涉及的另一半居民")
+               "300 道题的精确匹配率，问的是 SFT 没有涉及的另一半居民")
     picture.text(20, 152, note, size=12, colour="soft")
     return picture
 
 
 def load(say):
-    records = read_records("assets/pretrain_876m_1110_steps.jsonl")
+    records = read_records("assets/recipe_876m.jsonl")
     loads = [record["load"] for record in records if "load" in record][-1]
     experts = len(loads[0])
     picture = Picture(720, 110 + 26 * len(loads), say(
@@ -255,15 +255,15 @@ def load(say):
             x, opacity = 100 + expert * 74, min(0.1 + fair * 0.3, 1)
             picture.rect(x, y, 70, 23, "blue", round=4, opacity=opacity)
             picture.text(x + 35, y + 16, f"{fair:.2f}", size=12, anchor="middle", mono=True)
-    note = say("tokens of each expert over the fair share, last step of the 876M MoE (1,110 steps)",
-               "每个专家分到的 token 与平均份额之比，876M MoE 的最后一步（共 1,110 步）")
+    note = say("tokens of each expert over the fair share; 876M MoE, Muon, last record of 400 steps",
+               "每个专家分到的 token 与平均份额之比；876M MoE，Muon，400 步里的最后一条记录")
     picture.text(20, 84 + 26 * len(loads), note, size=12, colour="soft")
     return picture
 
 
 PICTURES = {"pipeline": pipeline, "block": block, "mask": mask, "packing": packing,
             "routing": routing, "schedule": schedule, "demo": demo, "load": load, "chat": chat,
-            "loss": loss, "dense_and_moe": dense_and_moe}
+            "loss": loss, "recipe": recipe, "dense_and_moe": dense_and_moe}
 NEED_NO_RUN = [name for name in PICTURES if name not in ("demo", "chat")]
 
 
