@@ -5,8 +5,8 @@
 
 block, mask, packing, routing and schedule come from the model, the tokenizer, the packer, a router
 and the schedule as they are; demo and chat read what `make demo` leaves; loss, recipe,
-dense_and_moe and load the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and in Chinese
-(assets/NAME_zh.svg).
+dense_and_moe and load the records in assets/. Each is drawn twice, in English (assets/NAME.svg) and
+in Chinese (assets/NAME_zh.svg).
 """
 import json
 import os
