@@ -102,10 +102,10 @@ def recipe(say):
             for (points, colour, _), optimizer, y in zip(series, ("Muon", "AdamW"), (18, 38)):
                 picture.text(x + 310, top + y, f"{optimizer} {points[-1][1]:.2f}", size=13,
                              colour=colour, anchor="end", weight=600)
-    picture.text(20, 585, say("validation on 4 batches, bits per byte; seconds: steps × the "
-                              "milliseconds of a step on an idle H200",
-                              "4 个批次上的验证，每字节比特数；秒数 = 步数 × 空闲 H200 上每步的毫秒数"),
-                 size=12, colour="soft")
+    note = say("validation on 4 batches, bits per byte; seconds: steps × the milliseconds of a step "
+               "on an idle H200",
+               "4 个批次上的验证，每字节比特数；秒数 = 步数 × 空闲 H200 上每步的毫秒数")
+    picture.text(20, 585, note, size=12, colour="soft")
     return picture
 
 
@@ -128,6 +128,7 @@ def dense_and_moe(say):
                                         (curves[1], "orange", "MoE", 98)):
             picture.text(x + 310, y, f"{name} {points[-1][1]:.3f}", size=13, colour=colour,
                          anchor="end", weight=600)
-    picture.text(20, 315, say("validation, bits per byte; AdamW, earlier text; not repeated with Muon",
-                              "验证集，每字节比特数；AdamW，较早的文本；没有用 Muon 重做"), size=12, colour="soft")
+    note = say("validation, bits per byte; AdamW, earlier text; not repeated with Muon",
+               "验证集，每字节比特数；AdamW，较早的文本；没有用 Muon 重做")
+    picture.text(20, 315, note, size=12, colour="soft")
     return picture
