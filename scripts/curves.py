@@ -102,8 +102,8 @@ def recipe(say):
             for (points, colour, _), optimizer, y in zip(series, ("Muon", "AdamW"), (18, 38)):
                 picture.text(x + 310, top + y, f"{optimizer} {points[-1][1]:.2f}", size=13,
                              colour=colour, anchor="end", weight=600)
-    note = say("validation on 4 batches, bits per byte; seconds: steps × the milliseconds of a step "
-               "on an idle H200",
+    note = say("validation on 4 batches, bits per byte; seconds: steps × the milliseconds of a "
+               "step on an idle H200",
                "4 个批次上的验证，每字节比特数；秒数 = 步数 × 空闲 H200 上每步的毫秒数")
     picture.text(20, 585, note, size=12, colour="soft")
     return picture

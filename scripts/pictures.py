@@ -255,8 +255,8 @@ def load(say):
             x, opacity = 100 + expert * 74, min(0.1 + fair * 0.3, 1)
             picture.rect(x, y, 70, 23, "blue", round=4, opacity=opacity)
             picture.text(x + 35, y + 16, f"{fair:.2f}", size=12, anchor="middle", mono=True)
-    note = say("tokens of each expert over the fair share; 876M MoE, Muon, last record of 400 steps",
-               "每个专家分到的 token 与平均份额之比；876M MoE，Muon，400 步里的最后一条记录")
+    note = say("tokens of each expert over the fair share; 876M MoE, Muon, last of 400 steps",
+               "每个专家分到的 token 与平均份额之比；876M MoE，Muon，共 400 步")
     picture.text(20, 84 + 26 * len(loads), note, size=12, colour="soft")
     return picture
 
