@@ -23,6 +23,9 @@ def pytest_pyfunc_call(pyfuncitem):
     pid = os.fork()
     if pid == 0:
         os.close(reader)
+        # threads that pytest's process has don't survive a fork
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(1)
         with open(writer, "w") as pipe:
             json.dump(outcome(pyfuncitem), pipe)
         sys.stdout.flush()
