@@ -9,8 +9,8 @@ Pre-norm blocks (norm → sub-layer → residual): RMSNorm, attention with RoPE 
 (GQA), a two-layer SiLU FFN or the experts of moe.py; the output projection is the embedding. With
 12 layers of width 1024, 16 query and 8 key/value heads and 32,000 tokens: 171M parameters.
 
-This is the plain model. `use_fast` (training) and `from_checkpoint` hand in the twins of
-minillm/speed, which give the same numbers faster; without that folder everything still runs.
+This is the plain model. `use_fast` (training) and `from_checkpoint` swap in the fast versions of
+minillm/speed, which give the same numbers; without that folder everything still runs.
 
 Papers: RMSNorm arXiv 1910.07467, RoPE 2104.09864, GQA 2305.13245, tied embeddings 1608.05859.
 """
@@ -31,9 +31,9 @@ from minillm.sampling_params import SamplingParams
 from moe import MoE
 
 try:
-    from minillm.speed import twins
+    from minillm.speed import fast_versions
 except ImportError:                              # minillm/speed was deleted
-    twins = None
+    fast_versions = None
 
 
 @dataclass
@@ -55,8 +55,7 @@ class GPTConfig:
     def __post_init__(self):
         """Fill in n_inner. Raises UserError on sizes that do not fit together."""
         self.n_inner = self.n_inner or 4 * self.n_embd
-        sizes = "block_size vocab_size n_layer n_head n_kv_head n_embd n_inner"
-        for name in sizes.split():
+        for name in "block_size vocab_size n_layer n_head n_kv_head n_embd n_inner".split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
@@ -88,9 +87,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        # the mean square of a bf16 row is taken in float32
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        # the mean square of a bf16 row is computed in float32
+        row = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(row, self.weight.shape, self.weight.to(row.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -105,8 +104,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope, attend):
-        """x: (B, T, C) → (B, T, C). attend(q, k, v): what each head reads, as q's shape."""
-        B, T, C = x.shape
+        """x: (B, T, D) → (B, T, D). attend(q, k, v): what each head reads, as q's shape."""
+        B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q = apply_rope(q, rope).transpose(1, 2)          # (B, n_head, T, head_dim)
@@ -114,7 +113,7 @@ class Attention(nn.Module):
         # v is copied: autograd would keep all of qkv in memory for a slice
         v = v.contiguous().transpose(1, 2)               # (B, n_kv_head, T, head_dim)
         y = attend(q, k, v)                              # (B, n_head, T, head_dim)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.proj(y.transpose(1, 2).reshape(B, T, D))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -126,7 +125,8 @@ class FFN(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.down(F.silu(self.up(x))))
+        """(B, T, D) → (B, T, D), and None where MoE returns its statistics."""
+        return self.dropout(self.down(F.silu(self.up(x)))), None
 
 
 class Block(nn.Module):
@@ -137,16 +137,14 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.n_expert else FFN(config)
 
     def forward(self, x, rope, attend):
-        """(B, T, C) → (B, T, C), and with experts (balance loss, load), else None."""
+        """(B, T, D) → (B, T, D), and with experts (load-balancing loss, load), else None."""
         x = x + self.attn(self.attn_norm(x), rope, attend)
-        if isinstance(self.ffn, MoE):
-            y, balance, load = self.ffn(self.ffn_norm(x))
-            return x + y, (balance, load)
-        return x + self.ffn(self.ffn_norm(x)), None
+        y, stats = self.ffn(self.ffn_norm(x))
+        return x + y, stats
 
 
 def cross_entropy(x, weight, targets):
-    """The summed cross-entropy, nats. x: (N, C), weight: (V, C), targets: (N,), -1 for none."""
+    """The summed cross-entropy, nats. x: (N, D), weight: (V, D), targets: (N,), -1 for none."""
     logits = F.linear(x, weight)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -176,32 +174,32 @@ class GPT(nn.Module):
             if name.endswith(("proj.weight", "down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / (2 * config.n_layer) ** 0.5)
 
-    def forward(self, idx, targets=None, mask=None):
-        """idx: (B, T) token ids, T up to block_size. mask: from attention.document_mask, or None.
+    def forward(self, idx, targets=None, attn_mask=None):
+        """idx: (B, T) token ids, T up to block_size. attn_mask: attention.document_mask(), or None.
 
         With targets (B, T), -1 for none: the *sum* of the cross-entropies in nats (the caller
         divides by the number of targets of the whole step), and with experts (load-balancing loss
         averaged over layers, load (n_layer, n_expert)), for a dense model None. Without targets:
         logits (B, T, V).
         """
-        x, stats = self.hidden(idx, mask)
+        x, stats = self.hidden(idx, attn_mask)
         if targets is None:
             return self.logits(x)
         return self.cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten()), stats
 
-    def logits_and_stats(self, idx, mask=None):
-        """(B, T) → logits (B, T, V) and what `forward` says of the experts."""
-        x, stats = self.hidden(idx, mask)
+    def logits_and_stats(self, idx, attn_mask=None):
+        """(B, T) → logits (B, T, V), and the experts' statistics, as `forward` returns them."""
+        x, stats = self.hidden(idx, attn_mask)
         return self.logits(x), stats
 
-    def hidden(self, idx, mask=None):
-        """(B, T) → what the last norm gives, (B, T, C), and the experts' stats."""
+    def hidden(self, idx, attn_mask=None):
+        """(B, T) → the output of the last norm (B, T, D), and the experts' statistics."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
 
         def attend(q, k, v, layer):
-            return causal_attention(q, k, v, mask)
+            return causal_attention(q, k, v, attn_mask)
         return self.trunk(idx, self.rope[:, :T, None], attend)
 
     def trunk(self, idx, rope, attend):
@@ -217,19 +215,19 @@ class GPT(nn.Module):
         x = self.norm(x)
         if not self.config.n_expert:
             return x, None
-        balance, load = zip(*stats)
-        return x, (torch.stack(balance).mean(), torch.stack(load))
+        balance_loss, load = zip(*stats)
+        return x, (torch.stack(balance_loss).mean(), torch.stack(load))
 
     def logits(self, x):
         return F.linear(x, self.wte.weight)
 
     def use_fast(self, compiled=False):
-        """Hand in the twins of minillm/speed for training: same numbers, faster. Returns the model.
+        """Swap in the fast versions for training, which give the same numbers. Returns the model.
 
         Call it on the model's device, before torch.compile. compiled: whether that follows.
         """
-        if twins:
-            twins.use_for_training(self, compiled)
+        if fast_versions:
+            fast_versions.use_for_training(self, compiled)
         return self
 
     def n_params(self):
@@ -243,7 +241,9 @@ class GPT(nn.Module):
         return total, total - round(idle * experts)
 
     def flops_per_token(self, length):
-        """Of one training step: 6 × active matmul parameters (tied head once), and attention."""
+        """Of a training step: 6 per active matmul parameter (the tied head once), and attention."""
+        # 6: multiply and add; forward, input's and weights' gradient. Attention: q·k and weights·v
+        # over length / 2 tokens each, on average
         matmul = self.n_params()[1] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         return 6 * matmul + 6 * self.config.n_layer * length * self.config.n_embd
 
@@ -277,16 +277,16 @@ class GPT(nn.Module):
         self.requires_grad_(False).eval()
         for name, parameter in self.named_parameters():
             # norms and router compute in float32, so their few weights stay in it
-            wide = "norm" in name or "router" in name
-            parameter.data = parameter.data.to(device, torch.float32 if wide else dtype)
+            in_float32 = "norm" in name or "router" in name
+            parameter.data = parameter.data.to(device, torch.float32 if in_float32 else dtype)
         self.rope = self.rope.to(device)
-        if twins:
-            twins.use_for_generation(self)
+        if fast_versions:
+            fast_versions.use_for_generation(self)
         return self
 
     def new_cache(self, batch=1, size=0):
         """An empty KVCache for `batch` rows of `size` tokens (0: block_size)."""
-        cache_type = twins.cache_type(self) if twins else KVCache
+        cache_type = fast_versions.cache_type(self) if fast_versions else KVCache
         return cache_type(self, batch, size)
 
     def generate(self, prompts, max_new_tokens=256, seed=0, stop_ids=(), cache=None, compile=False,
@@ -307,7 +307,7 @@ class GPT(nn.Module):
         # sizes in steps of 256: a new one is captured and compiled by itself
         longest = max(map(len, prompts)) + max_new_tokens
         cache = cache or self.new_cache(len(prompts), round_up(longest, 256))
-        fast = twins.for_generate(self, compile) if twins else {}
+        fast = fast_versions.for_generate(self, compile) if fast_versions else {}
         for row in generate(self, prompts, params, seed, stop_ids, cache, **fast):
             yield row[0] if single else row
 

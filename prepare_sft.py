@@ -169,37 +169,30 @@ def encode_conversations(tokenizer, chats, capacity, long, report):
         turns = []
         for message in messages:
             if len(message["content"]) <= most_characters:
-                turns.append(to_turn(message, prefixes[message["role"]], next(encoded), suffix))
+                ids = next(encoded)
+                tokens = prefixes[message["role"]] + ids + suffix
+                mask = tokenizer.loss_mask(message, len(ids) // 2)       # ids: two bytes each
+                turns.append(EncodedTurn(message, tokens, mask, len(mask)))
             else:
-                turns.append(Turn(message, b"", b"", capacity))
+                turns.append(EncodedTurn(message, b"", b"", capacity))
         parts = fit(turns, capacity, long, report, place)
         digest = conversation_digest(messages)
         for number, part in enumerate(parts):
             if number:
-                # bytes 0-7 decide the split: they stay, so that all parts fall on the same side.
-                # Bytes 8-15 find duplicates and give the place in the shuffle: they become others
+                # bytes 0-7 decide the split, so they stay: all parts fall on the same side. Bytes
+                # 8-15 tell documents apart (DiskShuffle), so they change
                 other = content_digest(digest + number.to_bytes(4, "little"))
                 digest = digest[:8] + other[8:]
-            documents.append(packed(part, digest, place))
+            documents.append(to_document(part, digest, place))
     return documents
 
 
-class Turn(NamedTuple):
+class EncodedTurn(NamedTuple):
     """A message as tokens: prefix, content and suffix."""
     message: dict
     tokens: bytes                        # uint16
     mask: bytes                          # 1 on the supervised tokens
     length: int                          # in tokens; of one that fits into no row: a row's
-
-
-def to_turn(message, prefix, ids, suffix):
-    """The Turn of a message, from its packed ids and those around them."""
-    tokens = prefix + ids + suffix
-    length = len(tokens) // 2                            # two bytes each
-    # of the suffix <|im_end|>\n, the <|im_end|> is supervised too: -1
-    before, after = len(prefix) // 2, len(suffix) // 2 - 1
-    supervised = bytes([is_supervised(message)]) * (length - before - after)
-    return Turn(message, tokens, bytes(before) + supervised + bytes(after), length)
 
 
 def fit(turns, capacity, long, report, place):
@@ -248,16 +241,16 @@ def conversation_digest(messages):
     return content_digest("\x1e".join(parts).encode("utf-8"))
 
 
-def packed(turns, digest, place):
+def to_document(turns, digest, place):
     """The Document of some turns."""
-    size, learned = 0, 0
+    size, supervised_bytes = 0, 0
     for turn in turns:
         content = len(turn.message["content"].encode("utf-8"))
         size += content
         if is_supervised(turn.message):
-            learned += content
+            supervised_bytes += content
     tokens, mask = [turn.tokens for turn in turns], [turn.mask for turn in turns]
-    return Document(digest, size, to_payload(tokens, mask, learned), place)
+    return Document(digest, size, to_payload(tokens, mask, supervised_bytes), place)
 
 
 def write_splits(folder, shuffle, split, capacity):

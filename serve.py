@@ -108,11 +108,11 @@ def main():
     from minillm.batch_decoder import BatchDecoder         # late: torch
     from minillm.http_app import Limits, make_app          # late: torch
     from minillm.openai_api import Service                 # late: torch
-    from model import GPT, twins                           # late: torch
+    from model import GPT, fast_versions                           # late: torch
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)
-    fast = twins.for_batch_decoder(model, rows) if twins else {}
+    fast = fast_versions.for_batch_decoder(model, rows) if fast_versions else {}
 
     def start_decoder(notify):
         return BatchDecoder(model, cache, s.max_waiting, notify, **fast)

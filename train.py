@@ -7,11 +7,11 @@
     python train.py config/pretrain.py --init_from=resume  # resume after a crash or Ctrl-C
 
 Guarantees: the batch and the randomness of step s depend on (seed, s) alone. The loss of a step is
-the mean over the supervised tokens of the whole global batch, however it is cut into micro-steps
-and processes. A run that is killed and resumed is bit-identical to an uninterrupted one (same
-machine and settings; on a GPU with --deterministic=True). A step whose loss or gradient is not
-finite changes nothing. Ctrl-C, SIGTERM or a closed terminal finishes the step, saves and exits 0; a
-second Ctrl-C exits at once.
+the mean over the supervised tokens of the global batch, however it is cut into micro-steps and
+processes. A run that is killed and resumed is bit-identical to an uninterrupted one (same machine
+and settings; on a GPU with --deterministic=True). A step with a non-finite loss or gradient changes
+nothing. Ctrl-C, SIGTERM or a closed terminal finishes the step, saves and exits 0; Ctrl-C again
+exits at once.
 
 A log line: step 100/1500 · loss (nats per supervised token, before the update) · lr · norm (of the
 gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:
@@ -185,8 +185,8 @@ def build_model(s, data, start):
 @torch.no_grad()
 def validation_loss(forward, data, s, device, rank, world, stop):
     """Mean language loss per supervised token, always over the same windows; None if cut short."""
-    # key 0, whatever the seed: runs are compared on the same windows, from all over the split
-    windows = permute(range(min(s.eval_iters * s.batch_size, data.n_windows)), data.n_windows, 0)
+    n = min(s.eval_iters * s.batch_size, data.n_windows)
+    windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
     # sums in float64, which mps does not have
     sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
@@ -202,8 +202,8 @@ def validation_loss(forward, data, s, device, rank, world, stop):
         sums[:2] += torch.stack((loss.to(sums.device).double(), (y >= 0).sum().to(sums.device)))
     if world > 1:
         dist.all_reduce(sums)
-    total, supervised, cut_short = sums.tolist()
-    return None if cut_short else total / max(supervised, 1)
+    loss_sum, n_supervised, cut_short = sums.tolist()
+    return None if cut_short else loss_sum / max(n_supervised, 1)
 
 
 def main():
@@ -268,30 +268,29 @@ def main():
 
     def forward(x, y):
         """(sum of the cross-entropies, MoE statistics or None) of one micro-batch."""
-        mask = document_mask(x, flex=compiled and x.is_cuda) if s.doc_mask else None
+        attn_mask = document_mask(x, flex=compiled and x.is_cuda) if s.doc_mask else None
         with autocast(device, dtype):
-            return step_model(x, y, mask)
+            return step_model(x, y, attn_mask)
 
     # ---- what the run leaves behind
     if rank == 0:
         lock = lock or run_folder.lock_for_writing(s)    # held until this process ends
     log = RunLog(s, model, outcome, device, world, resumed, writes=rank == 0)
-    saved_step = first_step if resumed else -1
+    resumed_step = first_step if resumed else None
     del resumed, start
 
     def begin_writing():
         """From the first finished step on, out_dir is this run's."""
         if rank == 0 and not log.has_begun:
-            resumed_at = first_step if saved_step >= 0 else None
-            run_folder.begin(s, log, resumed_at, tokenizer, outcome)
+            run_folder.begin(s, log, resumed_step, tokenizer, outcome)
 
-    def save(step, path, whole):
-        """Write a checkpoint: all that resuming needs, or the weights alone. False: no room."""
+    def save(step, path, resumable):
+        """Write a checkpoint: all that resuming needs, or the weights alone. False: disk full."""
         if rank > 0:
             return True
         state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,
                  "tokenizer_hash": train_data.meta["tokenizer_hash"]}
-        if whole:
+        if resumable:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                       "best_val_loss": best_val_loss,
                       "identity": run_folder.data_identity(s, train_data),
@@ -301,20 +300,20 @@ def main():
         return run_folder.save(path, state, s)
 
     def read_batches(step):
-        """This rank's micro-batches of a step, on their way to the device, and their targets."""
-        batches, targets = rank_batches(train_data, s.seed, step, s.batch_size,
+        """This rank's micro-batches of a step, on the device; how many tokens are supervised."""
+        batches, n_local = rank_batches(train_data, s.seed, step, s.batch_size,
                                         s.gradient_accumulation_steps, rank, world)
-        return [to_device(batch, device) for batch in batches], targets
+        return [to_device(batch, device) for batch in batches], n_local
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
     step, saved = first_step, True
-    batches, targets = read_batches(step) if step < s.steps else ([], 0)
+    batches, n_local = read_batches(step) if step < s.steps else ([], 0)
     model.train()
     while True:
         # 1) between two steps: begin to write, evaluate, save, stop
-        # `supervised`: targets in the whole global batch of the coming step
-        supervised, stopping = sum_over_ranks(host_group, targets, stop.asked)
+        # n_supervised: of the whole global batch of the coming step
+        n_supervised, stopping = sum_over_ranks(host_group, n_local, stop.asked)
         last = step >= s.steps or stopping > 0
         evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
         saving = last or (step > 0 and s.checkpoint_interval and step % s.checkpoint_interval == 0)
@@ -333,11 +332,11 @@ def main():
                 log.validation(step, val_loss)
                 is_best = val_loss < best_val_loss
                 if is_best and s.save_best and step > 0:
-                    is_best = save(step, checkpoint.best_path(s.out_dir), whole=False)
+                    is_best = save(step, checkpoint.best_path(s.out_dir), resumable=False)
                 if is_best:
                     best_val_loss = val_loss
-        if (saving or last) and step > saved_step:
-            saved = save(step, checkpoint.step_path(s.out_dir, step), whole=True)
+        if (saving or last) and step != resumed_step:
+            saved = save(step, checkpoint.step_path(s.out_dir, step), resumable=True)
         if last:
             break
         if evaluating or saving:
@@ -346,40 +345,41 @@ def main():
         # 2) loss and gradient of the global batch, micro-batch by micro-batch
         lr = learning_rate(s, step)
         optimizer.set_rate(lr)
-        loss_sum, balance, load = 0.0, 0.0, 0.0
+        loss_sum, balance_sum, load_sum = 0.0, 0.0, 0.0
         for micro, (x, y) in enumerate(batches):
             # randomness is a function of (seed, step, place in the global batch): nothing to save
             torch.manual_seed(derive_seed(s.seed, step, micro * world + rank))
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
-            loss, moe = forward(x, y)
-            # 0, or NaN for a loss that is not finite. Then the gradient is NaN as well, and one
-            # test of its norm serves for both, on all ranks alike
+            loss, moe_stats = forward(x, y)
+            # 0, or NaN if the loss is not finite: then so is the gradient, and one test serves both
             nan_if_bad = 0 * loss.detach()
-            objective = loss * (world / max(supervised, 1) + nan_if_bad)     # DDP divides by world
-            if moe:
+            objective = loss * (world / max(n_supervised, 1) + nan_if_bad)   # DDP divides by world
+            if moe_stats:
+                balance_loss, load = moe_stats
                 weight = s.aux_loss_weight * world / s.gradient_accumulation_steps
-                objective = objective + weight * moe[0]
-                balance = balance + moe[0].detach() / len(batches)
-                load = load + moe[1] / len(batches)
+                objective = objective + weight * balance_loss
+                balance_sum = balance_sum + balance_loss.detach() / len(batches)
+                load_sum = load_sum + load / len(batches)
             scaler.scale(objective).backward()
             loss_sum = loss_sum + loss.detach()
         if step + 1 < s.steps:
-            batches, targets = read_batches(step + 1)    # while the device is busy
+            batches, n_local = read_batches(step + 1)    # while the device is busy
 
-        # 3) the update; not a finite gradient: none
+        # 3) the update, which changes nothing if the gradient is not finite
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        optimizer.clip_to(norm, s.grad_clip)
+        optimizer.set_clipping(norm, s.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        # 4) its numbers, over all ranks
-        numbers = torch.stack((loss_sum / max(supervised, 1), norm))
-        if moe:
-            numbers = torch.cat((numbers, balance[None], load.flatten()))
+        # 4) its numbers over all ranks: [loss, norm] and an MoE's [balance_loss, load of each layer
+        # and expert]; RunLog.catch_up takes them apart
+        numbers = torch.stack((loss_sum / max(n_supervised, 1), norm))
+        if moe_stats:
+            numbers = torch.cat((numbers, balance_sum[None], load_sum.flatten()))
         if world > 1:
             numbers[1:] /= world                     # the loss is a sum over ranks, the rest a mean
             dist.all_reduce(numbers)

@@ -37,7 +37,7 @@ from minillm.errors import UserError, run
 from minillm.http_app import Limits, make_app
 from minillm.openai_api import Service
 from minillm.sampling_params import SamplingParams
-from model import GPT, twins
+from model import GPT, fast_versions
 
 CLIENTS = (1, 8, 64)
 
@@ -84,7 +84,7 @@ def serve_and_measure(s):
 
     cache = model.new_cache(rows)
     service = Service(model, cache, "bench", SamplingParams(temperature=0.8, top_k=50), 10**6)
-    fast = twins.for_batch_decoder(model, rows) if twins else {}
+    fast = fast_versions.for_batch_decoder(model, rows) if fast_versions else {}
     app = make_app(service, Limits(),
                    lambda notify: BatchDecoder(model, cache, 10**4, notify, **fast))
     bound = socket.create_server(("127.0.0.1", 0))

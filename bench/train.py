@@ -92,13 +92,13 @@ def training_step(s, model, device, dtype):
         x, y = batch
         mask = document_mask(x, flex=flex) if s.doc_mask else None
         with autocast(device, dtype):
-            loss, moe = step_model(x, y, mask)
+            loss, moe_stats = step_model(x, y, mask)
         objective = loss / y.numel()
-        if moe:
-            objective = objective + 0.05 * moe[0]
+        if moe_stats:
+            objective = objective + 0.05 * moe_stats[0]
         objective.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.clip_to(norm, 1.0)
+        optimizer.set_clipping(norm, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

@@ -28,7 +28,8 @@ def apply_rope(x, rope):
     """Rotate each pair of channels (i, i + half) by the angle of its position.
 
     x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2). The pairs
-    are those of GPT-NeoX and Llama; the paper takes (2i, 2i + 1), the same in another order.
+    are those of GPT-NeoX and Llama; the paper takes (2i, 2i + 1), the same in another order. The
+    formula stands a second time in speed/decode_gpu.py.
     """
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)

@@ -90,7 +90,7 @@ class CacheRows:
         self.k = [k[first:last] for k in cache.k]
         self.v = [v[first:last] for v in cache.v]
         self.tokens = [[] for _ in range(first, last)]
-        self.prefilled = 0
+        self.n_prefilled = 0
         self.graph = None                        # of minillm/speed: a step recorded over these rows
 
 
@@ -130,7 +130,7 @@ class BatchDecoder:
 
     Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
     called in the thread after each step, with the answers that may have news. decode, span, topk:
-    the twins of minillm/speed.
+    faster ones from minillm/speed.
     """
 
     def __init__(self, model, cache, max_waiting, notify, decode=decode_one_token,

@@ -1,4 +1,6 @@
-"""One checkpoint file: saved whole or not at all, checked before it is trusted, never executed.
+"""A checkpoint file: saved whole or not at all, checked before it is trusted, never executed.
+
+What goes into one is decided by `save` in train.py.
 
     out_dir/ckpt_00001000.pt   all that resuming after 1000 steps needs (the newest few are kept)
     out_dir/best.pt            the weights of the best validation loss

@@ -1,4 +1,4 @@
-"""Text in, text out: conversations over one KV cache.
+"""Text in, text out: conversations over one KV cache. The chat template is in tokenizer.py.
 
     conversation = Conversation(model, system="你是一个助手。")
     for piece in conversation.ask("你好", temperature=0.8, top_k=20):
@@ -211,7 +211,7 @@ class Conversation:
             while ended is None:
                 self._make_room(len(ids))
                 prompt = self.prompt() + ids
-                before = self.cache.prefilled
+                before = self.cache.n_prefilled
                 room = min(max_new_tokens - len(ids), self.context - len(prompt))
                 tokens = self.model.generate(
                     prompt, room, cache=self.cache, seed=seed + SEGMENT_SEED * segment,
@@ -219,7 +219,7 @@ class Conversation:
                 for id in tokens:
                     if not last["tokens"]:
                         last["first_token_seconds"] = time.perf_counter() - start
-                        last["prompt_tokens"] = self.cache.prefilled - before
+                        last["prompt_tokens"] = self.cache.n_prefilled - before
                     last["tokens"] += 1
                     if id in STOP_IDS:
                         ended = "stop"

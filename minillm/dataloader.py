@@ -1,4 +1,4 @@
-"""Token files, and which windows of them step s learns from.
+"""Token files, and which of their windows are the batch of a step: the order of the data.
 
 The batch of a step is a pure function of (seed, step, global batch size). An epoch is a
 pseudo-random permutation of all windows, computed window by window, so neither memory nor start-up
@@ -37,12 +37,12 @@ class TokenData:
         self.tokens = _map(self.path, np.dtype("<u2"))
         holds = f"{self.path} holds {len(self.tokens):,} tokens"
         mask_path = f"{folder}/{split}_mask.bin"
-        self.mask = _map(mask_path, np.dtype("u1")) if sft else None
+        self.loss_mask = _map(mask_path, np.dtype("u1")) if sft else None
         stated = self.meta["splits"][split]["tokens"]
         if stated != len(self.tokens):
             raise UserError(f"{holds}, but {folder}/meta.json says {stated:,}: prepare it again")
-        if sft and len(self.mask) != len(self.tokens):
-            raise UserError(f"{mask_path} has {len(self.mask):,} entries for "
+        if sft and len(self.loss_mask) != len(self.tokens):
+            raise UserError(f"{mask_path} has {len(self.loss_mask):,} entries for "
                             f"{len(self.tokens):,} tokens: prepare it again")
         if sft and self.meta["block_size"] != block_size:
             packed = self.meta["block_size"]
@@ -64,18 +64,18 @@ class TokenData:
         # a bad id would index past the embedding; every batch is checked too, see windows()
         for start in range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20):
             self._check_ids(self.tokens[start: start + (1 << 20)], start)
-            if sft and self.mask[start: start + (1 << 20)].max() > 1:
+            if sft and self.loss_mask[start: start + (1 << 20)].max() > 1:
                 raise UserError(f"{mask_path} holds other values than 0 and 1: prepare it again")
         if sft:
-            starts = range(0, len(self.mask), 1 << 20)
-            if not any(self.mask[start: start + (1 << 20)].any() for start in starts):
-                raise UserError(f"{mask_path} marks no token as learned: "
+            starts = range(0, len(self.loss_mask), 1 << 20)
+            if not any(self.loss_mask[start: start + (1 << 20)].any() for start in starts):
+                raise UserError(f"{mask_path} marks no token as supervised: "
                                 "there is nothing to train or to score")
         # Windows are read in random order, so what the system reads ahead is not used for hours.
         # Without read-ahead, windows of 513 tokens come from a cold disk ten times as fast (11,000
         # per second instead of 1,000)
         if hasattr(mmap, "MADV_RANDOM"):
-            for array in (self.tokens, self.mask):
+            for array in (self.tokens, self.loss_mask):
                 if array is not None:
                     array._mmap.madvise(mmap.MADV_RANDOM)
 
@@ -93,10 +93,10 @@ class TokenData:
             x[row] = self.tokens[start: start + self.block_size + 1]
             self._check_ids(x[row], start)
         y = x[:, 1:].copy()
-        if self.mask is not None:
+        if self.loss_mask is not None:
             for row, index in enumerate(indices):
                 start = int(index) * self.stride
-                y[row][self.mask[start + 1: start + self.block_size + 1] == 0] = -1
+                y[row][self.loss_mask[start + 1: start + self.block_size + 1] == 0] = -1
         return torch.from_numpy(np.ascontiguousarray(x[:, :-1])), torch.from_numpy(y)
 
 
@@ -156,15 +156,15 @@ def batch_windows(seed, step, batch, n_windows):
 
 
 def rank_batches(data, seed, step, batch_size, micro_steps, rank, world):
-    """One rank's share of the windows of a step: [(x, y)], and how many targets they hold.
+    """One rank's share of the windows of a step: [(x, y)], and how many tokens are supervised.
 
     Micro-batch m of rank r is slice m * world + r of the global batch. micro_steps: over all ranks.
     """
     windows = batch_windows(seed, step, batch_size * micro_steps, data.n_windows)
     batches = [data.windows(rows) for rows in windows.reshape(-1, batch_size)[rank::world]]
     # counted on the host: counting on the GPU would need a sync
-    targets = sum((y >= 0).sum().item() for _, y in batches)
-    return batches, targets
+    n_supervised = sum((y >= 0).sum().item() for _, y in batches)
+    return batches, n_supervised
 
 
 def show_windows(data, windows, tokenizer):
@@ -172,10 +172,11 @@ def show_windows(data, windows, tokenizer):
     lines = []
     for window in windows:
         _, targets = data.windows([window])
-        learned = [False] + (targets[0] >= 0).tolist()
-        lines.append(f"--- window {window}: {sum(learned)} learned tokens")
-        marked = learned if data.mask is not None else [False] * len(learned)
-        tokens = data.tokens[int(window) * data.stride:][: len(learned)].tolist()
+        supervised = [False] + (targets[0] >= 0).tolist()
+        lines.append(f"--- window {window}: {sum(supervised)} supervised tokens")
+        is_sft = data.loss_mask is not None
+        marked = supervised if is_sft else [False] * len(supervised)
+        tokens = data.tokens[int(window) * data.stride:][: len(supervised)].tolist()
         text = ""
         for mark, run in itertools.groupby(zip(marked, tokens), key=lambda pair: pair[0]):
             piece = tokenizer.decode([token for _, token in run], skip_special=False)

@@ -14,8 +14,8 @@ What calls what:
           sample_next        draws the next token from the logits
 
 All but `generate` and `decode_loop` read nothing back from the device and have fixed shapes, so
-that minillm/speed can record them in a CUDA graph; its twins come in as the arguments `forward`
-(for prefill) and `decode` (for decode_loop).
+that minillm/speed can record them in a CUDA graph. Its fast versions are passed as the arguments
+`forward` (for prefill) and `decode` (for decode_loop).
 """
 import torch
 
@@ -30,7 +30,7 @@ class KVCache:
 
     k[layer] and v[layer]: (B, n_kv_head, slots, head_dim). tokens[b]: the ids of row b that are in
     the cache. Slot `size`, after the last token's, is for padding: it is written, and never read as
-    a token. prefilled: how many prompt tokens were computed, in all calls together.
+    a token. n_prefilled: how many prompt tokens were computed, in all calls together.
     """
 
     def __init__(self, model, batch=1, size=0):
@@ -41,7 +41,7 @@ class KVCache:
         shape = (batch, c.n_kv_head, slots, c.n_embd // c.n_head)
         self.allocate(model.wte.weight, c.n_layer, shape)
         self.tokens = [[] for _ in range(batch)]
-        self.prefilled = 0
+        self.n_prefilled = 0
         self.state = None                        # the DecodeState of the newest `generate`
 
     def allocate(self, like, n_layer, shape):
@@ -128,7 +128,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
 
     # 3) the logits behind each row's last token
     cache.tokens = [list(prompt) for prompt in prompts]
-    cache.prefilled += sum(map(len, prompts)) - sum(starts)
+    cache.n_prefilled += sum(map(len, prompts)) - sum(starts)
     last = [len(prompt) - start - 1 for prompt, start in zip(prompts, starts)]
     row = torch.arange(len(prompts), device=x.device)
     logits = model.logits(x[row, torch.tensor(last, device=x.device)])
@@ -186,8 +186,8 @@ def generate(model, prompts, params=SamplingParams(), seed=0, stop_ids=(), cache
     stop_ids (which is yielded), or at the end of the cache. Row b draws from seed + b. Pass the
     same cache again to continue a conversation: the common beginning is not computed twice. Ids of
     stop_ids are exempt from the repetition penalty, which takes ids of the prompt and of the answer
-    alike. forward, decode: the twins of minillm/speed. Raises UserError if a prompt leaves no room
-    in the context.
+    alike. forward, decode: faster ones from minillm/speed. Raises UserError if a prompt leaves no
+    room in the context.
     """
     # 1) is there room?
     cache = cache or KVCache(model, len(prompts))

@@ -154,8 +154,8 @@ def orthogonalise(x):
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     gram = x @ x.mT
-    wide = torch.promote_types(x.dtype, torch.float32)
-    trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=wide)
+    at_least_float32 = torch.promote_types(x.dtype, torch.float32)
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=at_least_float32)
     norm = trace.sqrt()[:, None, None] + 1e-15
     x = (two_steps((gram / norm**2).to(x.dtype), *POLAR_EXPRESS[:2]) / norm).to(x.dtype) @ x
     x = two_steps(x @ x.mT, *POLAR_EXPRESS[2:]) @ x

@@ -1,8 +1,8 @@
 """Which optimizer moves which parameter; several torch optimizers as one.
 
-A step whose gradient is not finite changes nothing, and the host is not asked: each part takes two
-numbers on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing),
-as torch's fused AdamW does. Where there is no fused kernel (mps), the host asks.
+A step whose gradient is not finite changes nothing, without a GPU sync: each part takes two numbers
+on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing), as
+torch's fused AdamW does. Where there is no fused kernel (mps), the host reads them.
 """
 import math
 
@@ -20,25 +20,25 @@ def make_optimizer(model, s, compile=False):
     if s.optimizer == "adamw":
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": s.weight_decay, "multiple": 1.0},
-                  {"params": vectors, "weight_decay": 0.0, "multiple": 1.0}]
-        return Optimizer(model, [torch.optim.AdamW(groups, **options)], asks_host=not fused)
+        groups = [{"params": matrices, "weight_decay": s.weight_decay, "lr_scale": 1.0},
+                  {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
+        return Optimizer(model, [torch.optim.AdamW(groups, **options)], skips_on_host=not fused)
 
     by_role = parameters_by_role(model)
     attention = model.blocks[0].attn
     heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
-    decayed = {"weight_decay": s.weight_decay, "multiple": 1.0}
+    decayed = {"weight_decay": s.weight_decay, "lr_scale": 1.0}
     q_k_v = tuple(count * attention.head_dim for count in heads)
     muon = Muon([{"params": by_role["matrices"], **decayed},
                  {"params": by_role["qkv"], "split": q_k_v, **decayed}],
                 lr=s.learning_rate, compile=compile)
-    groups = [{"params": by_role["embedding"], "multiple": s.embedding_rate,
+    groups = [{"params": by_role["embedding"], "lr_scale": s.embedding_rate,
                "weight_decay": s.weight_decay},
-              {"params": by_role["routers"], "multiple": s.vector_rate,
+              {"params": by_role["routers"], "lr_scale": s.vector_rate,
                "weight_decay": s.weight_decay},
-              {"params": by_role["vectors"], "multiple": s.vector_rate, "weight_decay": 0.0}]
+              {"params": by_role["vectors"], "lr_scale": s.vector_rate, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return Optimizer(model, [muon, torch.optim.AdamW(groups, **options)], asks_host=not fused)
+    return Optimizer(model, [muon, torch.optim.AdamW(groups, **options)], skips_on_host=not fused)
 
 
 def parameters_by_role(model):
@@ -61,12 +61,12 @@ def parameters_by_role(model):
 
 
 class Optimizer:
-    """The optimizers in `parts` as one. A group's rate is the step's times its "multiple"."""
+    """The optimizers in `parts` as one. A group's learning rate is the step's × its "lr_scale"."""
     # torch's GradScaler then hands over found_inf, instead of reading it back to skip `step`
     _step_supports_amp_scaling = True
 
-    def __init__(self, model, parts, asks_host=False):
-        self.parts, self.asks_host = parts, asks_host
+    def __init__(self, model, parts, skips_on_host=False):
+        self.parts, self.skips_on_host = parts, skips_on_host
         self.names = {parameter: name for name, parameter in model.named_parameters()}
 
     @property
@@ -75,15 +75,15 @@ class Optimizer:
 
     def set_rate(self, lr):
         for group in self.param_groups:
-            group["lr"] = lr * group["multiple"]
+            group["lr"] = lr * group["lr_scale"]
 
-    def clip_to(self, norm, largest):
-        """Before `step`: clip the gradients' norm, a tensor, to `largest` (0: don't)."""
+    def set_clipping(self, norm, largest):
+        """For the next `step`: scale gradients of this norm, a tensor, to `largest` (0: don't)."""
         self.grad_scale = (norm / (largest or math.inf)).clamp(min=1)
         self.found_inf = (~norm.isfinite()).float()
 
     def step(self):
-        if self.asks_host:
+        if self.skips_on_host:
             return self._step_on_host()
         for part in self.parts:
             part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
@@ -111,10 +111,10 @@ class Optimizer:
                 for part in self.parts for parameter, moments in part.state.items()}
 
     def load_state_dict(self, saved):
-        """Take the moments of a checkpoint, but keep the own rates and decays.
+        """Load the moments of a checkpoint; learning rates and weight decays stay as they are.
 
-        Raises UserError where they do not fit: torch would not look, and a fused kernel would read
-        past their end.
+        Raises UserError if the shapes do not fit: torch does not check them, and a fused kernel
+        would read past their end.
         """
         if saved and all(isinstance(key, int) for key in saved):
             saved = self._by_name(saved)

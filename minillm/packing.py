@@ -1,6 +1,6 @@
 """Packing conversations into rows of equal length, and writing the rows.
 
-    payload = to_payload(tokens, mask, learned_bytes)    # of one conversation
+    payload = to_payload(tokens, mask, supervised_bytes)     # of one conversation
     writer = RowWriter("data/sft", "train", capacity=513)
     writer.add(document)                                 # with that payload
     writer.close()
@@ -12,19 +12,20 @@ import numpy as np
 
 from minillm.tokenizer import END_OF_TEXT
 
+# keys in meta.json; learned: supervised
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
 POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
-# UTF-8 bytes of the supervised contents, before tokens and mask
-_LEARNED = struct.Struct("<Q")
+# in a payload before tokens and mask: UTF-8 bytes of the supervised contents
+_SUPERVISED_BYTES = struct.Struct("<Q")
 _END = struct.pack("<H", END_OF_TEXT)
 
 
-def to_payload(tokens, mask, learned_bytes):
+def to_payload(tokens, mask, supervised_bytes):
     """The bytes of a conversation.
 
-    tokens: the packed ids of its parts, uint16; mask: bytes of the parts, one per token.
+    tokens: the packed ids of its turns, uint16; mask: loss masks of the turns, a byte per token.
     """
-    return b"".join([_LEARNED.pack(learned_bytes), *tokens, _END, *mask, b"\0"])
+    return b"".join([_SUPERVISED_BYTES.pack(supervised_bytes), *tokens, _END, *mask, b"\0"])
 
 
 def pack(lengths, capacity):
@@ -68,13 +69,13 @@ class RowWriter:
 
     def add(self, document):
         # copies, so that its bucket can go
-        body = document.payload[_LEARNED.size:]
+        body = document.payload[_SUPERVISED_BYTES.size:]
         length = len(body) // 3
         self._pool.append((bytes(body[:2 * length]), bytes(body[2 * length:])))
         self._pool_tokens += length
         self.counts["documents"] += 1
         self.counts["bytes"] += document.size
-        self.counts["learned_bytes"] += _LEARNED.unpack_from(document.payload)[0]
+        self.counts["learned_bytes"] += _SUPERVISED_BYTES.unpack_from(document.payload)[0]
         if self._pool_tokens >= POOL_TOKENS:
             self._write_pool()
 

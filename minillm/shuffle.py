@@ -1,4 +1,6 @@
-"""A shuffle on disk: encoded documents in, the same in a random order out, in bounded memory.
+"""The shuffle of preparation, on disk: encoded documents in, out in random order, bounded memory.
+
+(The order of the windows in training is dataloader.permute.)
 
     shuffle = DiskShuffle(folder, seed)
     shuffle.add([Document(digest, size, payload, place), …])      # in the order of arrival

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from minillm.atomic_folder import replaced_file
-from minillm.completion import completions
+from minillm.tab_completion import completions
 from minillm.configurator import configure
 from minillm.conversation import Conversation
 from minillm.device import describe

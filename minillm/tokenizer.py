@@ -63,7 +63,8 @@ UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
 
 ESCAPING = f" | replace('{ESCAPE}', '{ESCAPED}')"
 
-# The markers {% generation %} tell transformers which tokens are supervised.
+# What encode_chat() computes, for transformers; export_gguf.py has it in two more dialects. The
+# markers {% generation %} tell transformers which tokens are supervised.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -222,7 +223,7 @@ class Tokenizer:
             return repr(data)[2:-1]
 
     def encode_chat(self, messages, add_generation_prompt=False):
-        """ChatML ids and mask of a conversation.
+        """ChatML ids and loss mask of a conversation, two lists.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. The mask is 1 on
         what the assistant says and its <|im_end|>, else 0; and 0 on a message with "supervised":
@@ -232,16 +233,20 @@ class Tokenizer:
         ids, mask = [], []
         contents = self.encode_batch([message["content"] for message in messages])
         for message, content in zip(messages, contents):
-            prefix, suffix = self.prefix(message["role"]), self.suffix
-            supervised = int(is_supervised(message))
-            ids += prefix + content + suffix
-            # + 1 and - 1: the <|im_end|> that begins the suffix is supervised like the content
-            mask += [0] * len(prefix) + [supervised] * (len(content) + 1) + [0] * (len(suffix) - 1)
+            ids += self.prefix(message["role"]) + content + self.suffix
+            mask += self.loss_mask(message, len(content))
         if add_generation_prompt:
             prefix = self.prefix("assistant")
             ids += prefix
             mask += [0] * len(prefix)
         return ids, mask
+
+    def loss_mask(self, message, n_content):
+        """A byte per token of a message whose content has n_content tokens: 1 if supervised."""
+        prefix, suffix = len(self.prefix(message["role"])), len(self.suffix)
+        supervised = bytes([is_supervised(message)])
+        # + 1 and - 1: the <|im_end|> that begins the suffix is supervised like the content
+        return bytes(prefix) + supervised * (n_content + 1) + bytes(suffix - 1)
 
     def prefix(self, role):
         """The ids before the content of a message: <|im_start|>role\\n."""

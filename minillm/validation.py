@@ -17,7 +17,7 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
     Returns a dict: loss (nats per supervised token), accuracy, tokens (how many were supervised),
     and for a MoE model load, the share of tokens per expert, (n_layer, n_expert).
     """
-    loss, correct, supervised = 0.0, 0, 0
+    loss, correct, n_supervised = 0.0, 0, 0
     load, seen = 0.0, 0
     starts = range(0, data.n_windows, batch_size)
     if batches:
@@ -25,22 +25,23 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
     for start in tqdm(starts, unit="batch", disable=None):
         windows = range(start, min(start + batch_size, data.n_windows))
         x, y = (tensor.to(device) for tensor in data.windows(windows))
-        mask = document_mask(x) if doc_mask else None
+        attn_mask = document_mask(x) if doc_mask else None
         with autocast(device, dtype):
-            logits, stats = model.logits_and_stats(x, mask)
-        logits, target = logits.flatten(0, 1).float(), y.flatten()
-        batch_loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+            logits, moe_stats = model.logits_and_stats(x, attn_mask)
+        logits, targets = logits.flatten(0, 1).float(), y.flatten()
+        batch_loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         loss += batch_loss.double().item()
-        correct += (logits.argmax(-1) == target).sum().item()
-        supervised += (target >= 0).sum().item()
-        if stats:
-            load = load + stats[1].double() * x.numel()
+        correct += (logits.argmax(-1) == targets).sum().item()
+        n_supervised += (targets >= 0).sum().item()
+        if moe_stats:
+            _, batch_load = moe_stats
+            load = load + batch_load.double() * x.numel()
             seen += x.numel()
-    count = max(supervised, 1)
+    count = max(n_supervised, 1)
     if not math.isfinite(loss):
         raise UserError(f"the loss on {data.folder} is {loss}: the model's weights are not finite, "
                         f"or too large for {str(dtype).removeprefix('torch.')}")
-    result = {"loss": loss / count, "accuracy": correct / count, "tokens": supervised}
+    result = {"loss": loss / count, "accuracy": correct / count, "tokens": n_supervised}
     if seen:
         result["load"] = (load / seen).tolist()
     return result

@@ -8,7 +8,7 @@ import torch
 from minillm import generation
 from minillm.conversation import Conversation
 from minillm.errors import UserError
-from minillm.speed import decode_cpu, twins
+from minillm.speed import decode_cpu, fast_versions
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from model import GPT
 from support.tiny_models import talkative, tiny_model
@@ -82,13 +82,13 @@ def test_chat_reuses_the_cache_of_the_call_before():
     model = tiny_model(block_size=400)
     messages = [{"role": "system", "content": "助手"}, {"role": "user", "content": "你好"}]
     answer = model.chat(messages, max_new_tokens=10, seed=1)
-    before = model._chat_cache.prefilled
+    before = model._chat_cache.n_prefilled
     messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "世界"}]
 
     second = model.chat(messages, max_new_tokens=10, seed=2)
 
     whole, _ = tokenizer().encode_chat(messages, True)
-    assert model._chat_cache.prefilled - before < len(whole) - 15
+    assert model._chat_cache.n_prefilled - before < len(whole) - 15
     assert second == tiny_model(block_size=400).chat(messages, max_new_tokens=10, seed=2)
 
 
@@ -277,8 +277,8 @@ def spy_on_work(monkeypatch):
     def count_token(model, cache, token, position):
         work.append((1, position + 1))
         return vector(model, cache, token, position)
-    for_generate = twins.for_generate
-    monkeypatch.setattr(twins, "for_generate",
+    for_generate = fast_versions.for_generate
+    monkeypatch.setattr(fast_versions, "for_generate",
                         lambda *args: for_generate(*args) | {"forward": count_prompt})
     monkeypatch.setattr(decode_cpu, "decode_vector", count_token)
     return work

@@ -48,7 +48,7 @@ CASES = [
          "sft/train_mask.bin holds other values than 0 and 1",
          put_token("sft/train_mask.bin", 7, 9, "u1")),
     Case("SFT: nothing learned", TRAIN_SFT,
-         "sft/train_mask.bin marks no token as learned", zero("sft/train_mask.bin")),
+         "sft/train_mask.bin marks no token as supervised", zero("sft/train_mask.bin")),
     Case("SFT: another block_size", TRAIN_SFT + "--block_size=32",
          "sft was packed for block_size=64, not 32"),
     Case("SFT: no block_size in meta.json", TRAIN_SFT,

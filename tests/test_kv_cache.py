@@ -72,11 +72,11 @@ def test_five_turns_with_trimming(kind, batch):
                 n_trimmed += 1
         lengths = [len(prompt) for prompt in prompts]
         shared = [n_shared(prompt, tokens) for prompt, tokens in zip(prompts, cache.tokens)]
-        before = cache.prefilled
+        before = cache.n_prefilled
 
         answers = rows(model, prompts, 8, seed=turn, cache=cache, **SAMPLED)
 
-        assert cache.prefilled - before == sum(lengths) - sum(shared)
+        assert cache.n_prefilled - before == sum(lengths) - sum(shared)
         for b, (prompt, answer) in enumerate(zip(prompts, answers)):
             assert answer == uncached(model, prompt, 8, seed=turn + b, **SAMPLED), (turn, b)
             prompt += answer
@@ -117,7 +117,7 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
 
     assert second == uncached(model, prompt, 9, seed=2)
     # the seventh was shown, but the model had not read it yet
-    assert cache.prefilled == 10 + 4
+    assert cache.n_prefilled == 10 + 4
 
 
 @pytest.mark.parametrize("prompts, length", [

@@ -86,7 +86,7 @@ def test_an_optimizer_that_asks_the_host_gives_the_same_weights(data, tmp_path):
 
         def asks(*args):
             optimizer = make(*args)
-            optimizer.asks_host = True
+            optimizer.skips_on_host = True
             return optimizer
         train.make_optimizer = asks
     argv = [*SHORT, f"--data_dir={data}"]

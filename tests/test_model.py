@@ -105,7 +105,7 @@ def test_packed_rows_give_every_document_its_loss_alone(n_expert):
     x = packed[:, :-1]
     mask = document_mask(x)
 
-    logits = model(x, mask=mask)[0]
+    logits = model(x, attn_mask=mask)[0]
 
     start = 0
     for row in rows:
@@ -133,9 +133,9 @@ def test_flex_attention_sees_what_the_dense_mask_shows():
     assert torch.equal(seen, dense[:, 0])
 
     with torch.no_grad():
-        expected = model(idx, mask=dense)
+        expected = model(idx, attn_mask=dense)
         try:
-            logits = torch.compile(model, dynamic=False)(idx, mask=flex)
+            logits = torch.compile(model, dynamic=False)(idx, attn_mask=flex)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             pytest.skip(f"no flex_attention on this CPU: {error}"[:200])
 

@@ -123,7 +123,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_windows(data, tmp_path):
     for window in windows:
         ids = tokens.tokens[window * BLOCK: window * BLOCK + BLOCK + 1].tolist()
         text = tokenizer.decode(ids, skip_special=False)
-        assert f"--- window {window}: {BLOCK} learned tokens\n{text}\n" in child.output
+        assert f"--- window {window}: {BLOCK} supervised tokens\n{text}\n" in child.output
 
 
 def test_inspect_step_marks_what_is_learned(tmp_path):
@@ -135,7 +135,7 @@ def test_inspect_step_marks_what_is_learned(tmp_path):
     at = learned.index(True)
     end = next((i for i in range(at, BLOCK) if not learned[i]), BLOCK)
     ids = tokens.tokens[window * (BLOCK + 1):][1 + at: 1 + end].tolist()
-    assert f"--- window {window}: {sum(learned)} learned tokens" in output
+    assert f"--- window {window}: {sum(learned)} supervised tokens" in output
     assert f"⟦{tokenizer.decode(ids, skip_special=False)}⟧" in output
     assert not os.path.exists(tmp_path / "out")
 

@@ -29,7 +29,7 @@ for kind, extra in (("dense", []), ("moe", %r)):
     sampled = list(gpt.generate(prompts, 20, temperature=0.9, top_k=8, repetition_penalty=1.1))
     alone = list(gpt.generate(prompts[1], 20, temperature=0))
     logits = gpt(torch.tensor([[5, 6, 7, 8]]))[0, -1].tolist()
-    print("RESULT", json.dumps([kind, model.twins is not None, sampled, alone, logits]))
+    print("RESULT", json.dumps([kind, model.fast_versions is not None, sampled, alone, logits]))
 """
 
 

@@ -51,7 +51,7 @@ def capture(function):
 
 
 def forward(model, cache, idx, position, end):
-    """Twin of generation.cached_forward for prompts; idx and position are still on the host.
+    """Fast version of generation.cached_forward for prompts. idx, position: still on the host.
 
     One by one, the operations of 64 tokens took 10 to 20 ms, all of it launching (H200,
     `python -m bench.decode`).
@@ -83,7 +83,7 @@ def capture_forward(model, cache, batch, width, end):
 
 
 def decode_graph(model, cache, state, params, logits, steps, compile=False):
-    """Twin of generation.decode_loop. The GPU is always one token ahead of what the host has read.
+    """Fast version of generation.decode_loop: the GPU is one token ahead of what the host reads.
 
     88,131 tokens/s with 64 rows (H200, `python -m bench.decode --batch_size=64`).
     """
@@ -129,7 +129,7 @@ def next_power_of_two(n):
 
 
 def decode_rows(model, cache, token, position, end):
-    """Twin of generation.decode_one_token for batch_decoder.CacheRows, which keep the graph.
+    """Fast version of generation.decode_one_token for batch_decoder.CacheRows, which own the graph.
 
     token, position: (B, 1), on the host. It always looks at all slots: one graph for every `end`.
     """

@@ -4,7 +4,7 @@ Every (token, chosen expert) pair is a row. Sorted by expert, the rows of all ex
 grouped matmul, whatever their numbers: no capacity limit, no token dropped, no shape that depends
 on the data, so the layer compiles with fullgraph=True.
 
-Shape suffixes are those of moe.py, and N = T·K: one row per (token, chosen expert) pair.
+Shape suffixes are those of moe.py, and R = N·K: one row per (token, chosen expert) pair.
 
 Paper: MegaBlocks, which sorts tokens by expert instead of padding them (arXiv 2211.15841).
 """
@@ -19,54 +19,54 @@ _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to so many tokens go through all experts
 
 
-def grouped_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
-    """Twin of moe.loop_over_experts: (T, D) → (T, D).
+def grouped_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
+    """Fast version of moe.loop_over_experts: (N, D) → (N, D).
 
     It multiplies K of E experts per token where the loop multiplies all E. 167,314 tokens/s in
     training (H200, `python -m bench.train --n_expert=8`).
     """
-    T, D = x_TD.shape
-    E, K = len(w1_EDF), expert_TK.shape[1]
-    dtype = _compute_dtype(x_TD)
+    N, D = x_ND.shape
+    E, K = len(w1_EDF), expert_NK.shape[1]
+    dtype = _compute_dtype(x_ND)
     w1_EDF, w2_EFD = _cast(w1_EDF, dtype), _cast(w2_EFD, dtype)
     # uint8 keys: the radix sort makes one pass instead of eight
-    sorted_N, order_N = expert_TK.reshape(-1).to(torch.uint8).sort(stable=True)
-    row_N = torch.arange(T * K, device=x_TD.device)
-    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, row_N)
-    expert_E = torch.arange(E, device=x_TD.device)
+    sorted_R, order_R = expert_NK.reshape(-1).to(torch.uint8).sort(stable=True)
+    row_R = torch.arange(N * K, device=x_ND.device)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, row_R)
+    expert_E = torch.arange(E, device=x_ND.device)
     # where each expert's rows end
-    offset_E = (sorted_N[:, None] <= expert_E).sum(0, dtype=torch.int32)
+    offset_E = (sorted_R[:, None] <= expert_E).sum(0, dtype=torch.int32)
 
-    x_TKD = x_TD.to(dtype)[:, None].expand(T, K, D)
-    x_ND = _Permute.apply(x_TKD.reshape(T * K, D), order_N, inverse_N)
-    h_NF = F.silu(expert_mm(x_ND, w1_EDF, offset_E))
+    x_NKD = x_ND.to(dtype)[:, None].expand(N, K, D)
+    x_RD = _Permute.apply(x_NKD.reshape(N * K, D), order_R, inverse_R)
+    h_RF = F.silu(expert_mm(x_RD, w1_EDF, offset_E))
     # The gate scales the hidden row, not the output: the map is linear from here on, and the
     # output need not be kept for the gate's gradient
-    h_NF = h_NF * _Permute.apply(gate_TK.reshape(-1, 1), order_N, inverse_N).to(dtype)
-    y_ND = expert_mm(h_NF, w2_EFD, offset_E)
-    y_TKD = _Permute.apply(y_ND, inverse_N, order_N).view(T, K, D)
+    h_RF = h_RF * _Permute.apply(gate_NK.reshape(-1, 1), order_R, inverse_R).to(dtype)
+    y_RD = expert_mm(h_RF, w2_EFD, offset_E)
+    y_NKD = _Permute.apply(y_RD, inverse_R, order_R).view(N, K, D)
     # .to: under autocast sum gives float32, and the residual stream would continue in it
-    return y_TKD.sum(1).to(x_TD.dtype)
+    return y_NKD.sum(1).to(x_ND.dtype)
 
 
-def all_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
-    """Twin of moe.loop_over_experts for few tokens on a GPU, without gradients.
+def all_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
+    """Fast version of moe.loop_over_experts for few tokens on a GPU, without gradients.
 
     Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic,
     but the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it:
     decoding made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8`).
     """
-    dtype = _compute_dtype(x_TD)
-    gate_TE = gate_TK.new_zeros(len(x_TD), len(w1_EDF)).scatter(1, expert_TK, gate_TK)
-    h_ETF = F.silu(x_TD.to(dtype) @ w1_EDF.to(dtype)) * gate_TE.t()[:, :, None].to(dtype)
-    return (h_ETF @ w2_EFD.to(dtype)).sum(0).to(x_TD.dtype)
+    dtype = _compute_dtype(x_ND)
+    gate_NE = gate_NK.new_zeros(len(x_ND), len(w1_EDF)).scatter(1, expert_NK, gate_NK)
+    h_ENF = F.silu(x_ND.to(dtype) @ w1_EDF.to(dtype)) * gate_NE.t()[:, :, None].to(dtype)
+    return (h_ENF @ w2_EFD.to(dtype)).sum(0).to(x_ND.dtype)
 
 
-def generating_experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD):
-    """The twin for generation and scoring, without gradients: all_experts or grouped_experts."""
-    few = x_TD.is_cuda and len(x_TD) <= ALL_EXPERTS_TOKENS
+def generating_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
+    """For generation and scoring, without gradients: all_experts or grouped_experts."""
+    few = x_ND.is_cuda and len(x_ND) <= ALL_EXPERTS_TOKENS
     experts = all_experts if few else grouped_experts
-    return experts(x_TD, gate_TK, expert_TK, w1_EDF, w2_EFD)
+    return experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD)
 
 
 def lay_out_for_decoding(moe):
@@ -84,18 +84,18 @@ def lay_out_for_decoding(moe):
         weight.data = turned.transpose(1, 2)
 
 
-def expert_mm(x_NA, w_EAB, offset_E):
-    """Rows sorted by expert times each expert's matrix: (N, A) × (E, A, B) → (N, B).
+def expert_mm(x_RA, w_EAB, offset_E):
+    """Rows sorted by expert times each expert's matrix: (R, A) × (E, A, B) → (R, B).
 
     offset_E (int32): where each expert's rows end. float64, which only the tests use, has no such
     kernel and takes a loop.
     """
-    if x_NA.dtype == torch.float64:
-        parts = x_NA.tensor_split(offset_E[:-1].long().cpu())
+    if x_RA.dtype == torch.float64:
+        parts = x_RA.tensor_split(offset_E[:-1].long().cpu())
         return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
-    if torch.compiler.is_compiling() and x_NA.dtype != torch.bfloat16:
-        return _opaque_grouped_mm(x_NA, w_EAB, offset_E)
-    return _grouped_mm(x_NA, w_EAB, offs=offset_E)
+    if torch.compiler.is_compiling() and x_RA.dtype != torch.bfloat16:
+        return _opaque_grouped_mm(x_RA, w_EAB, offset_E)
+    return _grouped_mm(x_RA, w_EAB, offs=offset_E)
 
 
 @torch.library.custom_op("moe::grouped_mm", mutates_args=())
@@ -115,10 +115,10 @@ def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _opaque_backward(ctx, grad_NB):
-    x_NA, w_EAB, offset_E = ctx.saved_tensors
-    grad_x = _opaque_grouped_mm(grad_NB, w_EAB.transpose(1, 2), offset_E)
-    grad_w = _opaque_grouped_mm(x_NA.t(), grad_NB, offset_E)
+def _opaque_backward(ctx, grad_RB):
+    x_RA, w_EAB, offset_E = ctx.saved_tensors
+    grad_x = _opaque_grouped_mm(grad_RB, w_EAB.transpose(1, 2), offset_E)
+    grad_w = _opaque_grouped_mm(x_RA.t(), grad_RB, offset_E)
     return grad_x, grad_w, None
 
 

@@ -4,7 +4,7 @@ import torch.nn as nn
 
 
 class Linear(nn.Linear):
-    """Twin of nn.Linear for training float32 weights with 16-bit matmuls on a GPU.
+    """Fast version of nn.Linear for training float32 weights with 16-bit matmuls on a GPU.
 
     Autocast rounds a weight's gradient to 16 bits and then copies it into float32: less exact, and
     a second pass over every gradient. Training makes 0.5% more tokens/s, together with clipping

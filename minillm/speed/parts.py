@@ -26,7 +26,7 @@ def compile_in_parts(model, device):
 
 
 def trunk(model, embed, run_blocks, norm, idx, rope, attend):
-    """Twin of GPT.trunk for training, where attention does not depend on the layer."""
+    """Fast version of GPT.trunk for training, where attention does not depend on the layer."""
     x = embed(model.wte, idx, model.config.dropout, model.training)
     attend = partial(attend, layer=None)
     blocks, stats = list(model.blocks), []
@@ -36,8 +36,8 @@ def trunk(model, embed, run_blocks, norm, idx, rope, attend):
     x = norm(x)
     if not model.config.n_expert:
         return x, None
-    balance, load = zip(*stats)
-    return x, (torch.stack(balance).mean(), torch.stack(load))
+    balance_loss, load = zip(*stats)
+    return x, (torch.stack(balance_loss).mean(), torch.stack(load))
 
 
 def embed(wte, idx, dropout, training):

@@ -18,7 +18,7 @@ from minillm.generation import decode_one_token
 from minillm.http_app import Limits, make_app
 from minillm.openai_api import Service
 from minillm.sampling_params import SamplingParams
-from model import twins
+from model import fast_versions
 from support.processes import LIMIT
 from support.tiny_models import tiny_model
 
@@ -77,7 +77,7 @@ class Server:
 @contextlib.contextmanager
 def served(model, rows=4, max_waiting=64, fast=True, **limits):
     """A Server, running; it is shut down at the end."""
-    options = twins.for_batch_decoder(model, rows) if fast else {}
+    options = fast_versions.for_batch_decoder(model, rows) if fast else {}
     gate = options["decode"] = Gate(options.get("decode", decode_one_token))
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"

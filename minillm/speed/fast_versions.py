@@ -1,4 +1,4 @@
-"""Which plain function each fast twin replaces, and where it pays. model.py and serve.py call this.
+"""Which plain function each fast version replaces, and on which device. For model.py and serve.py.
 
 Delete minillm/speed and everything still runs, slower, with the same numbers.
 """
@@ -15,7 +15,7 @@ from minillm.speed.topk import top_experts, topk_by_parts
 
 
 def use_for_training(model, compiled):
-    """Swap the twins into `model`, before it is compiled. Its parameters keep their names."""
+    """Swap in what is faster in training, before compiling. The parameters keep their names."""
     on_gpu = model.wte.weight.is_cuda
     for module in model.modules():
         if on_gpu and type(module) is nn.Linear:
@@ -27,7 +27,7 @@ def use_for_training(model, compiled):
 
 
 def use_for_generation(model):
-    """Swap the twins into a model that is only used: its experts, and their weights' layout."""
+    """Swap in what is faster in a model that is only used: experts, and their weights' layout."""
     if not model.config.n_expert:
         return
     use_experts(model, generating_experts)

@@ -1,4 +1,4 @@
-"""What Tab offers in chat.py: commands, settings of /set, paths for /save and /load."""
+"""What the Tab key offers in chat.py: commands, settings of /set, paths for /save and /load."""
 import os
 
 
