@@ -1,0 +1,69 @@
+"""make demo: an interrupted run resumes; what newer code or data would change starts over."""
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from support import ROOT
+
+SOURCES = ("requirements.txt", "train_tokenizer.py", "prepare_pretrain.py", "demo/town.py",
+           "train.py", "model.py", "moe.py")
+MADE = (".venv/installed", "data/demo/tokenizer/tokenizer.json", "data/demo/pretrain/meta.json")
+CHECKPOINT = "out/demo_pretrain/ckpt_00000100.pt"
+
+
+def touch(folder, name, seconds):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (seconds, seconds))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The Makefile, with empty files for the sources and for what is made before pretraining."""
+    shutil.copy(os.path.join(ROOT, "Makefile"), tmp_path)
+    for name in SOURCES:
+        touch(tmp_path, name, seconds=1000)
+    for number, name in enumerate(MADE):
+        touch(tmp_path, name, seconds=2000 + number)
+    return tmp_path
+
+
+def train_command(folder):
+    """What make would run to train the demo's first model."""
+    done = subprocess.run(["make", "-n", "out/demo_pretrain/done"], cwd=folder, check=True,
+                          capture_output=True, encoding="utf-8")
+    return re.search(r"^\.venv/bin/python (train\.py .*)$", done.stdout, re.MULTILINE)[1]
+
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+def test_a_new_run_starts_over(project):
+    assert train_command(project) == "train.py --overwrite=True"
+
+
+def test_an_interrupted_run_resumes(project):
+    touch(project, CHECKPOINT, seconds=3000)
+
+    assert train_command(project) == "train.py --init_from=resume"
+
+
+@pytest.mark.parametrize("name", ["train.py", "data/demo/pretrain/meta.json"])
+def test_a_run_of_older_code_or_data_starts_over(project, name):
+    touch(project, CHECKPOINT, seconds=3000)
+    touch(project, name, seconds=4000)
+
+    assert train_command(project) == "train.py --overwrite=True"
+
+
+def test_a_run_that_has_ended_starts_over_when_the_code_changes(project):
+    touch(project, CHECKPOINT, seconds=3000)
+    touch(project, "out/demo_pretrain/done", seconds=3001)
+    touch(project, "train.py", seconds=2999)
+    touch(project, "model.py", seconds=4000)
+
+    assert train_command(project) == "train.py --overwrite=True"
