@@ -83,8 +83,8 @@ def block(say):
         if name:
             shape = " × ".join(map(str, shapes[name]))
             picture.text(310, y + 18, f"{name}  {shape}", size=12, colour="soft", mono=True)
-    heads = say(f"{config.n_head} query heads share {config.n_kv_head} key/value heads, 64 wide",
-                f"{config.n_head} 个查询头共用 {config.n_kv_head} 组 64 维的键/值头")
+    heads = say(f"{config.n_head} query heads share {config.n_kv_head} KV heads, 64 wide",
+                f"{config.n_head} 个查询头共用 {config.n_kv_head} 个 64 维的 KV 头")
     picture.text(310, 48 + 4 * 37 + 18, heads, size=12, colour="soft")
     experts = say("MoE: the two green layers become 8 experts, 4 per token",
                   "MoE：绿色两层换成 8 个专家，每个 token 走 4 个")
