@@ -77,8 +77,8 @@ def _locked(lock, path):
     try:
         yield
     finally:
-        # still held: whoever waits for this file finds that it has no name any more. (Windows
-        # doesn't remove an open file: there it stays, empty)
+        # removed while still held: a process that waits for it notices that it has no name any
+        # more. (Windows does not remove an open file: there it stays, empty)
         with contextlib.suppress(OSError):
             os.unlink(lock)
         held.release()
@@ -115,7 +115,7 @@ def _take_place(fresh, path):
 
 
 def _bring_back(old, path):
-    """Put right what a run left that was killed between the two steps, or just behind them."""
+    """Repair the folder of a run that was killed between the two steps, or just after them."""
     if os.path.exists(old) and not os.path.exists(path):
         os.rename(old, path)
     shutil.rmtree(old, ignore_errors=True)

@@ -9,9 +9,9 @@ Answers join and leave between two steps. A prompt is read in pieces of READ_TOK
 between two steps, so a long prompt does not stop the others. A row keeps the keys and values of its
 last answer: the next prompt with the same beginning goes there, and only what is new is read.
 
-Each row draws from its own seed, so an answer has the text that it has alone, whatever is decoded
-beside it. Sums over a batch round differently in the last digits; only a random draw that falls
-between the two values gives another token, which is rare in float32 and less so in bfloat16.
+Each row draws from its own seed, so an answer is the same alone and beside others. Sums over a
+batch round differently in the last digits; a random draw that falls between the two values gives
+another token, which is rare in float32 and less rare in bfloat16.
 """
 import collections
 import math
@@ -83,7 +83,7 @@ class Answer:
 
 
 class CacheRows:
-    """Rows first to last - 1 of a KVCache, as a cache of their own over the same memory."""
+    """Rows first to last - 1 of a KVCache, as a cache over the same memory."""
 
     def __init__(self, cache, first, last):
         self.size = cache.size
@@ -169,7 +169,7 @@ class BatchDecoder:
             raise Busy(self.active, len(self.waiting), min(max(math.ceil(seconds), 1), 60))
 
     def cancel(self, answer):
-        """Nobody wants `answer` any more. One that has ended already stays as it is."""
+        """Stop `answer`; if it has ended already, nothing changes."""
         with self.changed:
             answer.cancelled = True
             if answer in self.waiting:
@@ -177,7 +177,7 @@ class BatchDecoder:
                 answer.finish = "cancelled"
 
     def close(self):
-        """End the thread; what is not done by now never will be."""
+        """End the thread; answers that have not ended stay unfinished."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -193,7 +193,7 @@ class BatchDecoder:
             news = [row.answer for row in self.rows if row.answer]
             try:
                 self._turn()
-            except Exception:                    # of one step; the next request may fare better
+            except Exception:                    # of this step; other requests may still work
                 traceback.print_exc(file=sys.stderr)
                 self._fail()
             self.notify(news)
@@ -231,7 +231,7 @@ class BatchDecoder:
 
     def _fail(self):
         for row in self.rows:
-            row.cache.tokens = [[]]              # nobody knows what is there now
+            row.cache.tokens = [[]]              # its content is unknown now
             if row.answer:
                 row.answer.finish = "error"
 
@@ -298,7 +298,7 @@ class BatchDecoder:
             self._make_room(row)
 
     def _make_room(self, row):
-        """The row is full: read what is left of the conversation anew, or end."""
+        """The row is full: prefill again with fewer messages, or end the answer."""
         answer = row.answer
         prompt = answer.next_prompt(answer.ids)
         if prompt is None:

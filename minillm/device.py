@@ -5,6 +5,7 @@ import os
 import torch
 
 from minillm.errors import UserError
+from minillm.report import counted
 
 # Dense bf16 matmul peak in TFLOP/s by the vendors' data sheets; the first name that matches counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
@@ -18,7 +19,7 @@ NAMES = "auto, cpu, mps, cuda or cuda:N"
 def pick_device(name="auto", local_rank=0, world=1):
     """torch.device of "auto" (a GPU if there is one), "cpu", "mps", "cuda", "cuda:1"...
 
-    Of several processes each takes the GPU of its local rank. UserError if it is not there.
+    Each of several processes takes the GPU of its local rank. UserError if it does not exist.
     """
     mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -48,8 +49,8 @@ def pick_device(name="auto", local_rank=0, world=1):
 def pick_dtype(name, device):
     """torch.dtype of "auto", "float32", "bfloat16" or "float16".
 
-    auto is bfloat16 where the device has units for it; on older GPUs (T4, V100), which only emulate
-    it, float16; else float32.
+    auto: bfloat16 if the device has units for it; float16 on older GPUs (T4, V100), which only
+    emulate bfloat16; float32 otherwise.
     """
     if name == "auto":
         return _best_dtype(device)
@@ -97,7 +98,7 @@ def compile_for_training(model, device):
 
 
 def to_device(tensors, device):
-    """A tuple of host tensors on its way to the device: the host does not wait for a CUDA GPU."""
+    """A tuple of host tensors, copied to the device; on CUDA without waiting for the copy."""
     if device.type == "cpu":
         return tensors
     if device.type != "cuda":                    # only CUDA copies from pinned memory
@@ -119,4 +120,4 @@ def describe(device):
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'threads')}"

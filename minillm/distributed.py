@@ -1,6 +1,6 @@
-"""The processes of one training job: which one this is, how they meet, how they add up numbers.
+"""The processes of one training job: rank and world size, joining, sums over all of them.
 
-torchrun starts them and tells each its place by environment variables; without it there is one.
+torchrun starts them and gives each its rank in environment variables; without it there is one.
 """
 import os
 import sys
@@ -15,8 +15,8 @@ from minillm.errors import UserError, write_nowhere
 def rank_and_world():
     """(rank, local rank, number of processes) that torchrun set; (0, 0, 1) without it.
 
-    Raises UserError where only a part of what torchrun sets is there: a container or a batch system
-    may set WORLD_SIZE for its own ends.
+    Raises UserError if only some of the variables are set: a container or a batch system may set
+    WORLD_SIZE for itself.
     """
     rank, local_rank, world = (_number(key, default) for key, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -42,9 +42,9 @@ def _number(key, default):
 
 
 def join(device, rank, world):
-    """Meet the other processes. Returns a group for numbers on the host; None without others.
+    """Join the other processes. Returns a group for numbers on the host; None without others.
 
-    The group has its own backend, so that a number on the host never waits for a GPU.
+    The group has a backend of its own, so that summing such numbers needs no GPU sync.
 
     It also works after a restart by torchrun --max-restarts: the agent's store outlives its
     workers, and torch would read the addresses that the dead ones left in it. On one node the count
@@ -79,7 +79,7 @@ def sum_over_ranks(group, *numbers):
 
 
 def print0(text):
-    """Print a line above the progress bar, on rank 0. A reader that has gone stops nothing."""
+    """Print a line above the progress bar, on rank 0. A closed pipe or a full disk is ignored."""
     if int(os.environ.get("RANK") or 0) > 0:
         return
     try:
@@ -92,7 +92,7 @@ def print0(text):
 
 
 def forget_lost_lines():
-    """At the end of a run: lines that could not be printed are no reason to fail."""
+    """At the end of a run: do not fail because of lines that could not be printed."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -2,12 +2,12 @@
 
     for result in encode_ahead(encode, blocks, processes=16): …
 
-One process: `blocks` are read on a thread of their own and two calls of `encode` are under way at a
-time, so that the library's threads have work while Python packs the ids of the block before. More
-processes: each has a copy of `encode` (anything that pickle takes) and one thread. Threads of one
-process share an allocator and stop being faster at some 16 cores; processes do not.
+One process: `blocks` are read on another thread and two calls of `encode` run at a time, so that
+the library's threads have work while Python packs the ids of the previous block. More processes:
+each has a copy of `encode` (which must pickle) and one thread. Threads of one process share an
+allocator and scale to about 16 cores only; processes scale further.
 
-The processes end with this one, however it ends: by an error, Ctrl-C, or SIGKILL.
+The processes end with this one, also after an error, Ctrl-C or SIGKILL.
 """
 import collections
 import concurrent.futures
@@ -21,7 +21,7 @@ import threading
 
 from minillm.errors import UserError
 
-AHEAD = 2                    # blocks per process under way; memory is a few blocks for each
+AHEAD = 2                    # blocks in flight per process; memory is a few blocks for each
 SMALL = 32 << 20             # bytes of input that one process encodes before others have started
 WORKERS = {
     "RAYON_NUM_THREADS": "1",

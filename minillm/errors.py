@@ -1,4 +1,4 @@
-"""The error policy: what the user can put right is one line on stderr and exit status 2.
+"""The error policy: what the user can correct is one line on stderr and exit status 2.
 
     raise UserError("block_size=0 must be at least 1")
     if __name__ == "__main__":
@@ -16,11 +16,11 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errn
 
 
 class UserError(Exception):
-    """Something the user can put right: a bad flag, a missing file. One line of text."""
+    """Something the user can correct: a bad flag, a missing file. One line of text."""
 
 
 def run(main):
-    """Call `main()`; for what the user can put right, print one line and exit with status 2."""
+    """Call `main()`; for what the user can correct, print one line and exit with status 2."""
     _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
@@ -100,7 +100,7 @@ def _open_closed_streams():
 
 
 def _advice(error):
-    """What to do about an error of torch that the user can put right, or None."""
+    """What to do about an error of torch that the user can correct, or None."""
     text, kind = str(error), type(error).__name__
     # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
     no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"

@@ -1,6 +1,4 @@
-"""JSON that is not one record per line: arrays, pretty-printed and concatenated values.
-
-They are read one at a time.
+"""JSON that is not one record per line: arrays, pretty-printed and concatenated values, one by one.
 
     form_of(head)                            # "lines", "array" or "values"
     for place, value, size in json_values(stream, "utf-8", "chats.json", "array", report): …

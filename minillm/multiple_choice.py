@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: which choice does the model find likeliest after the question?
+"""Multiple choice by likelihood: the choice that the model finds likeliest after the question.
 
     questions = read_questions("ceval.csv")
     result = score(model, questions, "text", "chat", batch_size=16, device=device, dtype=dtype)
@@ -131,8 +131,8 @@ def encode(tokenizer, question, form, template):
 def score(model, questions, form, template, batch_size, device, dtype):
     """Score all choices of all questions; returns a dict of numbers, and the indices chosen.
 
-    form: text or letters; template: chat (ChatML) or plain. A question of which a choice does not
-    fit into the context counts as wrong: its index chosen is None.
+    form: text or letters; template: chat (ChatML) or plain. A question with a choice that does not
+    fit into the context counts as wrong: its index is None.
     """
     pairs = [encode(model.tokenizer, question, form, template) for question in questions]
     # one token less: the last one is only predicted

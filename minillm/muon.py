@@ -7,9 +7,9 @@ Muon moves a matrix by its momentum with all singular values made equal, so that
 the gradient rarely shows learn as fast as the common ones. NorMuon then evens out the rows: an
 output neuron that keeps getting large updates gets smaller ones.
 
-It promises: a step whose gradient is not finite changes nothing, and the host is not asked; any
-number of processes computes what one computes, each orthogonalising its share. It does not reduce
-gradients over processes: DDP has done that.
+Guarantees: a step whose gradient is not finite changes nothing, without a GPU sync. Any number of
+processes computes what one computes; each orthogonalises its share. Gradients are not reduced over
+processes here: DDP has done that.
 
 Muon: kellerjordan.github.io/posts/muon. Polar Express: arXiv 2505.16932. NorMuon: 2510.05491.
 """

@@ -1,4 +1,4 @@
-"""Files and directories opened as streams of bytes, decompressed, whatever they are called.
+"""Files and directories opened as streams of bytes, decompressed.
 
     for path in find_files("raw/"):
         with open(path, "rb") as raw:
@@ -95,7 +95,7 @@ def open_streams(path, raw):
 
 
 def _decompressed(stream, name):
-    """The stream as it was before it was compressed; its first bytes say how, whatever its name."""
+    """The decompressed stream; its first bytes, not its name, say how it is compressed."""
     head, stream = look_ahead(stream, 1 << 10)
     if head.startswith(b"\x1f\x8b"):
         opened = gzip.open(stream)

@@ -1,4 +1,4 @@
-"""What was read and not used as it stands: skipped, repaired, left out. Counted, and said.
+"""What was skipped, repaired or left out of the input: counted, and reported.
 
     report = Report()
     report.skip("malformed JSON", "corpus.jsonl:17")      # with strict=True this raises UserError
@@ -9,7 +9,7 @@ from collections import Counter
 
 from minillm.errors import UserError
 
-KEYS_KEPT = 1000             # different unknown keys that are counted; a file of random keys has no more
+KEYS_KEPT = 1000             # unknown keys that are counted; a file may have any number of them
 SAMPLE_BYTES = 1 << 14       # of undecodable lines, from which guess_encoding() proposes an encoding
 
 
@@ -63,7 +63,7 @@ class Report:
             for reason, entry in sorted(table.items(), key=lambda item: -item[1]["count"]):
                 lines.append(f"  {verb} {entry['count']:,}: {reason} (first: {entry['first']})")
         for key, count in self.left_out.most_common():
-            lines.append(f"  left out: {key} in {count:,} records")
+            lines.append(f"  left out: {key} in {counted(count, 'records')}")
         unknown = self.frequent_unknown()
         if unknown:
             lines.append(f"  not used, because no rule knows these keys: {', '.join(unknown)}")
@@ -81,6 +81,11 @@ class Report:
             "left_out": dict(self.left_out),
             "unknown_keys": self.frequent_unknown(),
         }
+
+
+def counted(n, nouns):
+    """ "1 row", "2,000 rows"; nouns: a plural that ends in s."""
+    return f"{n:,} {nouns.removesuffix('s') if n == 1 else nouns}"
 
 
 def _count(table, reason, place, count=1):

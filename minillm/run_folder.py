@@ -124,7 +124,7 @@ def _check_identity(s, data, resumed):
 
 
 def _report_changes(s, resumed):
-    # the shape comes from the checkpoint, whatever the settings say
+    # the shape comes from the checkpoint, not from the settings
     skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log"}
     skip |= resumed["model_config"].keys() - {"block_size", "dropout"}
     now = asdict(s)
@@ -152,7 +152,7 @@ def lock(folder):
 
 
 def lock_existing(folder):
-    """lock() if `folder` holds a run, so that nobody writes between reading it and resuming it."""
+    """lock() if `folder` holds a run, so that no other process writes before this one resumes."""
     return lock(folder) if checkpoint.saved_steps(folder) else None
 
 
@@ -220,7 +220,7 @@ def best_step(folder):
 
 
 def save(path, state, s):
-    """Write a checkpoint and remove those that are not to be kept. A failure is reported: False."""
+    """Write a checkpoint and remove old ones. Returns False after a failure, which is reported."""
     try:
         checkpoint.save(path, state)
         prune(s.out_dir, s.keep_checkpoints, s.keep_every)

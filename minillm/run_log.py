@@ -1,9 +1,8 @@
-"""What a run tells of itself: lines in the terminal, records in metrics.jsonl, trackers on request.
+"""The log of a run: lines in the terminal, records in metrics.jsonl, trackers on request.
 
-A step's numbers are read one step late: asked for at once, they would make the host wait for the
-GPU. Rank 0 alone writes; every rank counts the steps that were not finite. A full disk or a reader
-that has gone (`python train.py | head`) stops no training: records wait in memory until they can be
-written, lines are lost.
+A step's numbers are read one step late: reading them at once would be a GPU sync. Only rank 0
+writes; every rank counts the non-finite steps. A full disk or a closed pipe (`python train.py |
+head`) does not stop the training: records wait in memory until they can be written, lines are lost.
 """
 import errno
 import json
@@ -19,6 +18,7 @@ from minillm import trackers
 from minillm.dataloader import batch_windows
 from minillm.device import describe, peak_flops
 from minillm.distributed import forget_lost_lines, print0
+from minillm.report import counted
 
 
 class MetricsFile:
@@ -34,7 +34,7 @@ class MetricsFile:
         keep_validation: `step` itself will not be validated again, so its record stays.
         """
         if os.path.exists(self.path) and not os.path.isfile(self.path):
-            # opening a pipe would wait for somebody at its other end, for good
+            # opening a pipe would wait forever for its other end
             raise OSError(errno.EEXIST, "it is not a file", self.path)
         old = []
         if step and os.path.exists(self.path):
@@ -65,7 +65,7 @@ class MetricsFile:
             self.failed = True
 
     def sync(self):
-        """Write to the disk itself; a full one is no reason to stop."""
+        """Force the records to the disk; a full disk does not stop the training."""
         try:
             os.fsync(self.file.fileno())
         except OSError:
@@ -179,16 +179,16 @@ class RunLog:
         """
         arrived = None
         if numbers.is_cuda:
-            # sent off now: asked for later, they would queue behind all of the next step
+            # copied now: a later copy would wait behind the whole next step
             numbers, arrived = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
         self.catch_up()
         self.waiting = step, lr, numbers, arrived
         if arrived is None:
-            self.catch_up()                      # nothing else is running meanwhile
+            self.catch_up()                      # not on a GPU: there is no sync to avoid
 
     def catch_up(self):
-        """Log the step whose numbers wait, if there is one."""
+        """Log the step whose numbers are waiting, if any; their layout is in train.py."""
         if self.waiting is None:
             return
         step, lr, numbers, arrived = self.waiting
@@ -230,7 +230,7 @@ class RunLog:
         self.write(record)
 
     def _moe_record(self, step, moe):
-        """How the experts share the work; warns of one that has had next to none for long."""
+        """How the experts share the work; warns of an expert that is almost unused for long."""
         balance, load = moe[0], torch.tensor(moe[1:]).view(self.config.n_layer, -1)
         experts = load.shape[1]
         self.starved = (self.starved + 1) * (load < 0.01 / experts)
@@ -270,7 +270,7 @@ class RunLog:
 
 
 def describe_run(s, model, data, device, dtype, world, first_step):
-    """Print what will be trained, where and for how long. Returns what came of the settings."""
+    """Print what will be trained, where and for how long. Returns the numbers that follow."""
     total, active = model.n_params()
     global_batch = s.batch_size * s.gradient_accumulation_steps
     epochs = s.steps * global_batch / data.n_windows
@@ -281,15 +281,16 @@ def describe_run(s, model, data, device, dtype, world, first_step):
     processes = "1 process" if world == 1 else f"{world} processes"
     print0(f"{describe(device)}, {number_type}, {processes} · {size}")
     resuming = f" · resuming at step {first_step}" if first_step else ""
-    print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {data.n_windows:,} windows · "
-           f"{s.steps:,} steps of {global_batch} windows, {epochs:.2f} epochs{resuming}")
+    print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {counted(data.n_windows, 'windows')} · "
+           f"{counted(s.steps, 'steps')} of {counted(global_batch, 'windows')}, "
+           f"{epochs:.2f} epochs{resuming}")
     return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
             "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
             "device_name": describe(device), "number_type": number_type, "processes": world}
 
 
 def bad_steps_message(s, log, data):
-    """What to say of a run that has no finite loss any more."""
+    """The error message of a run whose loss is no longer finite."""
     global_batch = s.batch_size * s.gradient_accumulation_steps
     windows = batch_windows(s.seed, log.last_step, global_batch, data.n_windows).tolist()
     shown = f"{windows[:8]}{'...' if len(windows) > 8 else ''}"

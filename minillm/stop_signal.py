@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM finish the step, save and end the run; a second Ctrl-C ends it at once.
+"""Ctrl-C, SIGTERM and SIGHUP finish the step, save and end the run; a second Ctrl-C exits at once.
 
-So does a terminal that is closed (SIGHUP), unless the run was started to outlive it (nohup).
+SIGHUP comes when the terminal is closed; a run that was started with nohup ignores it.
 """
 import os
 import signal

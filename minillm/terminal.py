@@ -1,9 +1,8 @@
 """The terminal side of chat.py: line editing, streaming, interrupts, commands.
 
-A message is a line; several lines go in one message when they are pasted, when a line ends with \\,
-or between two lines of three double quotes. Ctrl-C stops an answer and keeps what was said, twice
-in a row it leaves; Ctrl-D leaves. Colour only where stdout is a terminal that has it and NO_COLOR
-is not set.
+A message is a line. Several lines are one message if they are pasted, if a line ends with \\, or
+between two lines of three double quotes. Ctrl-C stops an answer and keeps its text so far; twice in
+a row it exits; Ctrl-D exits. Colour only if the terminal has it and NO_COLOR is not set.
 """
 import difflib
 import json
@@ -13,11 +12,11 @@ import signal
 import sys
 
 from minillm.atomic_folder import replaced_file
-from minillm.tab_completion import completions
 from minillm.configurator import configure
 from minillm.conversation import Conversation
 from minillm.device import describe
 from minillm.errors import UserError
+from minillm.tab_completion import completions
 
 if sys.flags.utf8_mode:
     # The locale is C or is not installed: Python reads UTF-8 all the same, but readline asks the

@@ -5,8 +5,8 @@
 
 Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz
 .zst) or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
-directory stands for such files below it, in the order of their paths; what begins with a dot is not
-looked at. A byte order mark decides the encoding, else `encoding` does.
+directory stands for such files below it, in the order of their paths, without names that begin with
+a dot. A byte order mark decides the encoding, otherwise `encoding` does.
 
 Memory is one line (at most MAX_LINE bytes), one block, and the decompressor's buffers.
 """

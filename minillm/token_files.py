@@ -19,6 +19,7 @@ import os
 
 from minillm.encodings import guess_encoding
 from minillm.errors import UserError
+from minillm.report import counted
 
 VERSION = 2
 MAKERS = "prepare_pretrain.py and prepare_sft.py make it"
@@ -120,7 +121,7 @@ def print_summary(out_dir, splits, report, encoding="utf-8"):
     """Print what was written, and what was skipped, repaired or left out."""
     print(f"wrote {out_dir}")
     for name, counts in splits.items():
-        numbers = [f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()]
+        numbers = [counted(value, key.replace("_", " ")) for key, value in counts.items()]
         print(f"  {name}: {', '.join(numbers)}")
     for line in report.lines() + advice(report, encoding):
         print(line)

@@ -1,9 +1,9 @@
 """Watching a run with TensorBoard, Weights & Biases or SwanLab: --tracker=tensorboard,wandb.
 
 Each is a package of its own (pip install tensorboard, wandb or swanlab) and gets the numbers of
-metrics.jsonl. A resumed run goes on in the same curves. W&B and SwanLab also work offline:
-WANDB_MODE=offline, SWANLAB_MODE=offline. A tracker that fails in the midst of a run is reported
-once; the training goes on.
+metrics.jsonl. A resumed run continues the same curves. W&B and SwanLab also work offline:
+WANDB_MODE=offline, SWANLAB_MODE=offline. A tracker that fails during a run is reported once; the
+training continues.
 """
 import importlib.util
 import os

@@ -21,27 +21,28 @@ def linear_cross_entropy(x, weight, targets, plain):
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1, reduction="sum").
 
-    x (N, D), weight (V, D), targets (N,) → a scalar, in nats. While the logits are at hand, one
-    kernel reads them and writes their gradient over them, with less than half of the instructions
-    that F.cross_entropy takes in two kernels; the backward pass only scales it.
+    x (N, D), weight (V, D), targets (N,) → a scalar, in nats. One kernel reads the logits and
+    writes their gradient over them, with less than half of the instructions that F.cross_entropy
+    takes in two kernels; the backward pass only scales it.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets):
         logits = x @ weight.t()
         # in powers of 2: a GPU has one instruction for exp2, and needs about five for exp
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * LOG2_E
+        bits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * LOG2_E
         targets = targets.int()[:, None]
         hit = torch.arange(len(weight), dtype=torch.int32, device=x.device) == targets
-        top = wide.amax(-1, keepdim=True)
-        log_sum = (wide - top).exp2().sum(-1, keepdim=True).log2() + top
-        # Read from the logits, not multiplied again: the compiler would not round that to bfloat16,
-        # and the small gradient of a confident model, 1 less than 1, would be rounding error alone
-        at = torch.where(hit, wide, 0).sum(-1, keepdim=True)
+        top = bits.amax(-1, keepdim=True)
+        log_sum = (bits - top).exp2().sum(-1, keepdim=True).log2() + top
+        # The target's logit is read from the logits, not multiplied again: the compiler would not
+        # round that to bfloat16, and a confident model's small gradient (p - 1, with p near 1)
+        # would be nothing but rounding error
+        at = torch.where(hit, bits, 0).sum(-1, keepdim=True)
         loss = torch.where(targets >= 0, log_sum - at, float("inf"))
-        # loss + at is log_sum again, or infinite where there is no target. Written so, the compiler
-        # sees that nobody needs the logits afterwards, and reuses their memory
-        grad = ((wide - (loss + at)).exp2() - hit.to(wide.dtype)).to(x.dtype)
+        # loss + at is log_sum again, or infinite where there is no target. Written this way, the
+        # compiler sees that the logits are not needed afterwards, and reuses their memory
+        grad = ((bits - (loss + at)).exp2() - hit.to(bits.dtype)).to(x.dtype)
         ctx.save_for_backward(grad @ weight, grad.t() @ x)
         return torch.where(targets >= 0, loss, 0).sum() / LOG2_E
 

@@ -1,7 +1,7 @@
 """Decoding at batch size 1 on a CPU: what the model's modules compute, as operations on vectors.
 
-A token takes at best as long as reading the weights; modules and their many small operations come
-on top of that. Vectors take less of it.
+A token takes at least as long as reading the weights; the modules' many small operations come on
+top of that, and vectors need fewer of them.
 """
 import torch
 from torch.nn import functional as F

@@ -73,9 +73,9 @@ def decode_vector(model, cache, token, position):
             terms = torch.where(here[:, None], fresh, turned_a[:, g] * k_a + turned_b[:, g] * k_b)
             scaled = terms.sum(-1) * (math.log2(math.e) * hd ** -0.5)
             score = realize(torch.where(visible, scaled, float("-inf")))
-            # Each channel of v computes the softmax itself, sooner than it would be told. `v - v`,
-            # which is 0, makes the softmax's sums run along v's rows, and the compiler hold them in
-            # registers as it does v.
+            # Each channel of v computes the softmax itself, which is faster than reading it from
+            # memory. `v - v`, which is 0, makes the softmax's sums run along v's rows, so that the
+            # compiler holds them in registers, as it does v
             score = score[:, None] + (v - v)
             weight = (score - score.amax(-1, keepdim=True)).exp2()
             attended = (torch.where(here, new_v[:, :, None], v) * weight).sum(-1) / weight.sum(-1)

@@ -38,8 +38,8 @@ def to_float8(x, scale, dtype):
 def scaled_mm(a, b, scale, dtype, fast=False):
     """a (N, K) @ b (M, K).t() / scale → (N, M) in `dtype`; a and b in 8 bits.
 
-    They are copied if need be: Hopper's instruction wants rows in one piece. fast: sums of some 14
-    bits, made in the tensor cores alone.
+    They are copied if necessary: Hopper's instruction needs contiguous rows. fast: sums of about 14
+    bits, made entirely in the tensor cores.
     """
     one = torch.ones((), device=a.device)
     # F.scaled_mm is the public name, which torch 2.11 can call but not compile

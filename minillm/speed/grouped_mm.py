@@ -16,7 +16,7 @@ from minillm.speed.fused import realize
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
 _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
-ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to so many tokens go through all experts
+ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to this many tokens visit all experts
 
 
 def grouped_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
