@@ -48,8 +48,9 @@ def answer_once(s, options, message):
         if not s.json:
             print(piece, end="", flush=True)
     if s.json:
-        text = record(message, text, conversation)
-    print(text if s.json else "")
+        print(record(message, text, conversation))
+    else:
+        print()
 
 
 def record(prompt, answer, conversation):

@@ -172,10 +172,10 @@ def write_splits(folder, shuffle, split, tokenizer):
 
 
 def cut_point(document, wanted, tokenizer):
-    """Where to cut a document so that about `wanted` bytes of its text come behind.
+    """Where to cut a document so that about `wanted` bytes of its text come after the cut.
 
-    At the nearest line end; where that is far off, at a sentence end; else between two characters.
-    Returns (the place in the payload, the bytes behind it).
+    At the nearest line end; if that is too far off, at a sentence end; otherwise between two
+    characters. Returns (the place in the payload, the bytes of text after it).
     """
     ids = memoryview(document.payload).cast("H")[:-1].tolist()
     # kind of place -> (distance from what is wanted, place, bytes)

@@ -70,13 +70,13 @@ def main():
         print(prompt, end="", flush=True)
     start = time.perf_counter()
     for step in model.generate([ids] * s.num_samples, stop_ids=STOP_IDS, seed=seed, **options):
-        for row, id in enumerate(step):
-            if id is None or streams[row].stopped:
+        for row, token in enumerate(step):
+            if token is None or streams[row].stopped:
                 continue
             counts[row] += 1
-            if id in STOP_IDS:
+            if token in STOP_IDS:
                 finish[row] = "stop"
-            add(row, streams[row].push(id))
+            add(row, streams[row].push(token))
             finish[row] = "stop" if streams[row].stopped else finish[row]
         if all(stream.stopped for stream in streams):
             break

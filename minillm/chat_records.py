@@ -1,10 +1,10 @@
-"""One JSON record in, one clean conversation out, whatever names its file uses.
+"""One JSON record in, one clean conversation out, for any of the names that files use.
 
     messages = clean_conversation(record, report, "chats.jsonl:7")
     # [{"role": "user", "content": "…"}, …]: perhaps system, then user and assistant in turn
 
-A turn that is context and not to be learned has "supervised": False. Nothing that changes the
-meaning is lost without being counted in the report.
+A turn that is context, which the model does not learn, has "supervised": False. Whatever is left
+out and could change the meaning is counted in the report.
 """
 import json
 import math
@@ -24,10 +24,10 @@ def clean_conversation(record, report, place, names=NAMES):
     """The messages of one JSON record, or None where nothing can be learned from it.
 
     Turns stand under `conversations`, `messages` …, or in pairs (`instruction`, `input`, `output`;
-    `prompt`, `response` …) with `history` before them and `system` on top. Cut before an empty
-    turn, a tool's turn and a later system turn. Skipped: no turns, an unknown role, no answer. Two
-    turns of one role running are joined; what the user did not ask for or nobody answered is
-    dropped.
+    `prompt`, `response` …) with `history` before them and `system` on top. A conversation is cut
+    before an empty turn, a tool's turn and a later system turn. It is skipped without turns, with
+    an unknown role, or without an answer. Two turns in a row of one role are joined; answers
+    without a question and questions without an answer are dropped.
     """
     report.records += 1
     left_out = set()

@@ -122,7 +122,7 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
         mmap = mmap and os.fsencode(path) == str(path).encode("utf-8", "replace")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
-        raise                                    # says nothing about the file: never a damage
+        raise                                    # says nothing about whether the file is damaged
     except pickle.UnpicklingError as error:
         reason = _first_line(error)
         raise Damaged(f"{path} was refused, it is not a plain checkpoint: {reason}") from None

@@ -235,7 +235,7 @@ def _check_bounds(key, value, hint):
 def _parse(text, hint, where):
     """Turn the text of a flag into a value of the field's type."""
     kind, optional, _ = _parts(hint)
-    if optional and (text in ("None", "none", "") or text == "auto" and kind is not str):
+    if optional and (text in ("None", "none", "") or (text == "auto" and kind is not str)):
         return None
     if kind is bool:
         if text not in _BOOLS:

@@ -216,16 +216,16 @@ class Conversation:
                 tokens = self.model.generate(
                     prompt, room, cache=self.cache, seed=seed + SEGMENT_SEED * segment,
                     stop_ids=STOP_IDS, **sampling)
-                for id in tokens:
+                for token in tokens:
                     if not last["tokens"]:
                         last["first_token_seconds"] = time.perf_counter() - start
                         last["prompt_tokens"] = self.cache.n_prefilled - before
                     last["tokens"] += 1
-                    if id in STOP_IDS:
+                    if token in STOP_IDS:
                         ended = "stop"
                         break
-                    ids.append(id)
-                    piece = stream.push(id)
+                    ids.append(token)
+                    piece = stream.push(token)
                     text += piece
                     yield piece
                     if stream.stopped:

@@ -67,7 +67,7 @@ def _best_dtype(device):
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.float32
-    # an older torch cannot say what the CPU can
+    # an older torch cannot tell
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
     return torch.bfloat16 if has_bf16() else torch.float32
 

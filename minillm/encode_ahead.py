@@ -94,7 +94,7 @@ def _pool(encode, processes):
 
 @contextlib.contextmanager
 def _signals_held():
-    """Hold Ctrl-C back: a new process inherits that, and only this one hears it later."""
+    """Block Ctrl-C: a new process inherits the block, and only this one receives it later."""
     if not hasattr(signal, "pthread_sigmask"):           # Windows
         yield
         return

@@ -112,7 +112,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
     What a row shares with the cache's tokens is kept and not computed again. Returns the logits (B,
     V) of the token after each prompt. Raises UserError where they are no numbers.
     """
-    # 1) what is new: all behind the common beginning, and at least the last token
+    # 1) what is new: all tokens after the common beginning, and at least the last one
     starts = [common_length(prompt[:-1], old) for prompt, old in zip(prompts, cache.tokens)]
     # if this is interrupted: from here on the old tokens' slots are overwritten
     cache.tokens = [list(prompt[:start]) for prompt, start in zip(prompts, starts)]

@@ -61,7 +61,7 @@ async def lifespan(app):
     try:
         yield
     finally:
-        # the thread may be waiting to be heard by this loop
+        # the thread may be waiting for a callback in this loop
         await asyncio.to_thread(decoder.close)
 
 
@@ -178,7 +178,7 @@ async def read_body(request, limits):
                 if size <= limits.max_body:
                     body += piece
                 elif size > 16 * limits.max_body:
-                    break                        # read so far: then most clients hear the answer
+                    break                        # after this much, most clients receive the answer
     except TimeoutError:
         raise ApiError(408, f"no whole body within {limits.body_seconds:g} s") from None
     if size > limits.max_body:

@@ -53,7 +53,7 @@ def form_of(head, whole):
 
 
 def _array_or_lines(head, opening):
-    """For a first element that cannot be decoded: is the file an array all the same?"""
+    """ "array" or "lines", for a file whose first element cannot be decoded."""
     first_line = head.partition("\n")[0].strip()
     return "array" if first_line in ("[", opening[0]) else "lines"
 

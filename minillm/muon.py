@@ -121,7 +121,7 @@ def as_stack(p):
 
 def neuron_means(square):
     """The mean over a matrix's inputs, one number per output neuron: (out, 1), or (E, 1, out)."""
-    return square.mean(1 if square.dim() == 3 else -1, keepdim=True)
+    return square.mean(1, keepdim=True)          # in (out, in) and in (E, in, out) inputs are dim 1
 
 
 def direction(grads, momenta, grad_scale, apply, beta, split, start, share):

@@ -57,7 +57,7 @@ def open_resumed(s, data):
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
     steps = checkpoint.saved_steps(s.out_dir)
     resumed = None
-    if s.init_from == "resume" or restarted and steps:
+    if s.init_from == "resume" or (restarted and steps):
         resumed = _load_to_resume(s, steps)
     if s.init_from != "resume":
         if resumed is None or resumed["settings"].get("job") != launch_id():

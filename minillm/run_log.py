@@ -81,7 +81,7 @@ def _stays(line, step, keep_validation):
         return False
     if not line.endswith(b"\n") or type(at) is not int:
         return False
-    return at < step or at == step and keep_validation and "val_loss" in record
+    return at < step or (at == step and keep_validation and "val_loss" in record)
 
 
 def _count(resumed, key, default):

@@ -90,7 +90,7 @@ class GenerationSettings:
 def _read_stdin():
     """All bytes of stdin. UserError if it cannot be read."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
-        # whoever shares the terminal or pipe may have made it return what is there so far
+        # another process on the same terminal or pipe may have made it non-blocking
         os.set_blocking(sys.stdin.fileno(), True)
     try:
         return sys.stdin.buffer.read()
@@ -101,7 +101,7 @@ def _read_stdin():
 def read_prompt(text):
     """The prompt: `text`, or all of stdin if that is '-'.
 
-    stdin is UTF-8, or else in the terminal's own encoding (GBK). Raises UserError if it is neither.
+    stdin is UTF-8, or in the terminal's own encoding (GBK). Raises UserError if it is neither.
     """
     if text != "-":
         try:

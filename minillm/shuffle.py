@@ -7,10 +7,10 @@
     for document in shuffle.shuffled(): …                         # in an order of the seed alone
 
 Each document gets a pseudo-random 64-bit key and is appended to one of 256 bucket files by the
-key's top bits. Then one bucket after the other is read, sorted by key, and handed out. That is a
-uniform shuffle of the whole corpus with one bucket in memory (BUCKET_BYTES at most, else it is
-split again). The price is disk: beside the token files, as much again until the end of the run (two
-bytes per token, three for SFT, and about 50 per document). The raw text is never read twice.
+key's top bits. Then one bucket after the other is read, sorted by key, and returned. That is a
+uniform shuffle of the whole corpus with one bucket in memory (a bucket above BUCKET_BYTES is split
+again). The price is disk: as much again as the token files until the end of the run (two bytes per
+token, three for SFT, and about 50 per document). The raw text is never read twice.
 """
 import hashlib
 import os
@@ -61,10 +61,10 @@ def _splitmix(x):
 class DiskShuffle:
     """Documents in, shuffled documents out. `folder` must be empty; it is removed at the end.
 
-    With `dedup`, documents of equal digest are handed out once, the first that arrived; the others
-    go to `on_duplicate(document)`. The key is then made from the digest, so that equals meet in one
-    bucket and nothing is kept in memory for it. Without, it is made from the document's number, and
-    copies of one document lie far apart.
+    With `dedup`, documents of equal digest are returned once, the first that arrived; the others
+    go to `on_duplicate(document)`. The key is then made from the digest, so that copies meet in one
+    bucket and no set of digests is kept in memory. Without it, the key is made from the document's
+    number, and copies of one document end up far apart.
     """
 
     def __init__(self, folder, seed, dedup=False, on_duplicate=None):
@@ -94,7 +94,7 @@ class DiskShuffle:
         if bucket not in files:
             try:
                 files[bucket] = open(os.path.join(folder, f"{bucket:02x}"), "wb", WRITE_BUFFER)
-            except OSError:                      # a folder cannot be removed without a free number
+            except OSError:                      # free file numbers: removing the folder needs one
                 for file in files.values():
                     file.close()
                 raise

@@ -36,7 +36,7 @@ class ValidationSplit:
         self._cut = {}                           # number -> bytes from its end for validation
 
     def count(self, documents):
-        """Count some documents, before anything is decided."""
+        """Count some documents; all calls come before decide()."""
         digests = b"".join(document.digest for document in documents)
         numbers = np.frombuffer(digests, "<u8")[::2]
         bound = self._bound

@@ -3,7 +3,7 @@ import os
 
 
 def completions(line, word, commands, settings):
-    """The completions of `word`, the last of `line`, each as it is to stand there."""
+    """What `word`, the last one of `line`, can become: a list of whole words."""
     if not line.startswith("/"):
         return []
     command, space, _ = line.partition(" ")

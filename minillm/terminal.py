@@ -19,8 +19,8 @@ from minillm.errors import UserError
 from minillm.tab_completion import completions
 
 if sys.flags.utf8_mode:
-    # The locale is C or is not installed: Python reads UTF-8 all the same, but readline asks the
-    # locale, and would take the bytes of a Chinese character for Meta keys
+    # The locale is C or is not installed: Python still reads UTF-8, but readline follows the locale
+    # and would take the bytes of a Chinese character for Meta keys
     os.environ["LC_ALL"] = "C.UTF-8"
 try:
     import readline
@@ -299,7 +299,7 @@ class Terminal:
         return os.path.expanduser(text)
 
     def options(self):
-        """The sampling options; with a seed, each answer has one of its own."""
+        """The sampling options; with a seed, each answer gets a different one derived from it."""
         seed = self.settings.seed
         if seed is not None:
             seed += 7919 * self.n_answers

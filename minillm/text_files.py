@@ -123,7 +123,7 @@ class Source:
     def _refuse_nuls(self, name, kind, head):
         """UserError where a file is UTF-16 or UTF-32 without a mark, or no text at all."""
         nuls = head.count(b"\0")
-        if not nuls or kind == "json" and nuls < len(head) / 8:
+        if not nuls or (kind == "json" and nuls < len(head) / 8):
             return
         fits = guess_encoding(head[: 1 << 12])
         if fits and is_wide(fits):

@@ -14,9 +14,9 @@ class TextStream:
         self.stop = tuple(stop)
         self.held, self.stopped = "", False
 
-    def push(self, id):
-        """The text that id completes, often ''."""
-        return self._pass(self.decoder.push(id))
+    def push(self, token):
+        """The text that token completes, often ''."""
+        return self._pass(self.decoder.push(token))
 
     def flush(self):
         """What is left at the end."""
@@ -50,16 +50,16 @@ class TextStream:
 class StreamDecoder:
     """Text out of tokens as they come, whole characters only.
 
-    `push(id)` returns the text that is complete by now, `flush()` ends. Bytes that cannot become a
-    character are dropped: no U+FFFD appears that the tokens do not spell. Special tokens give "".
+    `push(token)` returns the text that is complete by now, `flush()` ends. Bytes that cannot become
+    a character are dropped: no U+FFFD appears that the tokens do not spell. Special tokens give "".
     """
 
     def __init__(self, tokenizer):
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
 
-    def push(self, id):
-        return self._decoder.decode(self._token_bytes[id])
+    def push(self, token):
+        return self._decoder.decode(self._token_bytes[token])
 
     def flush(self):
         text = self._decoder.decode(b"", final=True)

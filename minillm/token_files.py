@@ -1,7 +1,5 @@
 """The format of the token files: train.bin, val.bin, and meta.json beside them.
 
-They are written and read here.
-
     write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
     meta = read_meta("data/pretrain")
 

@@ -34,9 +34,9 @@ ROLES = ("system", "user", "assistant")
 
 # Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at
 # a line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no
-# spaces, so nearly each run of it is a new word, and a trainer keeps all the words it meets: it is
-# given shorter runs. Encoding has no need of that: cut runs would give a name other tokens wherever
-# it stands, and take 7% more. LONGEST bounds the memory for odd input.
+# spaces, so nearly each run of it is a new word, and a trainer keeps all the words it meets: it
+# gets shorter runs. Encoding does not cut runs: that would give a name different tokens in
+# different places, and take 7% more tokens. LONGEST bounds the memory for odd input.
 LONGEST = 1024
 
 
@@ -176,7 +176,7 @@ class Tokenizer:
             if len(text) <= MAX_PIECE:
                 encoded.append(next(short))
             else:
-                encoded.append([id for ids in self.encode_pieces(text) for id in ids])
+                encoded.append([token for ids in self.encode_pieces(text) for token in ids])
         return encoded
 
     def encode_pieces(self, text):
@@ -215,7 +215,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_text(self, token):
-        """One token to look at, on one line: what is no whole character shows as its bytes."""
+        """One token for display, on one line; parts of characters are shown as bytes."""
         data = self.token_bytes[token] or self._special[token]
         try:
             return repr(data.decode("utf-8"))[1:-1]
@@ -277,7 +277,7 @@ def _load_again(kind, folder, hash_of_data):
 
 
 def is_supervised(message):
-    """Whether the tokens of a message are learned: what the assistant says, unless it is marked."""
+    """Whether a message's tokens are supervised: the assistant's, unless it says otherwise."""
     return message["role"] == "assistant" and message.get("supervised", True)
 
 

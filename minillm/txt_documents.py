@@ -4,7 +4,7 @@
 """
 from minillm.json_stream import MAX_LINE
 
-TXT_DOCUMENT = 32 << 10      # bytes; a .txt is cut at the first line end after so many
+TXT_DOCUMENT = 32 << 10      # bytes; a .txt is cut at the first line end after this many
 SENTENCE_ENDS = ("。", "！", "？", ". ", "! ", "? ")
 END_OF_TEXT = b"<|endoftext|>"
 
@@ -75,7 +75,7 @@ def _limited_lines(name, stream, encoding, report):
 
 
 def _last_sentence_end(line, encoding):
-    """Where to cut a line in two: after its last sentence, else at most 8 bytes before its end."""
+    """Where to cut a line: after its last sentence, or at most 8 bytes before its end."""
     window = line[-(1 << 20):]
     best = max(_after_last(window, end.encode(encoding, "ignore")) for end in SENTENCE_ENDS)
     if best:
