@@ -1,4 +1,4 @@
-"""Pretrain the mixture of experts, 876 M parameters of which 473 M work on a token, on seq-monkey.
+"""Pretrain the mixture of experts on seq-monkey: 876M parameters, 473M active per token.
 
     python train.py config/moe_pretrain.py                                          # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py  # eight
@@ -14,7 +14,7 @@ n_expert = 8
 n_expert_per_tok = 4
 block_size = 512
 
-# 8 micro-steps of 64 windows: 262,144 tokens a step, on one GPU or shared by up to eight
+# 8 micro-steps of 64 windows: 262,144 tokens per step, on one GPU or shared by up to eight
 batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 1

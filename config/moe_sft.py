@@ -16,7 +16,7 @@ epochs = 2
 max_iters = 0                   # as many as epochs says
 
 optimizer = "muon"
-learning_rate = 0.003            # of the blocks' matrices
+learning_rate = 0.003           # of the blocks' matrices
 embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
 vector_rate = 0.067             # norms and routers: 0.067 times that
 beta1 = 0.7                     # of AdamW

@@ -12,7 +12,7 @@ n_kv_head = 8
 n_embd = 1024
 block_size = 512
 
-# 8 micro-steps of 64 windows: 262,144 tokens a step, on one GPU or shared by up to eight
+# 8 micro-steps of 64 windows: 262,144 tokens per step, on one GPU or shared by up to eight
 batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 2

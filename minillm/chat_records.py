@@ -237,8 +237,7 @@ def _with_flags_of(record, turns, start, left_out):
 
 
 def _check_unused(record, turns, keys, left_out):
-    """Report texts under the keys of pairs, which a list of turns makes unused, unless it has them.
-    """
+    """Report texts under the keys of pairs that a list of turns, which is used, does not have."""
     said = {text for _, text, _ in turns}
     for key in (*keys["user"], "input", *keys["assistant"]):
         value = record.get(key)

@@ -94,8 +94,7 @@ class Conversation:
         self.set_system(system)
 
     def set_system(self, text):
-        """Set the system prompt, '' for none. Raises UserError if there is no room for a question.
-        """
+        """Set the system prompt ('': none). Raises UserError if no room is left for a question."""
         ids = self._ids("system", text) if text else []
         if len(self.generation_prompt) >= self.context:
             raise UserError(f"a context of {self.context} tokens holds no question: the answer's "

@@ -2,8 +2,8 @@
 
 Each is a package of its own (pip install tensorboard, wandb or swanlab) and gets the numbers of
 metrics.jsonl. A resumed run continues the same curves. W&B and SwanLab also work offline:
-WANDB_MODE=offline, SWANLAB_MODE=offline. A tracker that fails during a run is reported once; the
-training continues.
+WANDB_MODE=offline, SWANLAB_MODE=offline. If a tracker fails during a run, one line reports it and
+the training continues.
 """
 import importlib.util
 import os

@@ -169,7 +169,7 @@ def test_every_rule_is_counted_and_printed(small_corpus, tmp_path):
             assert entry["first"].startswith(f"{path}:")
     assert made["left_out"] == total["left_out"]
     for key, count in made["left_out"].items():
-        assert f"  left out: {key} in {count} records" in lines
+        assert f"  left out: {key} in {count} record{'' if count == 1 else 's'}" in lines
 
 
 def test_unknown_keys_are_named_once(small_corpus, tmp_path):
