@@ -59,6 +59,8 @@ class Router(nn.Module):
 def balance_loss(gate_NK, expert_NK, n_expert):
     """The load-balancing loss, KL(uniform ‖ mean gate over the tokens), a scalar.
 
+    train.py weighs it (aux_loss_weight).
+
     0 when every expert carries the same gate weight. A statistic of the batch, not of a token. It
     is neither Shazeer's CV² of the gates (a variance) nor Switch's f·P (share of tokens times mean
     gate): -log grows steeply as an expert's mean gate nears 0, so one that is about to be left

@@ -20,9 +20,10 @@ loss, train, trainable or loss_mask 0 or false is context: it is not learned.
 
 Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin,
 val_mask.bin (uint8 of the same length: 1 on the supervised tokens, which are what the assistant
-says and its <|im_end|>) and meta.json. Whole conversations are packed into rows, best fit first.
-Each ends with <|endoftext|>, by which attention finds where the next one begins; the padding is
-<|endoftext|> too. The bytes depend on the input, the tokenizer and the seed alone.
+says and its <|im_end|>, see Tokenizer.loss_mask) and meta.json. Whole conversations are packed into
+rows, best fit first. Each ends with <|endoftext|>, by which attention finds where the next one
+begins; the padding is <|endoftext|> too. The bytes depend on the input, the tokenizer and the seed
+alone.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """

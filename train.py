@@ -36,9 +36,9 @@ from minillm.device import (autocast, compile_for_training, pick_device, pick_dt
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
 from minillm.init import init_for_muon, redraw_collapsed_rows
+from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
-from minillm.stop_signal import StopSignal
 from minillm.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 

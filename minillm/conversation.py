@@ -88,7 +88,6 @@ class Conversation:
         self.cache = cache or model.new_cache(size=context)
         self.context = min(context or self.cache.size, self.cache.size)
         self.generation_prompt, _ = self.tokenizer.encode_chat([], add_generation_prompt=True)
-        self.line_end = self.tokenizer.encode("\n")
         self.last = {}
         self.turns, self.first = [], 0
         self.set_system(system)
@@ -243,7 +242,7 @@ class Conversation:
             # The sampled ids, unless they say more than was shown: a stop string, half a character
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
-            ids = self.generation_prompt + ids + [IM_END] + self.line_end
+            ids = self.generation_prompt + ids + self.tokenizer.suffix
             self.turns.append(Turn("assistant", text, ids))
             last["seconds"] = time.perf_counter() - start
             last["context_tokens"] = len(self.prompt()) - len(self.generation_prompt)

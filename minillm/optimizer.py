@@ -1,5 +1,7 @@
 """Which optimizer moves which parameter; several torch optimizers as one.
 
+The learning rate of a step, warm-up and schedule, is `learning_rate` in train.py.
+
 A step whose gradient is not finite changes nothing, without a GPU sync: each part takes two numbers
 on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing), as
 torch's fused AdamW does. Where there is no fused kernel (mps), the host reads them.

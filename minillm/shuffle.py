@@ -44,7 +44,10 @@ def content_digest(content):
 
 
 def scramble(x):
-    """The end of splitmix64 (Steele, Lea, Flood 2014), a bijection of uint64, on a numpy array."""
+    """The end of splitmix64 (Steele, Lea, Flood 2014), a bijection of uint64, on a numpy array.
+
+    dataloader.permute uses it too.
+    """
     with np.errstate(over="ignore"):
         x = x * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

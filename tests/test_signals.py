@@ -11,7 +11,7 @@ import types
 import pytest
 
 import train
-from minillm import checkpoint, stop_signal
+from minillm import checkpoint, interrupt
 from support.processes import LIMIT
 from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, make_data,
                                    newest, numbers, on_phase, on_step, ranks, send_itself)
@@ -124,7 +124,7 @@ def two_ctrl_c(step, seconds):
     """A function for the child: two Ctrl-C at `step`, so many seconds apart by its own clock."""
     def before():
         times = itertools.count(0, seconds)
-        stop_signal.time = types.SimpleNamespace(monotonic=lambda: next(times))
+        interrupt.time = types.SimpleNamespace(monotonic=lambda: next(times))
         signal_at(step, signal.SIGINT, times=2)()
     return before
 
