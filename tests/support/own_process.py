@@ -1,9 +1,10 @@
-"""A pytest plugin: where torch is built for GPUs, every test runs in a process of its own.
+"""A pytest plugin: where torch is built for GPUs, a test with a backward pass has its own process.
 
 Such a torch refuses a backward pass in a forked child once the parent has made one, even with all
-GPUs hidden. The tests of the programs fork (support/processes.py), others call backward: so
-pytest's own process never does.
+GPUs hidden. The tests of the programs fork (support/processes.py), so pytest's own process must
+never make one: the tests of files that call backward are forked, too.
 """
+import inspect
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def pytest_pyfunc_call(pyfuncitem):
-    if not (torch.version.cuda or torch.version.hip):
+    knows_gpus = torch.version.cuda or torch.version.hip
+    if not knows_gpus or ".backward(" not in inspect.getsource(pyfuncitem.module):
         return None                              # pytest calls it as usual
     reader, writer = os.pipe()
     pid = os.fork()
