@@ -131,6 +131,8 @@ def test_nothing_in_the_folder_is_code(exported):
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_way_to_compute_the_experts(tmp_path, implementation):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 has one way")
     model = tiny_model(n_expert=4)
     theirs, _ = open_exported(export_folder(write_folder(tmp_path / "model", model)),
                               experts_implementation=implementation)
