@@ -3,7 +3,10 @@ import re
 
 import pytest
 
-import serve
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+import serve                                     # late: it needs the two
 from minillm.errors import UserError
 from minillm.http_app import Limits, check_caller
 from minillm.request_fields import ApiError
