@@ -110,7 +110,8 @@ class SwanLab(_Tracker):
         self.run = swanlab.init(project=s.wandb_project,
                                 experiment_name=s.wandb_run_name or s.out_dir,
                                 id=run_id, resume="allow", config=config)
-        self.id = self.run.public.run_id
+        # swanlab 0.10 has run.id, earlier ones had run.public.run_id
+        self.id = self.run.id if hasattr(self.run, "id") else self.run.public.run_id
 
     def _log(self, values, step):
         self.run.log(values, step=step)

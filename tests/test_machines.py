@@ -229,6 +229,23 @@ def test_a_tracker_that_cannot_start_is_one_line(data, tmp_path):
     assert "tracker=wandb cannot start: api_key not configured (no-tty). more; run `wandb" in line
 
 
+@pytest.mark.parametrize("run", [SimpleNamespace(id="r1"),
+                                 SimpleNamespace(public=SimpleNamespace(run_id="r1"))],
+                         ids=["swanlab 0.10", "before"])
+def test_swanlab_tells_the_id_by_which_a_run_resumes(monkeypatch, run):
+    asked = []
+    fake = SimpleNamespace(init=lambda **options: asked.append(options) or run)
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    settings = SimpleNamespace(wandb_project="p", wandb_run_name="", out_dir="out/a")
+
+    first = trackers.SwanLab(settings, None, {}, 0)
+    trackers.SwanLab(settings, first.id, {}, 4)
+
+    assert [(options["id"], options["resume"]) for options in asked] == [(None, "allow"),
+                                                                        ("r1", "allow")]
+    assert asked[0]["experiment_name"] == "out/a"
+
+
 def test_an_unknown_tracker_is_named(data, tmp_path):
     line = refused([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--tracker=mlflow"])
 
