@@ -44,14 +44,20 @@ def test_numbers_are_dim_and_the_prompt_is_green(session):
     assert "\x1b[1;32m› ".encode() in session.raw
 
 
-def test_text_comes_while_it_is_made_and_ctrl_c_keeps_it(session):
-    session.say("/set max_new_tokens=1900", "max_new_tokens=1900")
+def stop_an_answer(session):
+    """Ctrl-C in the middle of an answer; returns the match of its numbers, at the next prompt."""
     with session.gate_shut():
         session.send("你好\r")
         session.expect(LETTERS + "{10}")
         session.send("\x03")
         match = session.expect(STATS)
     session.prompt()
+    return match
+
+
+def test_text_comes_while_it_is_made_and_ctrl_c_keeps_it(session):
+    session.say("/set max_new_tokens=1900", "max_new_tokens=1900")
+    match = stop_an_answer(session)
 
     assert " · stopped" in match[4] and int(match[1]) <= 11
     question, answer = session.saved()
@@ -63,12 +69,7 @@ def test_text_comes_while_it_is_made_and_ctrl_c_keeps_it(session):
 
 def test_a_stopped_answer_is_part_of_the_conversation(session):
     session.say("/set max_new_tokens=1900", "max_new_tokens=1900")
-    with session.gate_shut():
-        session.send("你好\r")
-        session.expect(LETTERS + "{10}")
-        session.send("\x03")
-        session.expect(STATS)
-    session.prompt()
+    stop_an_answer(session)
 
     session.say("/set max_new_tokens=5", "max_new_tokens=5")
     assert session.say("然后呢")[1] == "5"
@@ -224,12 +225,7 @@ def test_one_ctrl_c_at_the_prompt_is_a_hint(session):
 def test_no_color_and_ctrl_c_twice(folder):
     """Twice in a row leaves, also when the first has stopped an answer: status 130."""
     with chat_session(folder, "--max_new_tokens=1900", NO_COLOR="1") as session:
-        with session.gate_shut():
-            session.send("你好\r")
-            session.expect(LETTERS + "{10}")
-            session.send("\x03")
-            session.expect(STATS)
-        session.prompt()
+        stop_an_answer(session)
 
         session.ctrl_c()
 
