@@ -29,8 +29,7 @@ from minillm import checkpoint, run_folder, trackers
 from minillm.attention import document_mask
 from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive,
                                   configure, number, whole)
-from minillm.dataloader import (TokenData, batch_windows, derive_seed, permute, rank_batches,
-                                show_windows)
+from minillm.dataloader import TokenData, batch_windows, derive_seed, rank_batches, show_windows
 from minillm.device import (autocast, compile_for_training, pick_device, pick_dtype, prepare,
                             to_device)
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
@@ -40,6 +39,7 @@ from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
 from minillm.tokenizer import Tokenizer
+from minillm.validation import validation_loss
 from model import GPT, GPTConfig
 
 
@@ -180,30 +180,6 @@ def build_model(s, data, start):
     elif s.optimizer == "muon":
         init_for_muon(model)
     return model
-
-
-@torch.no_grad()
-def validation_loss(forward, data, s, device, rank, world, stop):
-    """Mean language loss per supervised token, always over the same windows; None if cut short."""
-    n = min(s.eval_iters * s.batch_size, data.n_windows)
-    windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
-    # sums in float64, which mps does not have
-    sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
-        if stop.asked:
-            sums[2] += 1
-            break
-        rows = windows[start: start + s.batch_size]
-        # the last batch is filled up, so that all have one shape
-        x, y = data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
-        y[len(rows):] = -1
-        x, y = to_device((x, y), device)
-        loss, _ = forward(x, y)
-        sums[:2] += torch.stack((loss.to(sums.device).double(), (y >= 0).sum().to(sums.device)))
-    if world > 1:
-        dist.all_reduce(sums)
-    loss_sum, n_supervised, cut_short = sums.tolist()
-    return None if cut_short else loss_sum / max(n_supervised, 1)
 
 
 def main():

@@ -1,13 +1,42 @@
-"""How well a model predicts the validation split: loss, accuracy, bits per byte, expert load."""
+"""How well a model predicts the validation split.
+
+While it trains: its loss on a few batches. For eval.py: loss, accuracy, bits per byte, expert load.
+"""
 import math
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from minillm.attention import document_mask
-from minillm.device import autocast
+from minillm.dataloader import permute
+from minillm.device import autocast, to_device
 from minillm.errors import UserError
+
+
+@torch.no_grad()
+def validation_loss(forward, data, s, device, rank, world, stop):
+    """Mean language loss per supervised token, always over the same windows; None if cut short."""
+    n = min(s.eval_iters * s.batch_size, data.n_windows)
+    windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
+    # sums in float64, which mps does not have
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
+        if stop.asked:
+            sums[2] += 1
+            break
+        rows = windows[start: start + s.batch_size]
+        # the last batch is filled up, so that all have one shape
+        x, y = data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
+        y[len(rows):] = -1
+        x, y = to_device((x, y), device)
+        loss, _ = forward(x, y)
+        sums[:2] += torch.stack((loss.to(sums.device).double(), (y >= 0).sum().to(sums.device)))
+    if world > 1:
+        dist.all_reduce(sums)
+    loss_sum, n_supervised, cut_short = sums.tolist()
+    return None if cut_short else loss_sum / max(n_supervised, 1)
 
 
 @torch.inference_mode()

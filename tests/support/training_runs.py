@@ -17,7 +17,7 @@ import torch
 import torch._inductor
 
 import train
-from minillm import checkpoint
+from minillm import checkpoint, validation
 from support import processes
 from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
@@ -118,7 +118,7 @@ class Run(processes.Fork):
         around(train, "learning_rate", "step", "step")
         around(torch.Tensor, "backward", "step", "between micro-steps")
         around(torch.nn.utils, "get_total_norm", "optimizer", "optimizer")
-        around(train, "permute", "evaluation", "evaluation")
+        around(validation, "permute", "evaluation", "evaluation")
 
     def phase(self):
         return PHASES[self.mark[0]]
