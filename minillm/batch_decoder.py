@@ -28,6 +28,7 @@ from minillm.sampling import penalize, sample
 from minillm.text_stream import TextStream
 
 READ_TOKENS = 256                # of a prompt, between two steps
+NEWS_PER_SECOND = 1000           # to all readers together: sending costs more than decoding
 
 
 class Busy(Exception):
@@ -54,6 +55,7 @@ class Answer:
         self.stream = TextStream(tokenizer, stop)
         self.ids, self.segment = [], 0
         self.pieces = collections.deque()
+        self.next_news = 0.0                     # when the reader is to hear of it again
         self.prompt_tokens, self.cached_tokens, self.tokens = len(self.prompt), 0, 0
         self.finish, self.cancelled, self.started = None, False, None
 
@@ -64,15 +66,19 @@ class Answer:
             self.end("stop")
             return
         self.ids.append(token)
-        self.pieces.append(self.stream.push(token))
+        self._show(self.stream.push(token))
         if self.stream.stopped:
             self.end("stop")
         elif len(self.ids) == self.params.max_new_tokens:
             self.end("length")
 
     def end(self, reason):
-        self.pieces.append(self.stream.flush())
+        self._show(self.stream.flush())
         self.finish = reason
+
+    def _show(self, text):
+        if text:
+            self.pieces.append(text)
 
     def take(self):
         """The text that has come since the last call."""
@@ -129,8 +135,9 @@ class BatchDecoder:
     """Decodes answers in a thread of its own.
 
     Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
-    called in the thread after each step, with the answers that may have news. decode, span, topk:
-    faster ones from minillm/speed.
+    called in the thread after a step, with the answers that have news: the first text and the end
+    at once, what comes between them at most NEWS_PER_SECOND times. decode, span, topk: faster ones
+    from minillm/speed.
     """
 
     def __init__(self, model, cache, max_waiting, notify, decode=decode_one_token,
@@ -190,13 +197,24 @@ class BatchDecoder:
         if self.model.wte.weight.is_cuda:        # each thread has a current device of its own
             torch.cuda.set_device(self.model.wte.weight.device)
         while self._take_work():
-            news = [row.answer for row in self.rows if row.answer]
+            answers = [row.answer for row in self.rows if row.answer]
             try:
                 self._turn()
             except Exception:                    # of this step; other requests may still work
                 traceback.print_exc(file=sys.stderr)
                 self._fail()
-            self.notify(news)
+            if news := self._news(answers):
+                self.notify(news)
+
+    def _news(self, answers):
+        """Those of `answers` whose readers are to hear of it now."""
+        now, pause = time.monotonic(), len(answers) / NEWS_PER_SECOND
+        news = []
+        for answer in answers:
+            if answer.finish or (answer.pieces and now >= answer.next_news):
+                answer.next_news = now + pause
+                news.append(answer)
+        return news
 
     def _take_work(self):
         """Free the rows that are done, give them to those who wait, wait for something to do.
