@@ -5,6 +5,7 @@ from tqdm import tqdm
 
 from minillm.chat_records import clean_conversation
 from minillm.errors import UserError
+from minillm.generation import round_up
 from minillm.report import Report
 from minillm.text_files import Source
 from minillm.text_reader import conversations
@@ -48,18 +49,25 @@ def answer_all(model, questions, batch_size, max_new_tokens):
                for question in questions]
     answers = [None] * len(questions)
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.block_size]
+    longest = max((len(prompts[i]) for i in fit), default=0)
+    cache = None
     for start in tqdm(range(0, len(fit), batch_size), unit="batch", disable=None):
         batch = fit[start: start + batch_size]
-        texts = answer(model, [prompts[i] for i in batch], max_new_tokens)
+        if cache is None or len(cache.tokens) != len(batch):
+            # one for all batches but a smaller last one: its CUDA graphs are recorded once
+            cache = model.new_cache(len(batch), round_up(longest + max_new_tokens, 256))
+        texts = answer(model, [prompts[i] for i in batch], max_new_tokens, cache)
         for i, text in zip(batch, texts):
             answers[i] = text
     return answers
 
 
-def answer(model, prompts, max_new_tokens):
+def answer(model, prompts, max_new_tokens, cache):
     """Greedy answers to a batch of prompts: a list of texts."""
+    cache.tokens = [[] for _ in prompts]         # an answer does not depend on the batch before
     ids = [[] for _ in prompts]
-    for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,)):
+    for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,),
+                              cache=cache):
         for made, token in zip(ids, row):
             if token is not None and token != IM_END:
                 made.append(token)

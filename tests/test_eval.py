@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from minillm import multiple_choice
+from minillm import exact_match, multiple_choice
 from minillm.multiple_choice import parse_record, read_questions, score
 from minillm.tokenizer import END_OF_TEXT
 from support import processes, training_runs
@@ -141,6 +141,27 @@ SHAPES = [
 @pytest.mark.parametrize("record, answer", SHAPES)
 def test_shapes_of_a_question(record, answer):
     assert parse_record("f:1", record).answer == answer
+
+
+def test_batches_answer_as_each_question_does_alone(monkeypatch):
+    """One cache serves all batches of a size, and keeps nothing of the batch before."""
+    model = lively_model(block_size=128)
+    caches, new_cache = [], model.new_cache
+    monkeypatch.setattr(model, "new_cache",
+                        lambda *shape: caches.append(new_cache(*shape)) or caches[-1])
+    questions = []
+    for i in range(10):
+        messages = [{"role": "user", "content": "有座庙" * (i % 4 + 1)}]
+        questions.append(exact_match.Question(f"q:{i}", messages, ""))
+
+    answers = exact_match.answer_all(model, questions, 4, 20)
+
+    assert [len(cache.tokens) for cache in caches] == [4, 2]
+    encode = model.tokenizer.encode_chat
+    prompts = [encode(question.messages, add_generation_prompt=True)[0] for question in questions]
+    assert sum(cache.n_prefilled for cache in caches) == sum(map(len, prompts))
+    alone = [exact_match.answer(model, [prompt], 20, new_cache())[0] for prompt in prompts]
+    assert answers == alone and len(set(answers)) > 1
 
 
 def test_csv_and_json_lines_give_the_same_questions(tmp_path):
