@@ -108,6 +108,7 @@ class Settings:
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
     fp8: bool = False                       # 8-bit matmuls in dense blocks (Ada, Hopper and later)
+    shard: bool = False                     # several GPUs: each keeps a share of optimizer's state
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
@@ -220,7 +221,7 @@ def main():
     if s.fp8:
         from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
         use_float8(model, device, dtype, s.batch_size * s.block_size)
-    optimizer = make_optimizer(model, s, compiled)
+    optimizer = make_optimizer(model, s, compiled, s.shard and world > 1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_step, best_val_loss = 0, math.inf
     if resumed:
@@ -262,12 +263,13 @@ def main():
 
     def save(step, path, resumable):
         """Write a checkpoint: all that resuming needs, or the weights alone. False: disk full."""
+        moments = optimizer.state_dict() if resumable else {}    # with shard from all ranks
         if rank > 0:
             return True
         state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,
                  "tokenizer_hash": train_data.meta["tokenizer_hash"]}
         if resumable:
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            state |= {"optimizer": moments, "scaler": scaler.state_dict(),
                       "best_val_loss": best_val_loss,
                       "identity": run_folder.data_identity(s, train_data),
                       "settings": asdict(s) | {"job": run_folder.launch_id()}} | log.state(step)

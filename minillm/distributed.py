@@ -78,6 +78,29 @@ def sum_over_ranks(group, *numbers):
     return numbers.tolist()
 
 
+def gather_rows(state, device):
+    """{name: {key: tensor}} of all ranks as one, on the CPU of rank 0; {} on the others.
+
+    Ranks that hold the same name and key hold rows of one tensor, in the order of the ranks. One
+    tensor at a time is on its way.
+    """
+    rank, held = dist.get_rank(), [None] * dist.get_world_size()
+    own = {(name, key): tensor for name, tensors in state.items()
+           for key, tensor in tensors.items() if tensor.numel()}
+    dist.all_gather_object(held, {where: tensor.to("meta") for where, tensor in own.items()})
+    rows = {}
+    for source, tensors in enumerate(held):
+        for where, like in tensors.items():
+            tensor = own[where] if rank == source else torch.empty_like(like, device=device)
+            dist.broadcast(tensor, source)
+            if rank == 0:
+                rows.setdefault(where, []).append(tensor.cpu())
+    whole = {}
+    for (name, key), parts in rows.items():
+        whole.setdefault(name, {})[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole
+
+
 def print0(text):
     """Print a line above the progress bar, on rank 0. A closed pipe or a full disk is ignored."""
     if int(os.environ.get("RANK") or 0) > 0:

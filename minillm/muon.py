@@ -8,7 +8,8 @@ the gradient rarely shows learn as fast as the common ones. NorMuon then evens o
 output neuron that keeps getting large updates gets smaller ones.
 
 Guarantees: a step whose gradient is not finite changes nothing, without a GPU sync. Any number of
-processes computes what one computes; each orthogonalises its share. Gradients are not reduced over
+processes computes what one computes; each orthogonalises its share, and with shard=True it keeps
+the momentum of that share alone (ZeRO-1), with the same bits. Gradients are not reduced over
 processes here: DDP has done that.
 
 Muon: kellerjordan.github.io/posts/muon. Polar Express: arXiv 2505.16932. NorMuon: 2510.05491.
@@ -36,13 +37,24 @@ class Muon(torch.optim.Optimizer):
 
     A group's "split": the rows of an (out, in) matrix that belong together, such as (q, k, v); each
     part is orthogonalised on its own. Where torch.distributed is initialized, all processes must
-    call step together. compile: for a GPU.
+    call step together. compile: for a GPU. shard: the parameters that have a gradient must be the
+    same in every step.
     """
 
-    def __init__(self, groups, lr, momentum=0.9, compile=False):
+    def __init__(self, groups, lr, momentum=0.9, compile=False, shard=False):
         defaults = {"lr": lr, "weight_decay": 0.0, "split": None, "momentum": momentum}
         super().__init__(groups, defaults)
         self.grad_scale = self.found_inf = None
+        self.shard = shard
+        self.world, self.rank = 1, 0
+        if dist.is_initialized():
+            self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        # the rows of a matrix, or the experts, whose momentum this rank keeps
+        self.own_rows = {p: slice(None) for group in self.param_groups for p in group["params"]}
+        for group in self.param_groups if shard else []:
+            for stack in same_shapes(p for p in group["params"] if p.requires_grad):
+                share = self._share(stack)
+                self.own_rows |= rows_of(stack, self.rank * share, share)
         self._direction, self._move = direction, move
         if compile:
             options = {"combo_kernels": True}    # what each matrix of a stack needs, in one launch
@@ -50,8 +62,18 @@ class Muon(torch.optim.Optimizer):
             self._move = torch.compile(move, dynamic=False, options=options)
 
     def new_state(self, p):
-        """The state of a parameter before its first step."""
+        """The whole state of a parameter before its first step, over all ranks."""
         return {"momentum": torch.zeros_like(p), "neuron": torch.zeros_like(neuron_means(p))}
+
+    def own_state(self, p, state):
+        """This rank's part of the whole state of a parameter. All ranks keep its "neuron"."""
+        if not self.shard:
+            return state
+        return state | {"momentum": state["momentum"][self.own_rows[p]].clone()}
+
+    def _share(self, params):
+        """How many matrices of a stack each rank orthogonalises; the last ranks may have fewer."""
+        return math.ceil(sum(len(as_stack(p)) for p in params) / self.world)
 
     @torch.no_grad()
     def step(self):
@@ -75,29 +97,31 @@ class Muon(torch.optim.Optimizer):
         """
         for p in params:
             if not self.state[p]:
-                self.state[p] = self.new_state(p)
+                self.state[p] = self.own_state(p, self.new_state(p))
         one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
         grad_scale = one if self.grad_scale is None else self.grad_scale
         apply = one if self.found_inf is None else one - self.found_inf      # 1, or 0 to skip
         # on the device: a Python number would be compiled into the code
         lr = torch.full_like(one, group["lr"])
-        world, rank = 1, 0
-        if dist.is_initialized():
-            world, rank = dist.get_world_size(), dist.get_rank()
-        n = sum(len(as_stack(p)) for p in params)
-        share = math.ceil(n / world)
-        momenta = [self.state[p]["momentum"] for p in params]
+        share = self._share(params)
         neurons = [self.state[p]["neuron"] for p in params]
-        # Every rank updates all momenta, which is cheap and needs no communication. The matmuls of
-        # orthogonalising are the expensive part: each rank does its share of them
-        part = self._direction([p.grad for p in params], momenta, grad_scale, apply,
-                               group["momentum"], group["split"], rank * share, share)
+        # Without shard every rank updates all momenta, which is cheap and needs no communication.
+        # The matmuls of orthogonalising are the expensive part: each rank does its share of them
+        own = [p for p in params if len(self.state[p]["momentum"])]
+        part = as_stack(params[0])[:0].to(matmul_dtype(params[0]))   # the last ranks may have none
+        if own:
+            grads = [p.grad[self.own_rows[p]] for p in own]
+            momenta = [self.state[p]["momentum"] for p in own]
+            start = 0 if self.shard else self.rank * share
+            part = self._direction(grads, momenta, grad_scale, apply, group["momentum"],
+                                   group["split"], start, share)
         whole, arrived = part, None
-        if world > 1:
-            mine = part.new_zeros(share, *part.shape[1:])    # the last ranks may have less to do
+        if self.world > 1:
+            mine = part.new_zeros(share, *part.shape[1:])
             mine[: len(part)] = part
-            whole = part.new_empty(world * share, *part.shape[1:])
+            whole = part.new_empty(self.world * share, *part.shape[1:])
             arrived = dist.all_gather_into_tensor(whole, mine, async_op=True)
+        n = sum(len(as_stack(p)) for p in params)
 
         def finish():
             if arrived is not None:
@@ -117,6 +141,22 @@ def same_shapes(params):
 def as_stack(p):
     """A view of a parameter as matrices (n, out, in)."""
     return p.mT if p.dim() == 3 else p[None]
+
+
+def rows_of(params, start, share):
+    """{parameter: slice of its first dimension} of matrices start to start + share of a stack.
+
+    A slice holds some of the experts; or a whole matrix, or nothing of it.
+    """
+    rows, first = {}, 0
+    for p in params:
+        count = len(as_stack(p))
+        height = len(p) // count                 # rows per matrix; of experts, 1 of the first dim
+        low = min(max(start - first, 0), count)
+        high = min(max(start + share - first, 0), count)
+        rows[p] = slice(low * height, high * height)
+        first += count
+    return rows
 
 
 def neuron_means(square):

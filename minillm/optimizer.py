@@ -7,24 +7,35 @@ on the device, grad_scale (what gradients are divided by) and found_inf (1: chan
 torch's fused AdamW does. Where there is no fused kernel (mps), the host reads them.
 """
 import math
+from functools import partial
 
 import torch
+import torch.distributed as dist
 
+from minillm.distributed import gather_rows
 from minillm.errors import UserError
 from minillm.muon import Muon
 
 
-def make_optimizer(model, s, compile=False):
-    """The optimizer of a training run. s: the Settings of train.py."""
+def make_optimizer(model, s, compile=False, shard=False):
+    """The optimizer of a training run. s: the Settings of train.py.
+
+    shard: each of several processes keeps its share of the state (ZeRO-1).
+    """
     # fused: one kernel, which can also skip a step by itself
     fused = model.wte.weight.device.type in ("cpu", "cuda")
     options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": fused}
+    adamw = torch.optim.AdamW
+    if shard:
+        # late: importing it takes half a second
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        adamw = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
     if s.optimizer == "adamw":
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": s.weight_decay, "lr_scale": 1.0},
                   {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
-        return Optimizer(model, [torch.optim.AdamW(groups, **options)], skips_on_host=not fused)
+        return Optimizer(model, [adamw(groups, **options)], not fused, shard)
 
     by_role = parameters_by_role(model)
     attention = model.blocks[0].attn
@@ -33,14 +44,14 @@ def make_optimizer(model, s, compile=False):
     q_k_v = tuple(count * attention.head_dim for count in heads)
     muon = Muon([{"params": by_role["matrices"], **decayed},
                  {"params": by_role["qkv"], "split": q_k_v, **decayed}],
-                lr=s.learning_rate, compile=compile)
+                lr=s.learning_rate, compile=compile, shard=shard)
     groups = [{"params": by_role["embedding"], "lr_scale": s.embedding_rate,
                "weight_decay": s.weight_decay},
               {"params": by_role["routers"], "lr_scale": s.vector_rate,
                "weight_decay": s.weight_decay},
               {"params": by_role["vectors"], "lr_scale": s.vector_rate, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return Optimizer(model, [muon, torch.optim.AdamW(groups, **options)], skips_on_host=not fused)
+    return Optimizer(model, [muon, adamw(groups, **options)], not fused, shard)
 
 
 def parameters_by_role(model):
@@ -67,8 +78,10 @@ class Optimizer:
     # torch's GradScaler then hands over found_inf, instead of reading it back to skip `step`
     _step_supports_amp_scaling = True
 
-    def __init__(self, model, parts, skips_on_host=False):
-        self.parts, self.skips_on_host = parts, skips_on_host
+    def __init__(self, model, parts, skips_on_host=False, shard=False):
+        self.parts, self.skips_on_host, self.shard = parts, skips_on_host, shard
+        # where the state is: ZeroRedundancyOptimizer wraps an optimizer of this rank's parameters
+        self.keepers = [getattr(part, "optim", part) for part in parts]
         self.names = {parameter: name for name, parameter in model.named_parameters()}
 
     @property
@@ -87,8 +100,8 @@ class Optimizer:
     def step(self):
         if self.skips_on_host:
             return self._step_on_host()
-        for part in self.parts:
-            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
+        for part, keeper in zip(self.parts, self.keepers):
+            keeper.grad_scale, keeper.found_inf = self.grad_scale, self.found_inf
             part.step()
 
     def _step_on_host(self):
@@ -108,9 +121,18 @@ class Optimizer:
     # ---- saving
 
     def state_dict(self):
-        """{name of a parameter: {name of a moment: tensor}}; {} before the first step."""
-        return {self.names[parameter]: dict(moments)
-                for part in self.parts for parameter, moments in part.state.items()}
+        """{name of a parameter: {name of a moment: tensor}}; {} before the first step.
+
+        With shard all ranks must call it together, and rank 0 gets the state of all.
+        """
+        state = {self.names[parameter]: dict(moments)
+                 for keeper in self.keepers for parameter, moments in keeper.state.items()}
+        if not self.shard:
+            return state
+        if dist.get_rank() > 0:
+            for moments in state.values():
+                moments.pop("neuron", None)      # every rank keeps all of it
+        return gather_rows(state, next(iter(self.names)).device)
 
     def load_state_dict(self, saved):
         """Load the moments of a checkpoint; learning rates and weight decays stay as they are.
@@ -122,11 +144,14 @@ class Optimizer:
             saved = self._by_name(saved)
         if not saved:
             return
-        for part in self.parts:
-            parameters = [p for group in part.param_groups for p in group["params"]]
-            state = {i: self._moments(part, p, saved) for i, p in enumerate(parameters)}
-            groups = part.state_dict()["param_groups"]
-            part.load_state_dict({"state": state, "param_groups": groups})
+        for part, keeper in zip(self.parts, self.keepers):
+            # all parameters are checked, so that all ranks refuse the same checkpoints
+            moments = {p: self._moments(keeper, p, saved) for p in parameters_of(part)}
+            if isinstance(keeper, Muon):
+                moments = {p: keeper.own_state(p, whole) for p, whole in moments.items()}
+            state = {i: moments[p] for i, p in enumerate(parameters_of(keeper))}
+            groups = keeper.state_dict()["param_groups"]
+            keeper.load_state_dict({"state": state, "param_groups": groups})
 
     def _by_name(self, saved):
         """Older checkpoints number the parameters: first matrices, then norms and biases."""
@@ -145,8 +170,12 @@ class Optimizer:
         return moments
 
 
+def parameters_of(part):
+    return [parameter for group in part.param_groups for parameter in group["params"]]
+
+
 def _moment_shapes(part, parameter):
-    """{name of a moment: its shape} that an optimizer keeps of a parameter."""
+    """{name of a moment: its shape} that an optimizer keeps of a parameter, over all ranks."""
     if isinstance(part, Muon):
         return {key: value.shape for key, value in part.new_state(parameter).items()}
     return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
