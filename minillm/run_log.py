@@ -280,6 +280,8 @@ def describe_run(s, model, data, device, dtype, world, first_step):
         size += f", {active:,} active per token"
     processes = "1 process" if world == 1 else f"{world} processes"
     print0(f"{describe(device)}, {number_type}, {processes} · {size}")
+    if s.shard and world == 1:
+        print0("shard=True changes nothing with one process: it keeps all of the optimizer's state")
     resuming = f" · resuming at step {first_step}" if first_step else ""
     print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {counted(data.n_windows, 'windows')} · "
            f"{counted(s.steps, 'steps')} of {counted(global_batch, 'windows')}, "
