@@ -108,7 +108,7 @@ class Settings:
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
     fp8: bool = False                       # 8-bit matmuls in dense blocks (Ada, Hopper and later)
-    shard: bool = False                     # several GPUs: each keeps its share of Muon and AdamW
+    shard: bool = False                     # a share of the optimizer's state on each GPU (ZeRO-1)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
