@@ -127,7 +127,7 @@ def test_topk_of_ours_is_topk(topk, size):
         assert all(len(set(row)) == k for row in ids.tolist())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("top_k", [0, 4])
 @pytest.mark.parametrize("kind, batch, compile", [
     (DENSE, 1, False), (DENSE, 1, True), (DENSE, 3, True), (MOE, 1, True), (MOE, 12, False)])

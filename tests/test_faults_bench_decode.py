@@ -1,9 +1,8 @@
 """Bad input to python -m bench.decode."""
 from support.bad_input import Case, check, common, parametrize
-from support.damage import no_gpu
 
 CASES = [
-    Case("no GPU", "--device=cuda", "torch sees 0 GPUs", no_gpu),
+    Case("no GPU", "--device=cuda", "torch sees 0 GPUs"),
     Case("unknown dtype", "--device=cpu --dtype=int8", "unknown dtype 'int8'"),
     Case("no batch", "--device=cpu --batch_size=0", "batch_size=0"),
     Case("no repeats", "--device=cpu --repeats=-1", "repeats=-1"),

@@ -1,9 +1,8 @@
 """Bad input to python -m bench.train."""
 from support.bad_input import Case, check, common, parametrize
-from support.damage import no_gpu
 
 CASES = [
-    Case("no GPU", "--device=cuda", "torch sees 0 GPUs", no_gpu),
+    Case("no GPU", "--device=cuda", "torch sees 0 GPUs"),
     Case("unknown dtype", "--device=cpu --dtype=int8", "unknown dtype 'int8'"),
     Case("negative batch", "--device=cpu --batch_size=-4", "batch_size=-4"),
     Case("no repeats", "--device=cpu --repeats=0", "repeats=0"),

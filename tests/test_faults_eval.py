@@ -1,6 +1,6 @@
 """Bad input to eval.py."""
 from support.bad_input import Case, check, common, parametrize
-from support.damage import append, cut, meta, no_gpu, put, put_token, remove, uncounted
+from support.damage import append, cut, meta, put, put_token, remove, uncounted
 from support.small_project import CHECKPOINT
 
 GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 0}\n'
@@ -66,7 +66,7 @@ CASES = [
     Case("negative eval_iters", "--out_dir=out --eval_iters=-1", "eval_iters"),
     Case("negative show", "--out_dir=out --show=-1", "show"),
     Case("no tokens", "--out_dir=out --max_new_tokens=0", "max_new_tokens"),
-    Case("no GPU", "--out_dir=out --device=cuda:7", "torch sees", no_gpu),
+    Case("no GPU", "--out_dir=out --device=cuda:7", "torch sees"),
     Case("unknown dtype", "--out_dir=out --dtype=bits", "unknown dtype 'bits'"),
     Case("id outside the vocabulary", "--out_dir=out",
          "pre/val.bin: token 3 is 999, outside the vocabulary", put_token("pre/val.bin", 3, 999)),

@@ -1,7 +1,7 @@
 """Bad input to train.py."""
 from support.bad_input import Case, check, common, parametrize
 from support.damage import (append, count, cut, cut_token, each, flip_bit, forbid, make,
-                            meta, no_gpu, no_wandb, put, put_token, remove, zero)
+                            meta, no_wandb, put, put_token, remove, zero)
 from support.small_project import CHECKPOINT, TRAIN, TRAIN_SFT
 
 CASES = [
@@ -100,7 +100,7 @@ CASES = [
          put("bad.py", "dropout = 10**5000\n")),
     Case("text of 5,000 digits", "bad.py " + TRAIN, "bad.py: schedule takes text",
          put("bad.py", "schedule = 10**5000\n")),
-    Case("no GPU", TRAIN + "--device=cuda", "torch sees 0 GPUs; try --device=cpu", no_gpu),
+    Case("no GPU", TRAIN + "--device=cuda", "torch sees 0 GPUs; try --device=cpu"),
     Case("unknown device", TRAIN + "--device=abacus",
          "unknown device 'abacus': auto, cpu, mps, cuda or cuda:N"),
     Case("other device", TRAIN + "--device=meta", "device 'meta' is not supported"),

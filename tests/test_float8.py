@@ -109,7 +109,7 @@ def test_gradients_of_a_step(compiled):
     check_gradients(CPU, compiled)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_of_a_step_on_a_gpu(compiled):
     if torch.cuda.get_device_capability() < (8, 9):

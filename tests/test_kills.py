@@ -1,6 +1,5 @@
 """A run that is killed, again and again and anywhere, ends with the bits of one that never was."""
 import itertools
-import os
 import random
 import subprocess
 import sys
@@ -133,7 +132,7 @@ GPU = ["--n_layer=12", "--n_head=16", "--n_kv_head=8", "--n_embd=1024", "--block
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/dev/nvidiactl"), reason="needs a GPU")
+@pytest.mark.gpu
 def test_kills_on_a_gpu(tmp_path, capsys):
     """Killed after 4 numbers of logged records, drawn at random, and a moment more."""
     data = make_data(tmp_path / "data", train=2_000_000, val=100_000, block_size=512)

@@ -240,7 +240,7 @@ def test_linear_cross_entropy_of_a_confident_model(confidence):
     assert loss.item() == pytest.approx(expected, abs=1e-3 + 1e-4 * expected, rel=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_expert", [0, 4])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_gradients_of_a_step_on_a_gpu(n_expert, compiled):

@@ -285,7 +285,7 @@ def test_compiles_whole(dtype, loss_limit, limit, fast):
     assert (compiled - plain).norm() < limit * plain.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("load", LOADS)
 def test_on_a_gpu_it_is_near_float64(load):
     """In bfloat16, within its rounding of the float64 loop over tokens."""

@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 
 def truncate(path, share):
@@ -142,11 +141,6 @@ def uncounted(folder, key):
 
 
 # ---- what a machine must lack
-
-def no_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-
 
 def no_wandb():
     if importlib.util.find_spec("wandb"):

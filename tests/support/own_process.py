@@ -1,8 +1,12 @@
-"""A pytest plugin: where torch is built for GPUs, a test with a backward pass has its own process.
+"""A pytest plugin: tests see no GPU, but those marked `gpu`, each in a process of its own.
 
-Such a torch refuses a backward pass in a forked child once the parent has made one, even with all
-GPUs hidden. The tests of the programs fork (support/processes.py), so pytest's own process must
-never make one: the tests of files that call backward are forked, too.
+The tests of the programs fork (support/processes.py), and a process that has used a GPU can no
+longer be forked. So pytest's own process hides all GPUs from itself and from its children; where
+there are some, a test marked `gpu` is called in a child that sees them, elsewhere it is skipped.
+
+A torch that is built for GPUs also refuses a backward pass in a forked child once the parent has
+made one, even with all GPUs hidden: with such a torch the tests of files that call backward have
+their own process, too.
 """
 import inspect
 import json
@@ -15,11 +19,18 @@ import torch
 
 # asked by NVML: to ask CUDA would make it unusable in a forked child
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# a worker of pytest-xdist inherits both: GPUS is what the first process saw
+GPUS = os.environ.setdefault("GPUS_FOR_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+    map(str, range(torch.cuda.device_count()))))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_pyfunc_call(pyfuncitem):
     knows_gpus = torch.version.cuda or torch.version.hip
-    if not knows_gpus or ".backward(" not in inspect.getsource(pyfuncitem.module):
+    on_gpu = pyfuncitem.get_closest_marker("gpu")
+    if on_gpu and not GPUS:
+        pytest.skip("needs a GPU")
+    if not on_gpu and not (knows_gpus and ".backward(" in inspect.getsource(pyfuncitem.module)):
         return None                              # pytest calls it as usual
     reader, writer = os.pipe()
     pid = os.fork()
@@ -28,6 +39,8 @@ def pytest_pyfunc_call(pyfuncitem):
         # threads that pytest's process has don't survive a fork
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)
+        if on_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = GPUS
         with open(writer, "w") as pipe:
             json.dump(outcome(pyfuncitem), pipe)
         sys.stdout.flush()
