@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from minillm import checkpoint, run_folder, trackers
+from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive,
                                   configure, number, whole)
@@ -108,6 +109,7 @@ class Settings:
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
     fp8: bool = False                       # 8-bit matmuls in dense blocks (Ada, Hopper and later)
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
     shard: bool = False                     # a share of the optimizer's state on each GPU (ZeRO-1)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
@@ -221,6 +223,8 @@ def main():
     if s.fp8:
         from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
         use_float8(model, device, dtype, s.batch_size * s.block_size)
+    if s.activation_checkpointing:
+        checkpoint_blocks(model)
     optimizer = make_optimizer(model, s, compiled, s.shard and world > 1)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_step, best_val_loss = 0, math.inf
