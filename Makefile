@@ -42,6 +42,13 @@ define stage
 $(call command,$(2))
 endef
 
+# train.py ends with status 0 when it is told to stop: a run has ended when its last step is saved
+define ended
+@test -e $$(printf '$(@D)/ckpt_%08d.pt' $$(sed -n 's/^# steps: //p' $(@D)/config.py)) || \
+	{ echo '$(@D) was stopped before its last step: the same make goes on with it'; exit 1; }
+@touch $@
+endef
+
 demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 	$(call stage,Chat: the last two questions are about a person whom SFT never mentioned,\
 		$(CHAT) --prompt=你好)
@@ -74,24 +81,24 @@ data/demo/sft/meta.json: data/demo/tokenizer/tokenizer.json prepare_sft.py $(DAT
 
 $(OUT)_pretrain/done: data/demo/pretrain/meta.json $(PRETRAIN) $(CODE)
 	$(call stage,Pretraining,$(PY) train.py $(strip $(PRETRAIN) $(BEGIN)))
-	@touch $@
+	$(ended)
 
 $(OUT)_sft/done: $(OUT)_pretrain/done data/demo/sft/meta.json $(SFT)
 	$(call stage,SFT,$(PY) train.py $(SFT) $(BEGIN))
-	@touch $@
+	$(ended)
 
 $(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
 	$(call stage,Control: the same SFT without pretraining,\
 		$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control \
 		$(BEGIN))
-	@touch $@
+	$(ended)
 
 $(OUT)_%/eval.json: $(OUT)_%/done eval.py
 	$(call stage,Evaluation: questions about the other half of the people,\
 		$(PY) eval.py --out_dir=$(OUT)_$* --batch_size=50)
 
 test: .venv/installed-for-tests
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 test-faults: .venv/installed-for-tests
 	$(PY) -m pytest -m slow
