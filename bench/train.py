@@ -18,6 +18,7 @@ import torch
 
 from bench.measure import (ModelShape, copy_ceiling, make_model, matmul_ceiling, median_time,
                            print_headline, print_profile, seconds_of)
+from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.dataloader import TokenData, batch_windows
@@ -26,6 +27,7 @@ from minillm.device import (autocast, compile_for_training, peak_flops, pick_dev
 from minillm.errors import UserError, run
 from minillm.optimizer import make_optimizer
 from minillm.speed.float8 import use_float8
+from minillm.speed.parts import compile_in_parts
 from train import Settings as TrainingSettings
 
 # on a CPU, where nobody trains 171M parameters
@@ -48,6 +50,7 @@ class Settings(ModelShape):
     dtype: str = "auto"               # auto, float32, bfloat16
     compile: bool = True              # torch.compile
     fp8: bool = False                 # matmuls of a dense model's blocks in 8 bits
+    activation_checkpointing: bool = False   # compute the blocks again in the backward pass
 
 
 def random_batches(s, device):
@@ -76,15 +79,23 @@ def read_batches(s, data, device):
         yield to_device(data.windows(windows), device)
 
 
-def training_step(s, model, device, dtype):
+def training_step(s, model, device, dtype, parallel=None, shard=False):
     """A function that makes one full step of a batch (x, y), as train.py does.
 
-    The host runs one step ahead of the device.
+    The host runs one step ahead of the device. parallel: wraps the model on several processes.
     """
     settings = TrainingSettings(optimizer=s.optimizer)
-    optimizer = make_optimizer(model, settings, compile=s.compile and device.type == "cuda")
+    if s.activation_checkpointing:
+        checkpoint_blocks(model)
+    optimizer = make_optimizer(model, settings, s.compile and device.type == "cuda", shard)
     optimizer.set_rate(1e-4)
-    step_model = compile_for_training(model, device) if s.compile else model
+    step_model = model
+    if s.compile and parallel:
+        compile_in_parts(model, device)
+    elif s.compile:
+        step_model = compile_for_training(model, device)
+    if parallel:
+        step_model = parallel(model)
     flex = s.compile and device.type == "cuda"
     ends = []
 
