@@ -139,16 +139,14 @@ def fill_row(row, attempt, in_time):
                         "table needs a larger one; give --batch_size to try an entry")
     row.slope = (large - small) / (MEASURED[1] - MEASURED[0])
     row.base = small - row.slope * MEASURED[0]
-    entries, fits = {}, 0             # fits: the largest that a smaller card has held
+    entries, fits, tried = {}, 0, True           # what fits a smaller card fits the next one
     for card in CARDS:
         room = MARGIN * (card - DRIVER)
         candidates = [size for size in SIZES if size > fits and row.predict(size) <= room]
-        tried = True
-        while candidates:
-            size = candidates.pop()
-            tried = in_time()
-            if not tried or attempted(size, card) is not None:
-                fits = size
+        for size in reversed(candidates):
+            late = not in_time()
+            if late or attempted(size, card) is not None:
+                fits, tried = size, not late
                 break
         entries[card] = fits, tried
     return entries

@@ -64,6 +64,12 @@ def test_late_entries_are_predicted():
     assert entries[16] == (8, True) and entries[24] == (16, False) and entries[48] == (64, False)
 
 
+def test_what_was_predicted_of_a_smaller_card_stays_a_prediction():
+    _, entries = fill(Memory(base=1.0, slope=0.01), in_time=lambda: False)
+
+    assert entries == dict.fromkeys(CARDS, (64, False))
+
+
 def test_a_gpu_that_is_too_small_for_the_table_is_refused():
     with pytest.raises(UserError, match="moe with --batch_size=32 does not fit this GPU"):
         fill_row(Row("moe", False), lambda *entry: None, lambda: True)
