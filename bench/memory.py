@@ -87,7 +87,8 @@ def peak_gib(s):
     batches = random_batches(shape, device)
     model = make_model(shape, shape.block_size, device).use_fast(s.compile)
     parallel = pretended_parallel if s.world > 1 else None
-    step = training_step(shape, model, device, pick_dtype("auto", device), parallel, s.shard)
+    shard = s.shard and s.world > 1
+    step = training_step(shape, model, device, pick_dtype("auto", device), parallel, shard)
     for _ in range(3):
         step(next(batches))
     if device.type == "cuda":
