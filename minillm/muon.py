@@ -27,6 +27,9 @@ POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
                  (3.4209, -2.4158, 0.4548), (2.5115, -1.8524, 0.4388))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
 
+# the name since torch 2.13, and the one before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (out, in) as in nn.Linear, or (E, in, out) for E experts, each on its own.
@@ -120,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             mine = part.new_zeros(share, *part.shape[1:])
             mine[: len(part)] = part
             whole = part.new_empty(self.world * share, *part.shape[1:])
-            arrived = dist.all_gather_into_tensor(whole, mine, async_op=True)
+            arrived = _all_gather(whole, mine, async_op=True)
         n = sum(len(as_stack(p)) for p in params)
 
         def finish():

@@ -79,11 +79,13 @@ def job(tmp_path):
 def test_torchrun_ends_when_a_worker_is_killed(job, tmp_path):
     data = make_data(tmp_path / "data")
 
-    status = job.run(*TINY, f"--data_dir={data}", f"--out_dir={tmp_path}/out", victim=1)
+    status = job.run(*TINY, "--optimizer=muon", f"--data_dir={data}", f"--out_dir={tmp_path}/out",
+                     victim=1)
 
     assert status != 0
     assert job.alive() == []
     assert "Signal 9 (SIGKILL)" in job.output()
+    assert "FutureWarning" not in job.output()
 
 
 def test_torchrun_restarts_and_continues_exactly(job, tmp_path):
