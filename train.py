@@ -108,7 +108,7 @@ class Settings:
     device: str = "auto"                    # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
-    fp8: bool = False                       # 8-bit matmuls in dense blocks (Ada, Hopper and later)
+    fp8: bool = False                       # 8-bit matmuls in the blocks: Ada, Hopper; MoE: Hopper
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
     shard: bool = False                     # a share of the optimizer's state on each GPU (ZeRO-1)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
@@ -221,7 +221,7 @@ def main():
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
     model.to(device).use_fast(compiled)
     if s.fp8:
-        from minillm.speed.float8 import use_float8      # late: minillm/speed may be deleted
+        from minillm.speed.fast_versions import use_float8      # late: minillm/speed may be deleted
         use_float8(model, device, dtype, s.batch_size * s.block_size)
     if s.activation_checkpointing:
         checkpoint_blocks(model)

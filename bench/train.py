@@ -26,7 +26,7 @@ from minillm.device import (autocast, compile_for_training, peak_flops, pick_dev
                             to_device)
 from minillm.errors import UserError, run
 from minillm.optimizer import make_optimizer
-from minillm.speed.float8 import use_float8
+from minillm.speed.fast_versions import use_float8
 from minillm.speed.parts import compile_in_parts
 from train import Settings as TrainingSettings
 
@@ -49,7 +49,7 @@ class Settings(ModelShape):
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # auto, float32, bfloat16
     compile: bool = True              # torch.compile
-    fp8: bool = False                 # matmuls of a dense model's blocks in 8 bits
+    fp8: bool = False                 # matmuls of the blocks in 8 bits
     activation_checkpointing: bool = False   # compute the blocks again in the backward pass
 
 

@@ -4,9 +4,11 @@ import torch
 
 from minillm.device import compile_for_training
 from minillm.errors import UserError
-from minillm.speed.float8 import GRADIENT_SCALE, Float8Function, Float8Linear, use_float8
+from minillm.speed.fast_versions import use_float8
+from minillm.speed.float8 import GRADIENT_SCALE, Float8Function, Float8Linear
+from minillm.speed.float8_experts import float8_experts
 from model import GPT, GPTConfig
-from support.training_runs import TINY, assert_same_run, finish, make_data, numbers
+from support.training_runs import MOE, TINY, assert_same_run, finish, make_data, numbers
 
 CPU = torch.device("cpu")
 SHAPE = dict(block_size=48, vocab_size=211, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
@@ -86,6 +88,18 @@ def test_only_training_is_in_8_bits():
     assert 0.003 < error(ours, theirs.double()) < 0.1
 
 
+def test_an_moe_trains_in_8_bits():
+    """Its attention's linear layers and its experts."""
+    plain, model = model_and_its_float8(n_expert=4, n_expert_per_tok=2)
+    idx = torch.randint(1, 211, (8, 48))
+    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 2 * 2
+    assert all(block.ffn.experts is float8_experts for block in model.blocks)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+    with torch.no_grad():
+        assert torch.equal(model.eval()(idx), plain.eval()(idx))
+
+
 def check_gradients(device, compiled):
     """Loss and gradients of a step against float64."""
     plain, model = model_and_its_float8(device)
@@ -126,11 +140,12 @@ def fall(losses):
     return sum(losses[:5]) / 5 - sum(losses[-5:]) / 5
 
 
-def test_a_training_run(tmp_path):
+@pytest.mark.parametrize("kind", [[], MOE], ids=["dense", "MoE"])
+def test_a_training_run(kind, tmp_path):
     """--fp8=True learns as bfloat16 does; a run that stops and resumes ends with the same bits."""
     data = make_data(tmp_path / "data")
     # the run that stops at step 30 is validated there, so the others are too
-    common = [*TINY, "--dtype=bfloat16", "--eval_interval=15", f"--data_dir={data}"]
+    common = [*TINY, *kind, "--dtype=bfloat16", "--eval_interval=15", f"--data_dir={data}"]
     plain, float8, resumed = (tmp_path / name for name in ("plain", "float8", "resumed"))
     float8_common = [*common, "--fp8=True"]
 
@@ -146,11 +161,11 @@ def test_a_training_run(tmp_path):
 
 
 @pytest.mark.parametrize("options, dtype, tokens, says", [
-    (dict(n_expert=4), torch.bfloat16, 64, "dense"),
     ({}, torch.float32, 64, "bfloat16"),
     ({}, torch.bfloat16, 40, r"batch_size \* block_size is 40"),
     (dict(n_inner=100), torch.bfloat16, 64, "a layer is 100 wide"),
-], ids=["MoE", "float32", "40 tokens", "a width of 100"])
+    (dict(n_inner=104, n_expert=4), torch.bfloat16, 64, "a layer is 104 wide"),
+], ids=["float32", "40 tokens", "a width of 100", "an MoE's width of 104"])
 def test_refused(options, dtype, tokens, says):
     model = GPT(GPTConfig(**SHAPE | options))
 

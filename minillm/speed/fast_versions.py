@@ -4,11 +4,15 @@ Delete minillm/speed and everything still runs, slower, with the same numbers.
 """
 from functools import partial
 
+import torch
 import torch.nn as nn
 
+from minillm.errors import UserError
 from minillm.generation import KVCache, decode_loop
 from minillm.speed import cuda_graph, decode_cpu
 from minillm.speed.cross_entropy import linear_cross_entropy
+from minillm.speed.float8 import Float8Linear
+from minillm.speed.float8_experts import float8_experts
 from minillm.speed.grouped_mm import generating_experts, grouped_experts, lay_out_for_decoding
 from minillm.speed.linear import Linear
 from minillm.speed.topk import top_experts, topk_by_parts
@@ -24,6 +28,40 @@ def use_for_training(model, compiled):
         use_experts(model, grouped_experts)
     if on_gpu and compiled:
         model.cross_entropy = partial(linear_cross_entropy, plain=model.cross_entropy)
+
+
+def use_float8(model, device, dtype, tokens):
+    """Let `model` train in 8 bits, `tokens` at a time, on a loss that is their mean or near it.
+
+    Call it after use_for_training. Raises UserError where it can't.
+    """
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"--fp8=True needs --dtype=bfloat16, not {name}")
+    if device.type == "cuda":
+        check_float8_gpu(device, model.config.n_expert)
+    if tokens % 16:
+        raise UserError(f"--fp8=True needs multiples of 16: batch_size * block_size is {tokens}")
+    layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    widths = {size for layer in layers for size in layer.weight.shape} | {model.config.n_inner}
+    for width in sorted(widths):
+        if width % 16:
+            raise UserError(f"--fp8=True needs multiples of 16: a layer is {width} wide")
+    for layer in layers:
+        layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints
+    if model.config.n_expert:
+        for block in model.blocks:
+            block.ffn.experts = float8_experts
+
+
+def check_float8_gpu(device, n_expert):
+    """Raise UserError for a GPU without 8-bit matmuls; those of experts need a newer one."""
+    name = torch.cuda.get_device_name(device)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise UserError(f"{name} has no 8-bit matmuls: leave --fp8 out")
+    if n_expert and capability[0] not in (9, 10):
+        raise UserError(f"{name} has no 8-bit matmuls for experts: leave --fp8 out")
 
 
 def use_for_generation(model):

@@ -2,11 +2,12 @@
 
     python train.py config/pretrain.py --fp8=True
 
-547,232 tokens/s instead of 455,300 in bfloat16 (H200, `python -m bench.train --fp8=True`). Dense
-models only, with bfloat16 beside it. The four linear layers of a block compute all three of their
-matmuls (forward, for the input's gradient, for the weights') in 8 bits: activations and weights as
-e4m3 (3 bits of mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344). Everything else is
-as without: embedding and head, attention, norms, optimizer, and all validation (in 16 bits).
+547,232 tokens/s instead of 455,300 in bfloat16 (H200, `python -m bench.train --fp8=True`). With
+bfloat16 beside it. The linear layers of a block compute all three of their matmuls (forward, for
+the input's gradient, for the weights') in 8 bits: activations and weights as e4m3 (3 bits of
+mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344). The experts of an MoE have their own
+file, float8_experts.py. Everything else is as without: embedding and head, attention, norms,
+router, optimizer, and all validation (in 16 bits).
 
 Only the weights need a measured scale, and nothing is remembered between two steps:
 - activations have none. The output of a norm, an average of values or SiLU is of the order of 1;
@@ -19,9 +20,7 @@ Only the weights need a measured scale, and nothing is remembered between two st
 Papers: 8-bit formats for deep learning, arXiv 2209.05433. Fixed scales are modded-nanogpt's idea.
 """
 import torch
-import torch.nn as nn
 
-from minillm.errors import UserError
 from minillm.speed.linear import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -70,27 +69,3 @@ class Float8Function(torch.autograd.Function):
         grad_x = scaled_mm(grad8, weight8.t(), scale * grad_scale, grad.dtype)
         grad_weight = scaled_mm(grad8.t(), x8.t(), grad_scale, torch.float32)
         return grad_x, grad_weight
-
-
-def use_float8(model, device, dtype, tokens):
-    """Let `model` train in 8 bits, `tokens` at a time, on a loss that is their mean or near it.
-
-    Raises UserError where it can't.
-    """
-    if model.config.n_expert:
-        raise UserError("--fp8=True is for dense models: the experts have no 8-bit matmuls here")
-    if dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"--fp8=True needs --dtype=bfloat16, not {name}")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"{name} has no 8-bit matmuls: leave --fp8 out")
-    if tokens % 16:
-        raise UserError(f"--fp8=True needs multiples of 16: batch_size * block_size is {tokens}")
-    layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
-    for layer in layers:
-        for size in layer.weight.shape:
-            if size % 16:
-                raise UserError(f"--fp8=True needs multiples of 16: a layer is {size} wide")
-    for layer in layers:
-        layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints

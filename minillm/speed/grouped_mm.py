@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from minillm.speed.fused import realize
 
 # torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
-_grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to this many tokens visit all experts
 
@@ -29,13 +29,7 @@ def grouped_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
     E, K = len(w1_EDF), expert_NK.shape[1]
     dtype = _compute_dtype(x_ND)
     w1_EDF, w2_EFD = _cast(w1_EDF, dtype), _cast(w2_EFD, dtype)
-    # uint8 keys: the radix sort makes one pass instead of eight
-    sorted_R, order_R = expert_NK.reshape(-1).to(torch.uint8).sort(stable=True)
-    row_R = torch.arange(N * K, device=x_ND.device)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, row_R)
-    expert_E = torch.arange(E, device=x_ND.device)
-    # where each expert's rows end
-    offset_E = (sorted_R[:, None] <= expert_E).sum(0, dtype=torch.int32)
+    order_R, inverse_R, offset_E = sort_by_expert(expert_NK, E)
 
     x_NKD = x_ND.to(dtype)[:, None].expand(N, K, D)
     x_RD = _Permute.apply(x_NKD.reshape(N * K, D), order_R, inverse_R)
@@ -47,6 +41,17 @@ def grouped_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
     y_NKD = _Permute.apply(y_RD, inverse_R, order_R).view(N, K, D)
     # .to: under autocast sum gives float32, and the residual stream would continue in it
     return y_NKD.sum(1).to(x_ND.dtype)
+
+
+def sort_by_expert(expert_NK, E):
+    """The order (R,) of the pairs, its inverse (R,), and where each expert's rows end (E,)."""
+    # uint8 keys: the radix sort makes one pass instead of eight
+    sorted_R, order_R = expert_NK.reshape(-1).to(torch.uint8).sort(stable=True)
+    row_R = torch.arange(len(order_R), device=order_R.device)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, row_R)
+    expert_E = torch.arange(E, device=order_R.device)
+    offset_E = (sorted_R[:, None] <= expert_E).sum(0, dtype=torch.int32)
+    return order_R, inverse_R, offset_E
 
 
 def all_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
@@ -95,13 +100,13 @@ def expert_mm(x_RA, w_EAB, offset_E):
         return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
     if torch.compiler.is_compiling() and x_RA.dtype != torch.bfloat16:
         return _opaque_grouped_mm(x_RA, w_EAB, offset_E)
-    return _grouped_mm(x_RA, w_EAB, offs=offset_E)
+    return grouped_mm(x_RA, w_EAB, offs=offset_E)
 
 
 @torch.library.custom_op("moe::grouped_mm", mutates_args=())
 def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
-    return _grouped_mm(a, b, offs=offset_E)
+    return grouped_mm(a, b, offs=offset_E)
 
 
 @_opaque_grouped_mm.register_fake
