@@ -93,4 +93,5 @@ def cached_attention(q, k, v, visible, position):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
     # One query: the heads of a group become the rows of one query matrix, so k and v are read once
     grouped = q.view(len(q), k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible).view_as(q)
+    # reshape: for several rows of float32 a GPU's kernel returns other strides
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible).reshape(q.shape)

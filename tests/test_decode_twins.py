@@ -3,8 +3,9 @@ import random
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from minillm import generation
+from minillm import attention, generation
 from minillm.speed import decode_cpu, decode_gpu
 from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
 from minillm.speed.topk import topk_by_counting, topk_by_parts
@@ -152,3 +153,15 @@ def test_graphs_on_a_gpu_give_the_likeliest_token(kind, batch, compile, top_k):
                 prompt.append(token)
         for prompt in prompts:
             prompt += [draw.randrange(300) for _ in range(draw.randint(1, 9))]
+
+
+def test_attention_takes_any_strides_of_the_kernel(monkeypatch):
+    """A GPU's kernel for several rows of float32 returns (B, heads, T, D) as a view of another."""
+    q, k = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 5, 8)
+    visible = torch.ones(3, 1, 1, 5, dtype=torch.bool)
+    expected = attention.cached_attention(q, k, k, visible, None)
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: kernel(
+        *args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2))
+
+    torch.testing.assert_close(attention.cached_attention(q, k, k, visible, None), expected)
