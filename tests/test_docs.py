@@ -26,8 +26,8 @@ PAIRS = [("README.md", "README_ZH.md"), ("docs/TOUR.md", "docs/TOUR_ZH.md"),
          ("docs/FAQ.md", "docs/FAQ_ZH.md")]
 DOCUMENTS = [path for pair in PAIRS for path in pair] + ["CONTRIBUTING.md", "LOG.md"]
 PROGRAMS = ["train_tokenizer", "prepare_pretrain", "prepare_sft", "train", "eval", "sample", "chat",
-            "export", "serve", "bench.train", "bench.decode", "bench.data", "scripts.plot",
-            "scripts.pictures", "scripts.excerpts", "demo.town"]
+            "export", "serve", "bench.train", "bench.decode", "bench.data", "bench.serve", "bench.memory",
+            "scripts.plot", "scripts.pictures", "scripts.excerpts", "demo.town"]
 # flags of other programs: pip, git, torchrun, download_data.sh
 ELSEWHERE = {"standalone", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id",
              "max-restarts", "part", "huggingface", "out", "help"}
