@@ -6,6 +6,7 @@ from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.speed import parts
 from model import GPT, GPTConfig
+from support.compiled import count_graphs
 from support.training_runs import (MOE, SHORT, assert_same_run, finish, finish_ranks, make_data)
 
 SHAPE = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, block_size=32, vocab_size=300,
@@ -86,13 +87,7 @@ def test_gradients_are_the_same_bits_from_less_memory(monkeypatch, kind, wrap):
 
 
 def test_parts_of_the_same_shape_still_share_a_graph(monkeypatch):
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-    torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, backend=count))
+    graphs = count_graphs(monkeypatch)
     monkeypatch.setattr(parts, "BLOCKS", 2)
     model = GPT(GPTConfig(**SHAPE))
     checkpoint_blocks(model)

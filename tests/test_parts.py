@@ -5,6 +5,7 @@ import torch
 from minillm.attention import document_mask
 from minillm.speed import parts
 from model import GPT, GPTConfig
+from support.compiled import count_graphs
 from support.training_runs import TINY, finish, finish_ranks, make_data, numbers
 
 SHAPE = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, block_size=32, vocab_size=300)
@@ -25,13 +26,7 @@ def loss_and_gradients(model, idx):
 @pytest.mark.parametrize("shape", [SHAPE, SHAPE | EXPERTS], ids=["dense", "MoE"])
 def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
     """Also on a second batch, whose mask is another; and parts of the same shape share a graph."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-    torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(f, backend=count))
+    graphs = count_graphs(monkeypatch)
     monkeypatch.setattr(parts, "BLOCKS", 2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape)).eval()       # eval: the router draws no noise
