@@ -185,6 +185,16 @@ def build_model(s, data, start):
     return model
 
 
+def make_step_model(model, device, compiled, parallel=None):
+    """The model as a training step calls it. parallel: wraps it on several processes."""
+    if not parallel:
+        return compile_for_training(model, device) if compiled else model
+    if compiled:
+        from minillm.speed.parts import compile_in_parts     # late: minillm/speed may be deleted
+        compile_in_parts(model, device)
+    return parallel(model)
+
+
 def main():
     s = configure(Settings)
     rank, local_rank, world = rank_and_world()
@@ -238,14 +248,7 @@ def main():
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
                         "that all of them share")
     outcome = describe_run(s, model, train_data, device, dtype, world, first_step)
-    step_model = model
-    if compiled and world > 1:
-        from minillm.speed.parts import compile_in_parts     # late: minillm/speed may be deleted
-        compile_in_parts(model, device)
-    elif compiled:
-        step_model = compile_for_training(model, device)
-    if world > 1:
-        step_model = data_parallel(model)
+    step_model = make_step_model(model, device, compiled, data_parallel if world > 1 else None)
 
     def forward(x, y):
         """(sum of the cross-entropies, MoE statistics or None) of one micro-batch."""

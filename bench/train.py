@@ -22,13 +22,12 @@ from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.dataloader import TokenData, batch_windows
-from minillm.device import (autocast, compile_for_training, peak_flops, pick_device, pick_dtype,
-                            to_device)
+from minillm.device import autocast, peak_flops, pick_device, pick_dtype, to_device
 from minillm.errors import UserError, run
 from minillm.optimizer import make_optimizer
 from minillm.speed.fast_versions import use_float8
-from minillm.speed.parts import compile_in_parts
 from train import Settings as TrainingSettings
+from train import make_step_model
 
 # on a CPU, where nobody trains 171M parameters
 DEMO = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=192, vocab_size=1200, block_size=128)
@@ -89,13 +88,7 @@ def training_step(s, model, device, dtype, parallel=None, shard=False):
         checkpoint_blocks(model)
     optimizer = make_optimizer(model, settings, s.compile and device.type == "cuda", shard)
     optimizer.set_rate(1e-4)
-    step_model = model
-    if s.compile and parallel:
-        compile_in_parts(model, device)
-    elif s.compile:
-        step_model = compile_for_training(model, device)
-    if parallel:
-        step_model = parallel(model)
+    step_model = make_step_model(model, device, s.compile, parallel)
     flex = s.compile and device.type == "cuda"
     ends = []
 
