@@ -20,7 +20,7 @@ import zipfile
 import torch
 
 from minillm.atomic_folder import sync
-from minillm.errors import UserError
+from minillm.errors import UserError, brief
 from minillm.export_hf import read_model
 from minillm.tokenizer import Tokenizer
 
@@ -225,15 +225,15 @@ def model_config(state, kind):
             raise UserError(f"{state['path']}: model_config has an unknown key {key!r}: "
                             "it was written by another version or program")
         if type(value) is int and value.bit_length() > 40:
-            raise UserError(f"{state['path']}: model_config has {key} = a number of "
-                            f"{value.bit_length()} bits")
+            raise UserError(f"{state['path']}: model_config has {key}={brief(value)}, "
+                            "which is too large")
         if type(value) is float and not math.isfinite(value):
             raise UserError(f"{state['path']}: model_config has {key}={value}, "
                             "which is no finite number")
         if type(value) is int and types[key] is float:
             config[key] = float(value)
         elif type(value) is not types[key]:
-            raise UserError(f"{state['path']}: model_config has {key}={str(value)[:40]!r}, "
+            raise UserError(f"{state['path']}: model_config has {key}={brief(value)}, "
                             f"which is not of type {types[key].__name__}")
     if config.get("n_layer", 0) > len(state["model"]):
         raise UserError(f"{state['path']}: model_config has n_layer={config['n_layer']}, "

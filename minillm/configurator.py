@@ -18,7 +18,6 @@ a bare `--key`. None, which `--help` shows as auto, leaves the choice to the pro
 A mistake of the user raises UserError; `run(main)` turns it into one line on stderr and exit status
 2. Any other exception is a bug and keeps its traceback.
 """
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -30,7 +29,7 @@ import types
 import typing
 from typing import Annotated, Literal
 
-from minillm.errors import UserError
+from minillm.errors import UserError, brief
 
 # with all that end in _dir: a ~ before them means the home folder, which no shell sees behind "="
 PATHS = ("tokenizer", "init_from", "questions", "choices", "out")
@@ -61,9 +60,7 @@ class Bounds:
             rules.append(f"below {self.below}")
         elif self.most != LARGEST or value > self.most:
             rules.append(f"at most {self.most:,}")
-        if isinstance(value, int) and value.bit_length() > 64:
-            value = f"(a number of {value.bit_length()} bits)"   # Python refuses to print some
-        raise UserError(f"{key}={value} must be {' and '.join(rules)}")
+        raise UserError(f"{key}={brief(value)} must be {' and '.join(rules)}")
 
 
 def whole(least=-LARGEST, most=LARGEST):
@@ -290,8 +287,6 @@ def _read_config(path, hints, inputs):
         if kind is int and type(value) is float and value.is_integer():
             value = int(value)
         if not (type(value) is kind or (optional and value is None)):
-            with contextlib.suppress(ValueError):        # more digits than Python prints
-                raise UserError(f"{path}: {key} takes {_kind_name(kind)}, not {value!r}")
-            raise UserError(f"{path}: {key} takes {_kind_name(kind)}")
+            raise UserError(f"{path}: {key} takes {_kind_name(kind)}, not {brief(value)}")
         values[key] = value
     return values

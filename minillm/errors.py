@@ -45,6 +45,19 @@ def run(main):
         sys.exit(_report(f"{_place_of(error)}: {reason(error)}"))
 
 
+def brief(value):
+    """A value as a message shows it: its repr, at most 80 characters.
+
+    Of a whole number above 64 bits its size: Python refuses to print more than 4,300 digits.
+    """
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"(a number of {value.bit_length()} bits)"
+    try:
+        return repr(value)[:80]
+    except ValueError:                           # a list, say, that holds such a number
+        return f"(a {type(value).__name__})"
+
+
 def reason(error):
     """The system's reason for an OSError, and what helps where the user may not know."""
     text = error.strerror or str(error)

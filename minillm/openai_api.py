@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 
 from minillm.batch_decoder import Answer
 from minillm.conversation import Conversation, check_messages
-from minillm.errors import UserError
-from minillm.request_fields import ApiError, Fields, brief, parse_object
+from minillm.errors import UserError, brief
+from minillm.request_fields import ApiError, Fields, parse_object
 from minillm.sampling_params import SamplingParams
 from minillm.tokenizer import END_OF_TEXT
 

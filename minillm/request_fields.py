@@ -2,6 +2,8 @@
 import json
 import random
 
+from minillm.errors import brief
+
 # fields that are refused, each with the values that ask for nothing
 NOT_OFFERED = {
     "audio": [], "best_of": [1], "echo": [False], "frequency_penalty": [0],
@@ -108,7 +110,3 @@ class Fields:
 
 def is_stop(text):
     return isinstance(text, str) and 0 < len(text) <= LONGEST_STOP
-
-
-def brief(value):
-    return repr(value)[:80]

@@ -29,9 +29,9 @@ def drop(name):
 @pytest.mark.parametrize("spoil, says", [
     (spoil_config(n_wings=2), "model_config has an unknown key 'n_wings'"),
     (spoil_config(n_layer="two"), "model_config has n_layer='two', which is not of type int"),
-    (spoil_config(n_embd=None), "model_config has n_embd='None', which is not of type int"),
-    (spoil_config(bias=0), "model_config has bias='0', which is not of type bool"),
-    (spoil_config(block_size=10**30), "model_config has block_size = a number of 100 bits"),
+    (spoil_config(n_embd=None), "model_config has n_embd=None, which is not of type int"),
+    (spoil_config(bias=0), "model_config has bias=0, which is not of type bool"),
+    (spoil_config(block_size=10**30), r"block_size=\(a number of 100 bits\), which is too large"),
     (spoil_config(n_layer=10**9), "n_layer=1000000000, but the file holds only"),
     (spoil_config(n_layer=3), "blocks.2.* is missing"),
     (spoil_config(n_layer=1), "blocks.1.* is unknown"),
