@@ -105,12 +105,13 @@ def saved_steps(folder):
     return sorted((int(match[1]) for match in steps if match), reverse=True)
 
 
-def load(path, check=True, mmap=False, keys=MODEL_KEYS):
+def load(path, check=True, keys=MODEL_KEYS):
     """The dict in a checkpoint, on the CPU, and its "path".
 
-    check=True reads every byte against its checksum first (about 1 s per GB); mmap=True leaves the
-    tensors in the file until they are used. keys: what it must hold, and of which type. Raises
-    Damaged if it is not whole or holds anything but data; PermissionError if it can't be opened.
+    The tensors are memory-mapped: several processes share them, and they are read when they are
+    used. check=True reads every byte against its checksum first (about 1 s per GB). keys: what it
+    must hold, and of which type. Raises Damaged if it is not whole or holds anything but data;
+    PermissionError if it can't be opened.
     """
     try:
         if check:
@@ -119,7 +120,7 @@ def load(path, check=True, mmap=False, keys=MODEL_KEYS):
             if damaged:
                 raise Damaged(f"{path} is damaged: the checksum of {damaged} does not fit")
         # torch maps only files whose name is UTF-8 on the disk too (in a GBK locale it is not)
-        mmap = mmap and os.fsencode(path) == str(path).encode("utf-8", "replace")
+        mmap = os.fsencode(path) == str(path).encode("utf-8", "replace")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise                                    # says nothing about whether the file is damaged
@@ -203,12 +204,12 @@ def paths_of(folder, which="newest"):
 def load_for_inference(folder, which="newest", check=False):
     """The weights in `folder`: a dict with model, model_config, step, tokenizer_dir and path.
 
-    which: as in paths_of. The tensors are memory-mapped, the optimizer's are never read.
+    which: as in paths_of. The optimizer's tensors stay in the file.
     """
     if str(folder).startswith("hf:"):            # a folder that export.py made
         return read_model(folder.removeprefix("hf:")) | {"path": folder}
     paths = paths_of(folder, which)
-    state = load_first(paths, mmap=True, check=check)
+    state = load_first(paths, check=check)
     state["tokenizer_dir"] = os.path.join(os.path.dirname(paths[0]), "tokenizer")
     return state
 

@@ -166,7 +166,8 @@ class Optimizer:
             if not isinstance(moment, torch.Tensor) or moment.shape != shape:
                 raise UserError(f"the optimizer state in the checkpoint does not fit: {key} of "
                                 f"{name} is missing, or not of the shape {tuple(shape)}")
-            moments[key] = moment
+            # torch would keep a CPU tensor as it is, and with it the file in which it lies
+            moments[key] = moment.clone() if parameter.is_cpu else moment
         return moments
 
 

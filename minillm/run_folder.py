@@ -214,7 +214,7 @@ def _set_aside_newer(folder, step, rolled_back):
 def best_step(folder):
     """The step of best.pt, or -1 where there is none that can be read."""
     try:
-        return checkpoint.load(checkpoint.best_path(folder), check=False, mmap=True)["step"]
+        return checkpoint.load(checkpoint.best_path(folder), check=False)["step"]
     except (UserError, OSError):
         return -1
 

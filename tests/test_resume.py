@@ -12,7 +12,7 @@ import torch
 from minillm import checkpoint, run_folder
 from support.training_runs import (TINY, Run, assert_same_run, assert_same_weights, finish,
                                    make_data, make_data_of_another_tokenizer, newest, numbers,
-                                   on_phase, refused, run_until_killed, send_itself)
+                                   on_phase, on_step, refused, run_until_killed, send_itself)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,37 @@ def test_metrics_after_a_crash(data, tmp_path):
 
     finish([*argv, "--init_from=resume", f"--out_dir={tmp_path}/out"])
 
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+def mapped_checkpoints():
+    """The files of checkpoints that lie in this process's memory."""
+    with open("/proc/self/maps") as maps:
+        return {os.path.basename(line.split()[-1]) for line in maps if ".pt" in line}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks into /proc")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_is_mapped_while_it_is_loaded_and_not_longer(data, tmp_path, optimizer):
+    """So all processes of a machine share it, and a file that is removed leaves the disk."""
+    argv = [*TINY, "--max_iters=8", f"--optimizer={optimizer}", f"--data_dir={data}"]
+    finish([*argv, f"--out_dir={tmp_path}/straight"])
+    argv.append(f"--out_dir={tmp_path}/out")
+    run_until_killed(argv, step=7)
+
+    def before():
+        inner = run_folder.open_resumed
+
+        def open_resumed(*args):
+            resumed = inner(*args)
+            print("loaded:", mapped_checkpoints())
+            return resumed
+        run_folder.open_resumed = open_resumed
+        on_step(lambda step: print(f"step {step}:", mapped_checkpoints()))
+    output = finish([*argv, "--init_from=resume"], before=before)
+
+    assert "loaded: {'ckpt_00000005.pt'}" in output
+    assert "step 5: set()" in output and "step 7: set()" in output
     assert_same_run(tmp_path / "straight", tmp_path / "out")
 
 
