@@ -12,7 +12,7 @@ import numpy as np
 
 from minillm.tokenizer import END_OF_TEXT
 
-# keys in meta.json; learned: supervised
+# keys in meta.json; tokens: with the padding; learned: supervised
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
 POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
 # in a payload before tokens and mask: UTF-8 bytes of the supervised contents
