@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 
+import pytest
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -21,3 +22,11 @@ os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # tqdm's lock is one for all forked processes: a child killed while it writes would hold it for ever
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Token files to train on, with their tokenizer. Tests leave them as they are."""
+    # late: it imports train.py, which most of the tests don't need
+    from support.training_runs import make_data
+    return make_data(tmp_path_factory.mktemp("training") / "data")

@@ -15,13 +15,8 @@ from minillm.errors import UserError
 from model import GPT
 from support.damage import flip, truncate
 from support.training_runs import (SHORT, TINY, assert_same_run, assert_same_weights, finish,
-                                   make_data, make_data_of_another_tokenizer, newest, numbers,
-                                   refused, run_until_killed)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("checkpoints") / "data")
+                                   make_data_of_another_tokenizer, newest, numbers, refused,
+                                   run_until_killed)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,8 @@ import subprocess
 import pytest
 
 from minillm import checkpoint
-from support.training_runs import (SHORT, assert_same_run, assert_same_weights, finish, make_data,
-                                   newest, numbers, on_step, refused)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("full_disk") / "data")
+from support.training_runs import (SHORT, assert_same_run, assert_same_weights, finish, newest,
+                                   numbers, on_step, refused)
 
 
 @pytest.fixture(scope="module")

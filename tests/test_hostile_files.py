@@ -11,12 +11,7 @@ import torch
 from minillm import checkpoint, run_folder
 from minillm.errors import UserError
 from model import GPT
-from support.training_runs import SHORT, finish, make_data, refused
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("hostile") / "data")
+from support.training_runs import SHORT, finish, refused
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ PHASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("kills") / "data")
-
-
 def draw_kill(draw, phase):
     """A function for the child, which is then killed at a moment of the phase."""
     clock = CallClock()

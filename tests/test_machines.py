@@ -12,14 +12,9 @@ import train
 from minillm import device, run_log, trackers
 from minillm.errors import UserError
 from support import ROOT
-from support.training_runs import TINY, finish, make_data, newest, numbers, on_step, refused
+from support.training_runs import TINY, finish, newest, numbers, on_step, refused
 
 SHORT = [*TINY, "--max_iters=6", "--eval_interval=3"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("machines") / "data")
 
 
 # ---- devices

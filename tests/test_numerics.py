@@ -18,11 +18,6 @@ from support.training_runs import (BLOCK, TINY, Run, finish, keep_weights, make_
 EVERY_STEP = ["--checkpoint_interval=1", "--keep_checkpoints=99", "--eval_interval=0"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("numerics") / "data")
-
-
 def spoil(how, steps):
     """In the child.
 

@@ -13,11 +13,6 @@ from support.training_runs import TINY, finish, make_data, newest, refused
 SHORT = [*TINY, "--max_iters=6", "--eval_interval=3"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("odd") / "data")
-
-
 def spoil_config(**changes):
     return lambda state: state["model_config"].update(changes)
 

@@ -7,8 +7,8 @@ import torch
 import train
 from minillm import checkpoint
 from minillm.muon import Muon
-from support.training_runs import (MOE, TINY, Run, assert_same_run, die_at, finish, make_data,
-                                   newest, numbers, on_step, ranks, refused)
+from support.training_runs import (MOE, TINY, Run, assert_same_run, die_at, finish, newest, numbers,
+                                   on_step, ranks, refused)
 
 MUON = ["--optimizer=muon", "--learning_rate=0.03", "--min_lr=0", "--schedule=linear"]
 
@@ -35,11 +35,6 @@ def test_schedules():
 
 
 # ---- in a run
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("optimizer") / "data")
-
 
 @pytest.mark.parametrize("extra", [[], MOE, ["--dtype=float16"]], ids=["dense", "moe", "fp16"])
 def test_muon_resumes_to_the_bit(data, tmp_path, extra):

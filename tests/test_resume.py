@@ -16,11 +16,6 @@ from support.training_runs import (TINY, Run, assert_same_run, assert_same_weigh
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("resume") / "data")
-
-
-@pytest.fixture(scope="module")
 def four_steps(data, tmp_path_factory):
     """(the arguments of a finished run of 4 steps, its folder); tests leave it as it is."""
     out = tmp_path_factory.mktemp("four_steps") / "out"

@@ -20,11 +20,6 @@ SHAPELESS = ["--block_size=32", "--batch_size=2", "--eval_interval=0", "--log_in
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("run_folder") / "data")
-
-
-@pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
     """A finished run of 10 steps, with checkpoints of steps 5 and 10."""
     out = tmp_path_factory.mktemp("base") / "out"

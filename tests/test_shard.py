@@ -14,17 +14,12 @@ import train
 from minillm import checkpoint
 from minillm.optimizer import Optimizer
 from support.training_runs import (MOE, SHORT, TINY, assert_same_run, assert_same_weights, die_at,
-                                   finish, finish_ranks, make_data, newest, numbers, on_step, ranks)
+                                   finish, finish_ranks, newest, numbers, on_step, ranks)
 
 MUON = ["--optimizer=muon", "--learning_rate=0.03", "--min_lr=0", "--schedule=linear"]
 KINDS = {"Muon": MUON, "AdamW": [], "Muon and MoE": [*MUON, *MOE], "AdamW and MoE": MOE,
          "Muon in fp16": [*MUON, "--dtype=float16"], "Muon, clipped": [*MUON, "--grad_clip=0.01"]}
 SHARD = "--shard=True"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("shard") / "data")
 
 
 def arguments(data, *flags, world=2):

@@ -13,15 +13,10 @@ import pytest
 import train
 from minillm import checkpoint, interrupt
 from support.processes import LIMIT
-from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, make_data,
-                                   newest, numbers, on_phase, on_step, ranks, send_itself)
+from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, newest,
+                                   numbers, on_phase, on_step, ranks, send_itself)
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("signals") / "data")
 
 
 @pytest.fixture(scope="module")

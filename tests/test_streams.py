@@ -11,15 +11,10 @@ import pytest
 
 from support import processes
 from support.small_project import PRETRAIN, TRAIN
-from support.training_runs import TINY, finish, make_data, newest, numbers, on_step
+from support.training_runs import TINY, finish, newest, numbers, on_step
 
 SHORT = [*TINY, "--max_iters=6", "--eval_interval=3"]
 STDIN = ["--out_dir=out", "--max_new_tokens=3", "--temperature=0", "--json"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("streams") / "data")
 
 
 def lead(number, path, flags=os.O_WRONLY):
