@@ -26,7 +26,8 @@ class TokenData:
 
     A window is block_size tokens and the one after them. Pretraining windows lie side by side in
     the stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
-    Raises UserError where the files, meta.json and `block_size` contradict each other.
+    Raises UserError where the files, meta.json and `block_size` contradict each other. The files
+    are mapped: they may be replaced meanwhile, but one cut short in place is a SIGBUS.
     """
 
     def __init__(self, folder, split, block_size):
