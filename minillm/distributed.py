@@ -109,7 +109,7 @@ def print0(text):
         tqdm.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        write_nowhere(1)
     except OSError:                              # the disk with the log is full
         pass
 

@@ -45,7 +45,10 @@ def start(s, resumed, outcome):
 
 
 class _Tracker:
-    """Common to all: a failure is reported once, and never ends the training."""
+    """Common to all: a failure is reported once, and never ends the training.
+
+    self.run takes the numbers, as W&B and SwanLab offer it.
+    """
     id = None
     advice = ""
     failed = False
@@ -55,6 +58,12 @@ class _Tracker:
 
     def close(self):
         self._attempt(self._close)
+
+    def _log(self, values, step):
+        self.run.log(values, step=step)
+
+    def _close(self):
+        self.run.finish()
 
     def _attempt(self, action):
         try:
@@ -94,12 +103,6 @@ class WandB(_Tracker):
                               id=run_id, resume="allow", config=config)
         self.id = self.run.id
 
-    def _log(self, values, step):
-        self.run.log(values, step=step)
-
-    def _close(self):
-        self.run.finish()
-
 
 class SwanLab(_Tracker):
     name = "swanlab"
@@ -112,12 +115,6 @@ class SwanLab(_Tracker):
                                 id=run_id, resume="allow", config=config)
         # swanlab 0.10 has run.id, earlier ones had run.public.run_id
         self.id = self.run.id if hasattr(self.run, "id") else self.run.public.run_id
-
-    def _log(self, values, step):
-        self.run.log(values, step=step)
-
-    def _close(self):
-        self.run.finish()
 
 
 TRACKERS = {tracker.name: tracker for tracker in (TensorBoard, WandB, SwanLab)}

@@ -75,7 +75,7 @@ def loss(say):
                      colour=colour, anchor="end", weight=600)
     note = say("nats per token; thin: training, thick: validation on 4 batches; Muon, 171M",
                "单位：每 token 的 nats；细线：训练，粗线：4 个批次上的验证；Muon，171M")
-    picture.text(20, 315, note, size=12, colour="soft")
+    picture.note(20, 315, note)
     return picture
 
 
@@ -105,7 +105,7 @@ def recipe(say):
     note = say("validation on 4 batches, bits per byte; seconds: steps × the milliseconds of a "
                "step on an idle H200",
                "4 个批次上的验证，每字节比特数；秒数 = 步数 × 空闲 H200 上每步的毫秒数")
-    picture.text(20, 585, note, size=12, colour="soft")
+    picture.note(20, 585, note)
     return picture
 
 
@@ -130,5 +130,5 @@ def dense_and_moe(say):
                          anchor="end", weight=600)
     note = say("validation, bits per byte; AdamW, earlier text; not repeated with Muon",
                "验证集，每字节比特数；AdamW，较早的文本；没有用 Muon 重做")
-    picture.text(20, 315, note, size=12, colour="soft")
+    picture.note(20, 315, note)
     return picture

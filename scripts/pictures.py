@@ -54,8 +54,8 @@ def pipeline(say):
              "eval.py  export.py  serve.py"]
     for i, name in enumerate(files):
         picture.text(88 + i * 160, 132, name, size=11, colour="soft", anchor="middle", mono=True)
-    picture.text(20, 168, say("Dense 171M and MoE 876M share every stage.",
-                              "171M 稠密模型与 876M MoE 共用全部阶段。"), size=12, colour="soft")
+    picture.note(20, 168, say("Dense 171M and MoE 876M share every stage.",
+                              "171M 稠密模型与 876M MoE 共用全部阶段。"))
     return picture
 
 
@@ -85,7 +85,7 @@ def block(say):
             picture.text(310, y + 18, f"{name}  {shape}", size=12, colour="soft", mono=True)
     heads = say(f"{config.n_head} query heads share {config.n_kv_head} KV heads, 64 wide",
                 f"{config.n_head} 个查询头共用 {config.n_kv_head} 个 64 维的 KV 头")
-    picture.text(310, 48 + 4 * 37 + 18, heads, size=12, colour="soft")
+    picture.note(310, 48 + 4 * 37 + 18, heads)
     experts = say("MoE: the two green layers become 8 experts, 4 per token",
                   "MoE：绿色两层换成 8 个专家，每个 token 走 4 个")
     picture.text(310, 48 + 6 * 37 + 18, experts, size=12, colour="green")
@@ -112,7 +112,7 @@ def mask(say):
     learned, total = sum(supervised), len(ids)
     note = say(f"green: {learned} supervised tokens of {total}; train_mask.bin holds 1 there",
                f"绿色：{total} 个 token 中 {learned} 个计入损失，train_mask.bin 在这些位置为 1")
-    picture.text(20, 190, note, size=12, colour="soft")
+    picture.note(20, 190, note)
     return picture
 
 
@@ -135,7 +135,7 @@ def packing(say):
             picture.rect(30 + at * 22, 60 + r * 52, width - 3, 34, line="line", round=6)
     note = say(f"rows of {capacity} tokens; numbers are lengths",
                f"每行 {capacity} 个 token；数字为长度")
-    picture.text(30, 60 + len(rows) * 52 + 16, note, size=12, colour="soft")
+    picture.note(30, 60 + len(rows) * 52 + 16, note)
     first = max(rows, key=len)
     ids = torch.cat([torch.tensor([5] * (lengths[item] - 1) + [END_OF_TEXT]) for item in first])
     ids = torch.cat((ids, torch.full((capacity - len(ids),), END_OF_TEXT)))
@@ -144,8 +144,7 @@ def packing(say):
         for k in range(capacity):
             colour, opacity = ("blue", 0.7) if visible[q, k] else ("panel", 1.0)
             picture.rect(520 + k * 15, 55 + q * 15, 13, 13, colour, opacity=opacity)
-    picture.text(520, 315, say("which token (row) sees which (column)", "哪个 token（行）能看到哪个（列）"),
-                 size=12, colour="soft")
+    picture.note(520, 315, say("which token (row) sees which (column)", "哪个 token（行）能看到哪个（列）"))
     return picture
 
 
@@ -170,8 +169,8 @@ def routing(say):
             x, opacity = 142 + expert * 62, 0.15 + gate * 0.8
             picture.rect(x, y, 56, 26, "green", line="green", round=5, opacity=opacity)
             picture.text(x + 28, y + 18, f"{gate:.2f}", size=12, anchor="middle", mono=True)
-    picture.text(30, 286, say("numbers: gates, the softmax over the chosen four; they sum to 1",
-                              "数字为门控值：在选中的四个专家上做 softmax，和为 1"), size=12, colour="soft")
+    picture.note(30, 286, say("numbers: gates, the softmax over the chosen four; they sum to 1",
+                              "数字为门控值：在选中的四个专家上做 softmax，和为 1"))
     return picture
 
 
@@ -210,8 +209,8 @@ def chat(say):
         answer = model.chat([{"role": "user", "content": question}], temperature=0)
         picture.text(30, y, f"> {question}", size=14, colour="blue", mono=True)
         picture.text(30, y + 24, answer, size=14, mono=True)
-        picture.text(420, y, say(meaning, ""), size=12, colour="soft")
-        picture.text(420, y + 24, say(meanings.get(answer, ""), ""), size=12, colour="soft")
+        picture.note(420, y, say(meaning, ""))
+        picture.note(420, y + 24, say(meanings.get(answer, ""), ""))
     return picture
 
 
@@ -237,7 +236,7 @@ def demo(say):
         picture.text(655, y + 19, f"{match:.1%}", size=13, weight=600)
     note = say("exact match on 300 questions about the half of the town that SFT leaves out",
                "300 道题的精确匹配率，问的是 SFT 没有涉及的另一半居民")
-    picture.text(20, 152, note, size=12, colour="soft")
+    picture.note(20, 152, note)
     return picture
 
 
@@ -249,7 +248,7 @@ def load(say):
         f"All {len(loads) * experts} experts stay in use", f"{len(loads) * experts} 个专家都在工作"))
     for layer, shares in enumerate(loads):
         y = 52 + layer * 26
-        picture.text(20, y + 16, say(f"layer {layer}", f"第 {layer} 层"), size=12, colour="soft")
+        picture.note(20, y + 16, say(f"layer {layer}", f"第 {layer} 层"))
         for expert, share in enumerate(shares):
             fair = share * experts
             x, opacity = 100 + expert * 74, min(0.1 + fair * 0.3, 1)
@@ -257,7 +256,7 @@ def load(say):
             picture.text(x + 35, y + 16, f"{fair:.2f}", size=12, anchor="middle", mono=True)
     note = say("tokens of each expert over the fair share; 876M MoE, Muon, last of 400 steps",
                "每个专家分到的 token 与平均份额之比；876M MoE，Muon，共 400 步")
-    picture.text(20, 84 + 26 * len(loads), note, size=12, colour="soft")
+    picture.note(20, 84 + 26 * len(loads), note)
     return picture
 
 

@@ -52,6 +52,10 @@ class Picture:
             f'text-anchor="{anchor}" font-weight="{weight}" xml:space="preserve"{kind}>'
             f"{escape(text)}</text>")
 
+    def note(self, x, y, text):
+        """What stands beside a picture, small and grey."""
+        self.text(x, y, text, size=12, colour="soft")
+
     def box(self, x, y, width, height, colour, label, note=""):
         """A tinted box with a label in its middle, and a smaller note below the label."""
         self.rect(x, y, width, height, colour, line=colour, round=6, opacity=0.12)
