@@ -4,12 +4,14 @@ Launched one by one, the 750 operations of a token keep the GPU waiting for the 
 for 12 layers. A graph replays them over the same memory, so everything it reads lies in buffers
 that never move: the cache's keys and values, and its DecodeState.
 """
+from functools import partial
+
 import torch
 
 from minillm.generation import KVCache, cached_forward, decode_one_token, decode_step, sample_next
 from minillm.speed import decode_gpu
 from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
-from minillm.speed.topk import topk_by_parts, topk_compiled
+from minillm.speed.topk import topk_by_parts
 
 # realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads
 DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True,
@@ -111,13 +113,15 @@ def capture_decode(model, cache, state, params, compile):
     """
     key = (params.temperature, params.top_k, params.top_p, params.repetition_penalty, compile)
     if key not in cache.decode_graphs:
-        step, token, topk = decode_step, decode_one_token, topk_by_parts
         if compile:
-            step = torch.compile(decode_step, fullgraph=True, options=DECODE_OPTIONS)
-            token, topk = decode_gpu.decode_one_token, topk_compiled
+            compiled = decode_gpu.compile_step(len(state.token), DECODE_OPTIONS)
+            step = partial(compiled, model, cache, state, params)
+        else:
+            step = partial(decode_step, model, cache, state, params, cache.size,
+                           topk=topk_by_parts)
         buffers = (state.token, state.step, state.seen)
         before = [buffer.clone() for buffer in buffers]
-        replay, _ = capture(lambda: step(model, cache, state, params, cache.size, token, topk))
+        replay, _ = capture(step)
         for buffer, value in zip(buffers, before):
             buffer.copy_(value)
         cache.decode_graphs[key] = replay
