@@ -23,7 +23,7 @@ import traceback
 import torch
 
 from minillm.conversation import SEGMENT_SEED, STOP_IDS
-from minillm.generation import common_length, decode_one_token, prefill
+from minillm.generation import cached_forward, common_length, decode_one_token, prefill
 from minillm.sampling import penalize, sample
 from minillm.text_stream import TextStream
 
@@ -136,15 +136,15 @@ class BatchDecoder:
 
     Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
     called in the thread after a step, with the answers that have news: the first text and the end
-    at once, what comes between them at most NEWS_PER_SECOND times. decode, span, topk: faster ones
-    from minillm/speed.
+    at once, what comes between them at most NEWS_PER_SECOND times. read, decode, span, topk: faster
+    ones from minillm/speed.
     """
 
-    def __init__(self, model, cache, max_waiting, notify, decode=decode_one_token,
-                 span=lambda *rows: rows, topk=torch.topk):
+    def __init__(self, model, cache, max_waiting, notify, read=cached_forward,
+                 decode=decode_one_token, span=lambda *rows: rows, topk=torch.topk):
         self.model, self.cache = model, cache
         self.max_waiting, self.notify = max_waiting, notify
-        self.decode, self.span, self.topk = decode, span, topk
+        self.read, self.decode, self.span, self.topk = read, decode, span, topk
         self.vocab_size = model.tokenizer.vocab_size
         self.rows = [Row(cache, number) for number in range(len(cache.tokens))]
         self.spans = {}                          # (first, last) → CacheRows
@@ -265,7 +265,7 @@ class BatchDecoder:
     def _read(self, row):
         prompt = row.answer.prompt
         row.read = min(row.read + READ_TOKENS, len(prompt))
-        logits = prefill(self.model, row.cache, [prompt[: row.read]])
+        logits = prefill(self.model, row.cache, [prompt[: row.read]], self.read)
         if not row.reading:
             self._choose([row], logits)
 

@@ -1,11 +1,14 @@
-"""BatchDecoder by itself: whom it notifies, and when."""
+"""BatchDecoder by itself: whom it notifies and when, and what it decodes on a GPU."""
 import threading
+from functools import partial
 
 import pytest
 
-from minillm import batch_decoder
+from minillm import batch_decoder, generation
 from minillm.batch_decoder import Answer, BatchDecoder
+from minillm.conversation import STOP_IDS
 from minillm.sampling_params import SamplingParams
+from minillm.speed import cuda_graph
 from support.processes import LIMIT
 from support.tiny_models import talkative, tiny_model
 
@@ -14,7 +17,7 @@ def text_prompt(ids):
     return None if ids else [0, 5, 6, 7]
 
 
-def decode_all(model, answers, rows=2):
+def decode_all(model, answers, rows=2, cache=None, **fast):
     """Decode `answers`. Returns a list per notification of (answer's number, text, finish)."""
     news, ended = [], threading.Event()
 
@@ -22,7 +25,8 @@ def decode_all(model, answers, rows=2):
         news.append([(answers.index(answer), answer.take(), answer.finish) for answer in told])
         if all(answer.finish for answer in answers):
             ended.set()
-    decoder = BatchDecoder(model, model.new_cache(rows), len(answers), notify)
+    cache = cache or model.new_cache(rows)
+    decoder = BatchDecoder(model, cache, len(answers), notify, **fast)
     try:
         decoder.submit(answers)
         assert ended.wait(LIMIT)
@@ -73,3 +77,32 @@ def test_nobody_is_told_twice_of_the_end_or_of_nothing(rows, count):
     told = [item for step in news for item in step]
     assert all(text or finish for _, text, finish in told)
     assert sorted(number for number, _, finish in told if finish) == list(range(count))
+
+
+def run_now(function):
+    """cuda_graph.capture without a GPU: replay() runs the function and overwrites its output."""
+    output = function()
+    return lambda: output.copy_(function()), output
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_what_a_gpu_records_gives_the_text_of_an_answer_alone(monkeypatch, n_expert):
+    """Prompts go through one row of graphs, and join rows that others have used."""
+    monkeypatch.setattr(cuda_graph, "capture", run_now)
+    model = tiny_model(n_expert, block_size=96)
+    rows, cache = 4, cuda_graph.GraphCache(model, batch=4)
+    read = partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model))
+    span = partial(cuda_graph.power_of_two_rows, rows=rows)
+    # two kinds of prompts, so that a row's kept beginning is not the one read last
+    lengths = (30, 40, 29, 40, 20, 37, 41, 43)
+    prompts = [[*range(5 + 100 * (i % 2), 5 + 100 * (i % 2) + n)] for i, n in enumerate(lengths)]
+    params = SamplingParams(12)
+    answers = [Answer(model.tokenizer, lambda ids, p=p: p, params, seed)
+               for seed, p in enumerate(prompts)]
+
+    decode_all(model, answers, rows, cache, read=read, decode=cuda_graph.decode_rows, span=span)
+
+    for seed, (prompt, answer) in enumerate(zip(prompts, answers)):
+        alone = [ids for (ids,) in generation.generate(model, [prompt], params, seed, STOP_IDS)]
+        assert answer.ids == [token for token in alone if token not in STOP_IDS]
+    assert sum(answer.cached_tokens for answer in answers) > 0

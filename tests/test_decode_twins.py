@@ -1,11 +1,13 @@
 """Decoding's fast twins in minillm/speed give what the plain modules and torch.topk give."""
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from minillm import attention, generation
+from minillm.sampling_params import SamplingParams
 from minillm.speed import decode_cpu, decode_gpu
 from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
 from minillm.speed.topk import topk_by_counting, topk_by_parts
@@ -97,11 +99,44 @@ def test_batch_size_1_compiled_equals_the_modules(kind):
     # the one option of these that a CPU has too
     name = "realize_acc_reads_threshold"
     options = {name: DECODE_OPTIONS[name]}
-    step = torch.compile(decode_gpu.decode_one_token, fullgraph=True, options=options)
+    parts = [torch.compile(part, fullgraph=True, options=options)
+             for part in decode_gpu.parts_of_step(batch=1)]
 
+    def step(model, cache, token, position, end):
+        return decode_gpu.run_parts(parts, model, cache, token, position)
     error, _ = largest_error(model, step)
 
     assert error < 1e-5
+
+
+def tokens_of(model, step, prompts):
+    """The tokens that 12 calls of `step` make after `prompts`."""
+    params = SamplingParams(temperature=2.0, top_k=20)
+    cache = GraphCache(model, len(prompts))
+    state = generation.DecodeState(model, len(prompts), cache.size)
+    state.start(prompts, params, seed=1, stop_ids=())
+    logits = generation.prefill(model, cache, prompts)
+    generation.sample_next(state, logits, params)
+    tokens = []
+    for _ in range(12):
+        step(model, cache, state, params)
+        tokens.append(state.token[:, 0].tolist())
+    return tokens
+
+
+@pytest.mark.parametrize("batch, kind", [
+    (1, {}), (3, dict(n_expert=4, n_expert_per_tok=2))], ids=["one row", "a batch, MoE"])
+@torch.inference_mode()
+def test_a_step_compiled_in_parts_makes_the_tokens_of_the_plain_one(batch, kind):
+    """With three layers, which share a part."""
+    model = model_for_decoding(torch.float32, n_layer=3, **kind)
+    prompts = [random_ids(4 + 7 * b, seed=b) for b in range(batch)]
+    compiled = decode_gpu.compile_step(batch, options=None)
+
+    made = tokens_of(model, compiled, prompts)
+
+    plain = partial(generation.decode_step, end=model.config.block_size)
+    assert made == tokens_of(model, plain, prompts)
 
 
 def awkward_logits(size):

@@ -150,6 +150,20 @@ def decode_rows(model, cache, token, position, end):
     return logits
 
 
+def read_row(model, cache, idx, position, end, staging):
+    """Fast version of generation.cached_forward for a prompt of one of batch_decoder.CacheRows.
+
+    staging: a GraphCache of one row, where the graphs are: one for each width, not for each row.
+    The row is copied there and back, which takes a few microseconds.
+    """
+    row, there = cache.k + cache.v, staging.k + staging.v
+    if position[0, 0] > 0:                       # its first tokens are kept
+        torch._foreach_copy_(there, row)
+    x = forward(model, staging, idx, position, end)
+    torch._foreach_copy_(row, there)
+    return x
+
+
 def power_of_two_rows(first, last, rows):
     """The rows to decode where those from first to last - 1 are active: few different graphs."""
     return 0, min(next_power_of_two(last), rows)

@@ -16,8 +16,12 @@ from minillm.speed.topk import top_expert_list, topk_compiled
 
 
 def decode_one_token(model, cache, token, position, end):
-    """Fast version of generation.decode_one_token, to be compiled."""
-    embed, layer, finish = parts_of_step(len(token))
+    """Fast version of generation.decode_one_token, if its parts are compiled."""
+    return run_parts(parts_of_step(len(token)), model, cache, token, position)
+
+
+def run_parts(parts, model, cache, token, position):
+    embed, layer, finish = parts
     x, rope = embed(model, cache, token, position)
     x, new = run_layers(layer, model, cache, x, rope, position)
     return finish(model, cache, x, rope, position, new)

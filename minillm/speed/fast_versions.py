@@ -102,7 +102,9 @@ def for_batch_decoder(model, rows):
     device = model.wte.weight.device.type
     if device == "cuda":
         span = partial(cuda_graph.power_of_two_rows, rows=rows)
-        return {"decode": cuda_graph.decode_rows, "span": span, "topk": topk_by_parts}
+        read = partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model))
+        return {"read": read, "decode": cuda_graph.decode_rows, "span": span,
+                "topk": topk_by_parts}
     if device == "cpu":
         return {"decode": decode_cpu.decode_one_token, "topk": topk_by_parts}
     return {}
