@@ -37,6 +37,7 @@ class Settings:
     checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
+    compile: bool = False                  # GPU: compile the decode step; slower start, faster run
     model_name: str = ""                   # its name for clients; empty: the folder's
     # who may ask, and how much
     host: str = "127.0.0.1"                # address to listen on; 0.0.0.0: all of this machine's
@@ -112,7 +113,7 @@ def main():
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)
-    fast = fast_versions.for_batch_decoder(model, rows) if fast_versions else {}
+    fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
 
     def start_decoder(notify):
         return BatchDecoder(model, cache, s.max_waiting, notify, **fast)

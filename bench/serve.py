@@ -51,6 +51,7 @@ class Settings(ModelShape):
     block_size: Positive = 512        # the context, with random weights
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # auto, float32, bfloat16
+    compile: bool = False             # torch.compile, on a GPU
     # the clients
     clients: NonNegative = 0          # so many only; 0: 1, 8 and 64 in turn
     requests: Positive = 2            # of each client
@@ -84,7 +85,7 @@ def serve_and_measure(s):
 
     cache = model.new_cache(rows)
     service = Service(model, cache, "bench", SamplingParams(temperature=0.8, top_k=50), 10**6)
-    fast = fast_versions.for_batch_decoder(model, rows) if fast_versions else {}
+    fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
     app = make_app(service, Limits(),
                    lambda notify: BatchDecoder(model, cache, 10**4, notify, **fast))
     bound = socket.create_server(("127.0.0.1", 0))

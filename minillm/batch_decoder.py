@@ -136,15 +136,15 @@ class BatchDecoder:
 
     Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
     called in the thread after a step, with the answers that have news: the first text and the end
-    at once, what comes between them at most NEWS_PER_SECOND times. read, decode, span, topk: faster
-    ones from minillm/speed.
+    at once, what comes between them at most NEWS_PER_SECOND times. read, decode, span, sample:
+    faster ones from minillm/speed.
     """
 
     def __init__(self, model, cache, max_waiting, notify, read=cached_forward,
-                 decode=decode_one_token, span=lambda *rows: rows, topk=torch.topk):
+                 decode=decode_one_token, span=lambda *rows: rows, sample=sample):
         self.model, self.cache = model, cache
         self.max_waiting, self.notify = max_waiting, notify
-        self.read, self.decode, self.span, self.topk = read, decode, span, topk
+        self.read, self.decode, self.span, self.sample = read, decode, span, sample
         self.vocab_size = model.tokenizer.vocab_size
         self.rows = [Row(cache, number) for number in range(len(cache.tokens))]
         self.spans = {}                          # (first, last) → CacheRows
@@ -301,7 +301,7 @@ class BatchDecoder:
                 seen = torch.stack([row.seen for row in group]).to(scores.device)
                 scores = penalize(scores, seen, penalty)
             u = torch.tensor([row.u[row.step] for row in group], device=scores.device)
-            tokens = sample(scores, u, temperature, top_k, top_p, self.topk).tolist()
+            tokens = self.sample(scores, u, temperature, top_k, top_p).tolist()
             for row, token in zip(group, tokens):
                 self._push(row, token)
 

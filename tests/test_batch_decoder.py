@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 
-from minillm import batch_decoder, generation
+from minillm import batch_decoder
 from minillm.batch_decoder import Answer, BatchDecoder
 from minillm.conversation import STOP_IDS
+from minillm.generation import generate
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph
 from support.processes import LIMIT
@@ -89,20 +90,22 @@ def run_now(function):
 def test_what_a_gpu_records_gives_the_text_of_an_answer_alone(monkeypatch, n_expert):
     """Prompts go through one row of graphs, and join rows that others have used."""
     monkeypatch.setattr(cuda_graph, "capture", run_now)
+    monkeypatch.setattr(cuda_graph.RecordedSample, "MOST", 5)
     model = tiny_model(n_expert, block_size=96)
     rows, cache = 4, cuda_graph.GraphCache(model, batch=4)
-    read = partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model))
-    span = partial(cuda_graph.power_of_two_rows, rows=rows)
+    fast = {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
+            "span": partial(cuda_graph.power_of_two_rows, rows=rows),
+            "decode": cuda_graph.decode_rows, "sample": cuda_graph.RecordedSample()}
     # two kinds of prompts, so that a row's kept beginning is not the one read last
     lengths = (30, 40, 29, 40, 20, 37, 41, 43)
     prompts = [[*range(5 + 100 * (i % 2), 5 + 100 * (i % 2) + n)] for i, n in enumerate(lengths)]
-    params = SamplingParams(12)
-    answers = [Answer(model.tokenizer, lambda ids, p=p: p, params, seed)
+    params = [SamplingParams(12, top_k=(0, 20, 30)[i % 3]) for i in range(len(prompts))]
+    answers = [Answer(model.tokenizer, lambda ids, p=p: p, params[seed], seed)
                for seed, p in enumerate(prompts)]
 
-    decode_all(model, answers, rows, cache, read=read, decode=cuda_graph.decode_rows, span=span)
+    decode_all(model, answers, rows, cache, **fast)
 
     for seed, (prompt, answer) in enumerate(zip(prompts, answers)):
-        alone = [ids for (ids,) in generation.generate(model, [prompt], params, seed, STOP_IDS)]
+        alone = [ids for (ids,) in generate(model, [prompt], params[seed], seed, STOP_IDS)]
         assert answer.ids == [token for token in alone if token not in STOP_IDS]
     assert sum(answer.cached_tokens for answer in answers) > 0

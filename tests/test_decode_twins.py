@@ -99,8 +99,7 @@ def test_batch_size_1_compiled_equals_the_modules(kind):
     # the one option of these that a CPU has too
     name = "realize_acc_reads_threshold"
     options = {name: DECODE_OPTIONS[name]}
-    parts = [torch.compile(part, fullgraph=True, options=options)
-             for part in decode_gpu.parts_of_step(batch=1)]
+    parts = decode_gpu.compile_parts(decode_gpu.VECTOR, options)
 
     def step(model, cache, token, position, end):
         return decode_gpu.run_parts(parts, model, cache, token, position)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from minillm.generation import KVCache, cached_forward, decode_one_token, decode_step, sample_next
+from minillm.sampling import sample
 from minillm.speed import decode_gpu
 from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
 from minillm.speed.topk import topk_by_parts
@@ -132,7 +133,7 @@ def next_power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-def decode_rows(model, cache, token, position, end):
+def decode_rows(model, cache, token, position, end, compile=False):
     """Fast version of generation.decode_one_token for batch_decoder.CacheRows, which own the graph.
 
     token, position: (B, 1), on the host. It always looks at all slots: one graph for every `end`.
@@ -141,13 +142,45 @@ def decode_rows(model, cache, token, position, end):
         device = model.wte.weight.device
         buffers = torch.zeros_like(token, device=device), torch.zeros_like(position, device=device)
         buffers[1].fill_(cache.size)             # padding: warming up writes nothing that is read
-        replay, logits = capture(lambda: decode_one_token(model, cache, *buffers, cache.size))
-        cache.graph = *buffers, replay, logits
+        if compile:
+            parts = decode_gpu.compile_parts(decode_gpu.BATCH, DECODE_OPTIONS)
+            step = partial(decode_gpu.run_parts, parts, model, cache, *buffers)
+        else:
+            step = partial(decode_one_token, model, cache, *buffers, cache.size)
+        cache.graph = *buffers, *capture(step)
     token_buffer, position_buffer, replay, logits = cache.graph
     token_buffer.copy_(token)
     position_buffer.copy_(position)
     replay()
     return logits
+
+
+class RecordedSample:
+    """Fast version of sampling.sample for a BatchDecoder: its 60 small kernels as one CUDA graph.
+
+    Clients choose the settings, so only the first MOST graphs are kept: the usual settings come
+    early. What comes later runs kernel by kernel.
+    """
+    MOST = 32
+
+    def __init__(self):
+        self.graphs = {}                         # (rows, settings) → (logits, u, replay, tokens)
+
+    def __call__(self, logits, u, *settings):
+        n, vocab_size = logits.shape
+        rows = next_power_of_two(n)
+        key = (rows, *settings)
+        if key not in self.graphs:
+            if len(self.graphs) == self.MOST:
+                return sample(logits, u, *settings, topk_by_parts)
+            buffers = logits.new_zeros(rows, vocab_size), u.new_zeros(rows)
+            self.graphs[key] = *buffers, *capture(
+                lambda: sample(*buffers, *settings, topk_by_parts))
+        logits_buffer, u_buffer, replay, tokens = self.graphs[key]
+        logits_buffer[:n].copy_(logits)
+        u_buffer[:n].copy_(u)
+        replay()
+        return tokens[:n]
 
 
 def read_row(model, cache, idx, position, end, staging):

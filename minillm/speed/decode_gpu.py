@@ -45,9 +45,7 @@ def compile_step(batch, options):
         logits = finish(model, cache, x, rope, position, new)
         sample_next(state, logits, params, topk_compiled)
 
-    def compiled(function):
-        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-    begin, layer, end = compiled(begin), compiled(layer), compiled(end)
+    begin, layer, end = compile_parts((begin, layer, end), options)
 
     def step(model, cache, state, params):
         x, rope, position = begin(model, cache, state)
@@ -57,10 +55,12 @@ def compile_step(batch, options):
 
 
 def parts_of_step(batch):
-    """(embedding, one layer, what follows the layers) for one row, or for a batch."""
-    if batch == 1:
-        return embed_vector, vector_layer, finish_vector
-    return embed_batch, batch_layer, finish_batch
+    """The functions that embed the tokens, compute one layer, and what follows the layers."""
+    return VECTOR if batch == 1 else BATCH
+
+
+def compile_parts(parts, options):
+    return [torch.compile(part, fullgraph=True, dynamic=False, options=options) for part in parts]
 
 
 def run_layers(layer, model, cache, x, rope, position):
@@ -198,3 +198,7 @@ def moe(layer, x_D):
     for expert, row_F in zip(experts_K, rows_KF):
         terms = terms + row_terms(layer.w2_EFD.transpose(1, 2), row_F, expert[0])
     return terms.sum(-1)
+
+
+VECTOR = embed_vector, vector_layer, finish_vector
+BATCH = embed_batch, batch_layer, finish_batch

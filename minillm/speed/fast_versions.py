@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_loop
+from minillm.sampling import sample
 from minillm.speed import cuda_graph, decode_cpu
 from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8 import Float8Linear
@@ -97,16 +98,20 @@ def for_generate(model, compile):
     return {}
 
 
-def for_batch_decoder(model, rows):
+def for_batch_decoder(model, rows, compile=False):
     """The arguments of BatchDecoder over `rows` rows that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
         span = partial(cuda_graph.power_of_two_rows, rows=rows)
-        read = partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model))
-        return {"read": read, "decode": cuda_graph.decode_rows, "span": span,
-                "topk": topk_by_parts}
+        if compile:
+            def span(first, last):               # always all rows: one graph to compile
+                return 0, rows
+        return {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
+                "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
+                "sample": cuda_graph.RecordedSample()}
     if device == "cpu":
-        return {"decode": decode_cpu.decode_one_token, "topk": topk_by_parts}
+        return {"decode": decode_cpu.decode_one_token,
+                "sample": partial(sample, topk=topk_by_parts)}
     return {}
 
 
