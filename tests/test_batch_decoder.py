@@ -90,12 +90,12 @@ def run_now(function):
 def test_what_a_gpu_records_gives_the_text_of_an_answer_alone(monkeypatch, n_expert):
     """Prompts go through one row of graphs, and join rows that others have used."""
     monkeypatch.setattr(cuda_graph, "capture", run_now)
-    monkeypatch.setattr(cuda_graph.RecordedSample, "MOST", 5)
+    monkeypatch.setattr(cuda_graph.RecordedSample, "MOST", 2)
     model = tiny_model(n_expert, block_size=96)
     rows, cache = 4, cuda_graph.GraphCache(model, batch=4)
     fast = {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
             "span": partial(cuda_graph.power_of_two_rows, rows=rows),
-            "decode": cuda_graph.decode_rows, "sample": cuda_graph.RecordedSample()}
+            "decode": cuda_graph.decode_rows, "sample": cuda_graph.RecordedSample(rows)}
     # two kinds of prompts, so that a row's kept beginning is not the one read last
     lengths = (30, 40, 29, 40, 20, 37, 41, 43)
     prompts = [[*range(5 + 100 * (i % 2), 5 + 100 * (i % 2) + n)] for i, n in enumerate(lengths)]

@@ -158,29 +158,28 @@ def decode_rows(model, cache, token, position, end, compile=False):
 class RecordedSample:
     """Fast version of sampling.sample for a BatchDecoder: its 60 small kernels as one CUDA graph.
 
-    Clients choose the settings, so only the first MOST graphs are kept: the usual settings come
-    early. What comes later runs kernel by kernel.
+    Clients choose the settings, so only the first MOST are recorded: the usual ones come early.
     """
-    MOST = 32
+    MOST = 8
 
-    def __init__(self):
-        self.graphs = {}                         # (rows, settings) → (logits, u, replay, tokens)
+    def __init__(self, rows):
+        self.rows, self.logits, self.u = rows, None, None
+        self.graphs = {}                         # settings → (replay, tokens)
 
     def __call__(self, logits, u, *settings):
-        n, vocab_size = logits.shape
-        rows = next_power_of_two(n)
-        key = (rows, *settings)
-        if key not in self.graphs:
+        if self.logits is None:
+            self.logits = logits.new_zeros(self.rows, logits.shape[1])
+            self.u = u.new_zeros(self.rows)
+        if settings not in self.graphs:
             if len(self.graphs) == self.MOST:
                 return sample(logits, u, *settings, topk_by_parts)
-            buffers = logits.new_zeros(rows, vocab_size), u.new_zeros(rows)
-            self.graphs[key] = *buffers, *capture(
-                lambda: sample(*buffers, *settings, topk_by_parts))
-        logits_buffer, u_buffer, replay, tokens = self.graphs[key]
-        logits_buffer[:n].copy_(logits)
-        u_buffer[:n].copy_(u)
+            self.graphs[settings] = capture(
+                lambda: sample(self.logits, self.u, *settings, topk_by_parts))
+        replay, tokens = self.graphs[settings]
+        self.logits[:len(u)].copy_(logits)       # what the other rows hold does not matter
+        self.u[:len(u)].copy_(u)
         replay()
-        return tokens[:n]
+        return tokens[:len(u)]
 
 
 def read_row(model, cache, idx, position, end, staging):

@@ -108,7 +108,7 @@ def for_batch_decoder(model, rows, compile=False):
                 return 0, rows
         return {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
                 "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
-                "sample": cuda_graph.RecordedSample()}
+                "sample": cuda_graph.RecordedSample(rows)}
     if device == "cpu":
         return {"decode": decode_cpu.decode_one_token,
                 "sample": partial(sample, topk=topk_by_parts)}
