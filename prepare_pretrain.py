@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from minillm.atomic_folder import replaced_folder
 from minillm.configurator import BelowOne, NonNegative, Positive, configure, positional
+from minillm.documents import Document, columns
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import run
 from minillm.report import Report
-from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
 from minillm.text_reader import block_documents
@@ -74,8 +75,8 @@ def main():
         # 1) read, encode, and put in buckets on the disk
         buckets = os.path.join(folder, "buckets")
         os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda document: report.skip(
-            "duplicate of a document before", document.place))
+        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
+            "duplicate of a document before", place))
         split = ValidationSplit(s.val_fraction, may_cut=True)
         characters = 0
         with progress(source) as bar:
@@ -115,7 +116,7 @@ _END = struct.pack("<H", END_OF_TEXT)
 
 @dataclass
 class Encoder:
-    """Encodes a block: [Document], characters, and the report of what was skipped and repaired."""
+    """Encodes a block: Documents, characters, and the report of what was skipped and repaired."""
     tokenizer: Tokenizer
     text_key: str
     strict: bool
@@ -123,7 +124,8 @@ class Encoder:
     def __call__(self, block):
         report = Report(self.strict)
         texts = list(block_documents(block, report, self.text_key))
-        return encode_documents(self.tokenizer, texts), sum(len(text) for _, text in texts), report
+        documents = columns(encode_documents(self.tokenizer, texts))
+        return documents, sum(len(text) for _, text in texts), report
 
 
 def encode_documents(tokenizer, texts):
@@ -156,28 +158,30 @@ class SplitWriter:
 def write_splits(folder, shuffle, split, tokenizer):
     """Empty the shuffle into train.bin and val.bin; returns their counts for meta.json."""
     train, val = SplitWriter(folder, "train"), SplitWriter(folder, "val")
-    for document in shuffle.shuffled():
-        wanted = split.bytes_to_cut(document)
-        if split.in_validation(document):
-            val.add(document.payload, document.size)
-        elif wanted and len(document.payload) > 4:       # two tokens and <|endoftext|>
-            start, size = cut_point(document, wanted, tokenizer)
-            train.add(bytes(document.payload[:start]) + _END, document.size - size)
-            val.add(document.payload[start:], size)
-        else:
-            train.add(document.payload, document.size)
+    for documents in shuffle.shuffled():
+        in_validation, to_cut = split.in_validation(documents), split.to_cut(documents)
+        sizes = documents.sizes.tolist()
+        for index, (tokens, size) in enumerate(zip(documents.payloads, sizes)):
+            if in_validation[index]:
+                val.add(tokens, size)
+            elif index in to_cut and len(tokens) > 4:    # two tokens and <|endoftext|>
+                start, size_of_end = cut_point(tokens, to_cut[index], tokenizer)
+                train.add(bytes(tokens[:start]) + _END, size - size_of_end)
+                val.add(tokens[start:], size_of_end)
+            else:
+                train.add(tokens, size)
     train.close()
     val.close()
     return {"train": train.counts, "val": val.counts}
 
 
-def cut_point(document, wanted, tokenizer):
-    """Where to cut a document so that about `wanted` bytes of its text come after the cut.
+def cut_point(tokens, wanted, tokenizer):
+    """Where to cut packed tokens so that about `wanted` bytes of text come after the cut.
 
     At the nearest line end; if that is too far off, at a sentence end; otherwise between two
-    characters. Returns (the place in the payload, the bytes of text after it).
+    characters. Returns (the place in `tokens`, the bytes of text after it).
     """
-    ids = memoryview(document.payload).cast("H")[:-1].tolist()
+    ids = memoryview(tokens).cast("H")[:-1].tolist()
     # kind of place -> (distance from what is wanted, place, bytes)
     candidates = {}
     behind = 0

@@ -38,11 +38,12 @@ from tqdm import tqdm
 from minillm.atomic_folder import replaced_folder
 from minillm.chat_names import Names
 from minillm.configurator import BelowOne, NonNegative, Positive, configure, positional, whole
+from minillm.documents import Document, columns
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
 from minillm.packing import COUNTS, RowWriter, to_payload
 from minillm.report import Report
-from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
 from minillm.text_reader import block_conversations, refuse_txt
@@ -100,15 +101,15 @@ def main():
         # 1) read, encode, and put in buckets on the disk
         buckets = os.path.join(folder, "buckets")
         os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda document: report.skip(
-            "duplicate of a conversation before", document.place))
+        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
+            "duplicate of a conversation before", place))
         split = ValidationSplit(s.val_fraction, may_cut=False)
         with progress(source) as bar:
             for documents, block_report in encode_ahead(encoder, blocks, processes):
                 report.merge(block_report)
                 shuffle.add(documents)
                 split.count(documents)
-                bar.update(source.position - bar.n if source else len(documents))
+                bar.update(source.position - bar.n if source else len(documents.sizes))
         # 2) read the buckets, pack, and write the files
         split.decide()
         splits = write_splits(folder, shuffle, split, capacity)
@@ -138,7 +139,7 @@ def progress(source):
 
 @dataclass
 class Encoder:
-    """Encodes a block: [Document], and the report of what was skipped and repaired."""
+    """Encodes a block: Documents, and the report of what was skipped and repaired."""
     tokenizer: Tokenizer
     names: Names
     capacity: int
@@ -149,7 +150,7 @@ class Encoder:
         report = Report(self.strict)
         chats = list(block_conversations(block, report, self.names))
         documents = encode_conversations(self.tokenizer, chats, self.capacity, self.long, report)
-        return documents, report
+        return columns(documents), report
 
 
 def encode_conversations(tokenizer, chats, capacity, long, report):
@@ -257,9 +258,10 @@ def to_document(turns, digest, place):
 def write_splits(folder, shuffle, split, capacity):
     """Empty the shuffle into the rows of train and val; returns their counts for meta.json."""
     train, val = RowWriter(folder, "train", capacity), RowWriter(folder, "val", capacity)
-    for document in shuffle.shuffled():
-        writer = val if split.in_validation(document) else train
-        writer.add(document)
+    for documents in shuffle.shuffled():
+        in_validation = split.in_validation(documents)
+        val.add(documents.chosen(in_validation))
+        train.add(documents.chosen(~in_validation))
     train.close()
     val.close()
     return {"train": train.counts, "val": val.counts}

@@ -2,7 +2,7 @@
 
     payload = to_payload(tokens, mask, supervised_bytes)     # of one conversation
     writer = RowWriter("data/sft", "train", capacity=513)
-    writer.add(document)                                 # with that payload
+    writer.add(documents)                                # Documents with such payloads
     writer.close()
 """
 import os
@@ -15,6 +15,7 @@ from minillm.tokenizer import END_OF_TEXT
 # keys in meta.json; tokens: with the padding; learned: supervised
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
 POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
+ROWS_WRITTEN = 1000                  # at once
 # in a payload before tokens and mask: UTF-8 bytes of the supervised contents
 _SUPERVISED_BYTES = struct.Struct("<Q")
 _END = struct.pack("<H", END_OF_TEXT)
@@ -26,6 +27,11 @@ def to_payload(tokens, mask, supervised_bytes):
     tokens: the packed ids of its turns, uint16; mask: loss masks of the turns, a byte per token.
     """
     return b"".join([_SUPERVISED_BYTES.pack(supervised_bytes), *tokens, _END, *mask, b"\0"])
+
+
+def _tokens_in(payload):
+    """How many tokens a payload holds; each takes two bytes and one of the mask."""
+    return (len(payload) - _SUPERVISED_BYTES.size) // 3
 
 
 def pack(lengths, capacity):
@@ -67,31 +73,42 @@ class RowWriter:
         self._pool, self._pool_tokens = [], 0
         self.counts = dict.fromkeys(COUNTS, 0)
 
-    def add(self, document):
-        # copies, so that its bucket can go
-        body = document.payload[_SUPERVISED_BYTES.size:]
-        length = len(body) // 3
-        self._pool.append((bytes(body[:2 * length]), bytes(body[2 * length:])))
-        self._pool_tokens += length
-        self.counts["documents"] += 1
-        self.counts["bytes"] += document.size
-        self.counts["learned_bytes"] += _SUPERVISED_BYTES.unpack_from(document.payload)[0]
-        if self._pool_tokens >= POOL_TOKENS:
-            self._write_pool()
+    def add(self, documents):
+        self.counts["documents"] += len(documents.payloads)
+        self.counts["bytes"] += int(documents.sizes.sum())
+        for payload in documents.payloads:
+            self.counts["learned_bytes"] += _SUPERVISED_BYTES.unpack_from(payload)[0]
+            self._pool.append(bytes(payload))            # a copy, so that its bucket can go
+            self._pool_tokens += _tokens_in(payload)
+            if self._pool_tokens >= POOL_TOKENS:
+                self._write_pool()
 
     def _write_pool(self):
-        rows = pack([len(mask) for _, mask in self._pool], self._capacity)
-        for row in rows:
-            tokens = b"".join([self._pool[item][0] for item in row])
-            mask = b"".join([self._pool[item][1] for item in row])
-            padding = self._capacity - len(mask)
-            self._tokens.write(tokens + padding * _END)
-            self._mask.write(mask + bytes(padding))
-            self.counts["learned_tokens"] += mask.count(1)
-            self.counts["padding_tokens"] += padding
+        lengths = list(map(_tokens_in, self._pool))
+        rows = pack(lengths, self._capacity)
+        for start in range(0, len(rows), ROWS_WRITTEN):
+            self._write_rows(rows[start: start + ROWS_WRITTEN], lengths)
         self.counts["rows"] += len(rows)
         self.counts["tokens"] += len(rows) * self._capacity
+        self.counts["padding_tokens"] += len(rows) * self._capacity - sum(lengths)
         self._pool, self._pool_tokens = [], 0
+
+    def _write_rows(self, rows, lengths):
+        tokens, mask = [], []
+        for row in rows:
+            padding = self._capacity
+            for item in row:
+                payload, length = self._pool[item], lengths[item]
+                middle = _SUPERVISED_BYTES.size + 2 * length
+                tokens.append(payload[_SUPERVISED_BYTES.size: middle])
+                mask.append(payload[middle:])
+                padding -= length
+            tokens.append(padding * _END)
+            mask.append(bytes(padding))
+        mask = b"".join(mask)
+        self.counts["learned_tokens"] += mask.count(1)
+        self._tokens.write(b"".join(tokens))
+        self._mask.write(mask)
 
     def close(self):
         self._write_pool()

@@ -3,8 +3,8 @@
 (The order of the windows in training is dataloader.permute.)
 
     shuffle = DiskShuffle(folder, seed)
-    shuffle.add([Document(digest, size, payload, place), …])      # in the order of arrival
-    for document in shuffle.shuffled(): …                         # in an order of the seed alone
+    shuffle.add(documents)                       # Documents, in the order of arrival
+    for documents in shuffle.shuffled(): …       # … in an order of the seed alone
 
 Each document gets a pseudo-random 64-bit key and is appended to one of 256 bucket files by the
 key's top bits. Then one bucket after the other is read, sorted by key, and returned. That is a
@@ -16,9 +16,10 @@ import hashlib
 import os
 import shutil
 import struct
-from typing import NamedTuple
 
 import numpy as np
+
+from minillm.documents import Documents
 
 try:
     import resource
@@ -28,14 +29,9 @@ except ImportError:                  # Windows, whose limit is 8,192 files
 BUCKETS = 256
 BUCKET_BYTES = 128 << 20
 WRITE_BUFFER = 64 << 10              # of each bucket: 16 MiB for all
-_HEADER = struct.Struct("<Q16sHQQ")  # key, digest, bytes of place, size, bytes of payload
-
-
-class Document(NamedTuple):
-    digest: bytes        # of its content, see content_digest()
-    size: int            # UTF-8 bytes of its text
-    payload: bytes       # what the caller packed
-    place: str = ""      # file:line; kept only where duplicates are looked for
+HEADER = np.dtype([                  # of a document in a bucket; its place and payload follow
+    ("key", "<u8"), ("digest", "<u8", 2), ("size", "<i8"), ("place", "<u8"), ("payload", "<u8")])
+_LENGTHS = struct.Struct("<QQ")      # the last two fields: bytes of place and payload
 
 
 def content_digest(content):
@@ -64,10 +60,10 @@ def _splitmix(x):
 class DiskShuffle:
     """Documents in, shuffled documents out. `folder` must be empty; it is removed at the end.
 
-    With `dedup`, documents of equal digest are returned once, the first that arrived; the others
-    go to `on_duplicate(document)`. The key is then made from the digest, so that copies meet in one
-    bucket and no set of digests is kept in memory. Without it, the key is made from the document's
-    number, and copies of one document end up far apart.
+    With `dedup`, documents of equal digest are returned once, the first that arrived; the places of
+    the others go to `on_duplicate(place)`. The key is then made from the digest, so that copies
+    meet in one bucket and no set of digests is kept in memory. Without it, the key is made from the
+    document's number, copies of one document end up far apart, and places are not kept.
     """
 
     def __init__(self, folder, seed, dedup=False, on_duplicate=None):
@@ -80,18 +76,25 @@ class DiskShuffle:
         _allow_open_files(BUCKETS + 256)
 
     def add(self, documents):
-        """Append documents. shuffled() gives their payloads back."""
+        """Append Documents. shuffled() gives them back."""
+        count = len(documents.payloads)
         if self._dedup:
-            digests = b"".join(document.digest for document in documents)
-            numbers = np.frombuffer(digests, "<u8")[1::2]
+            numbers = documents.digests[:, 1]
+            places = [place.encode("utf-8", "surrogateescape") for place in documents.places]
         else:
-            numbers = np.arange(self._count, self._count + len(documents), dtype=np.uint64)
-        self._count += len(documents)
-        keys = _splitmix(numbers ^ self._seed).tolist()
-        for key, (digest, size, payload, place) in zip(keys, documents):
-            name = place.encode("utf-8", "surrogateescape") if self._dedup else b""
-            header = _HEADER.pack(key, digest, len(name), size, len(payload))
-            self._append(self._files, self._folder, key >> 56, header + name + payload)
+            numbers = np.arange(self._count, self._count + count, dtype=np.uint64)
+            places = [b""] * count
+        self._count += count
+        headers = np.empty(count, HEADER)
+        headers["key"] = _splitmix(numbers ^ self._seed)
+        headers["digest"] = documents.digests
+        headers["size"] = documents.sizes
+        headers["place"] = [len(place) for place in places]
+        headers["payload"] = [len(payload) for payload in documents.payloads]
+        buckets = (headers["key"] >> np.uint64(56)).tolist()
+        headers = headers.view(f"V{HEADER.itemsize}").tolist()       # as bytes
+        for bucket, header, place, payload in zip(buckets, headers, places, documents.payloads):
+            self._append(self._files, self._folder, bucket, header + place + payload)
 
     def _append(self, files, folder, bucket, record):
         if bucket not in files:
@@ -104,15 +107,21 @@ class DiskShuffle:
         files[bucket].write(record)
 
     def shuffled(self):
-        """Yield the Documents in the order of their keys. Call once."""
-        last = None
-        for document in self._in_order(self._files, self._folder, 48):
-            if self._dedup and document.digest == last:
-                self._on_duplicate(document)
-                continue
-            last = document.digest
-            yield document
+        """Yield Documents, those of a bucket at a time, in the order of their keys. Call once."""
+        for documents in self._in_order(self._files, self._folder, 48):
+            if self._dedup:
+                documents = self._without_copies(documents)
+            yield documents
         shutil.rmtree(self._folder)
+
+    def _without_copies(self, documents):
+        """The first of each run of documents with equal digests; a run lies in one bucket."""
+        digests = documents.digests
+        is_copy = np.zeros(len(digests), bool)
+        is_copy[1:] = (digests[1:] == digests[:-1]).all(1)
+        for index in np.flatnonzero(is_copy):
+            self._on_duplicate(documents.places[index])
+        return documents.chosen(~is_copy)
 
     def _in_order(self, files, folder, shift):
         """Yield the documents of some buckets. `shift`: where the next 8 bits of the key stand."""
@@ -127,17 +136,18 @@ class DiskShuffle:
                 with open(path, "rb") as file:
                     data = memoryview(file.read())
                 os.remove(path)
-                yield from _sorted_documents(data)
+                yield _sorted_documents(data)
 
     def _split(self, path, shift):
         """Cut a bucket into smaller ones; returns them and their folder."""
         smaller, folder = {}, path + ".split"
         os.mkdir(folder)
         with open(path, "rb") as file:
-            while header := file.read(_HEADER.size):
-                key, _, name_size, _, payload_size = _HEADER.unpack(header)
-                rest = file.read(name_size + payload_size)
-                self._append(smaller, folder, key >> shift & 255, header + rest)
+            while header := file.read(HEADER.itemsize):
+                [fields] = np.frombuffer(header, HEADER)
+                rest = file.read(int(fields["place"]) + int(fields["payload"]))
+                bucket = int(fields["key"]) >> shift & 255
+                self._append(smaller, folder, bucket, header + rest)
         os.remove(path)
         return smaller, folder
 
@@ -154,15 +164,22 @@ def _allow_open_files(count):
 
 
 def _sorted_documents(data):
-    entries, at = [], 0
+    """The documents of a bucket, in the order of their keys; the payloads are views of `data`."""
+    starts, at = [], 0
     while at < len(data):
-        key, _, name_size, _, payload_size = _HEADER.unpack_from(data, at)
-        entries.append((key, at))                       # equal keys stay in the order of arrival
-        at += _HEADER.size + name_size + payload_size
-    entries.sort()
-    for key, at in entries:
-        _, digest, name_size, size, payload_size = _HEADER.unpack_from(data, at)
-        at += _HEADER.size
-        place = bytes(data[at: at + name_size]).decode("utf-8", "surrogateescape")
-        at += name_size
-        yield Document(digest, size, data[at: at + payload_size], place)
+        starts.append(at)
+        place, payload = _LENGTHS.unpack_from(data, at + HEADER.itemsize - _LENGTHS.size)
+        at += HEADER.itemsize + place + payload
+    starts = np.array(starts)
+    bytes_of_headers = np.frombuffer(data, np.uint8)[starts[:, None] + np.arange(HEADER.itemsize)]
+    headers = bytes_of_headers.view(HEADER)[:, 0]
+    order = np.argsort(headers["key"], kind="stable")    # equal keys stay in the order of arrival
+    headers = headers[order]
+    places = starts[order] + HEADER.itemsize
+    payloads = places + headers["place"].astype(np.int64)
+    ends = payloads + headers["payload"].astype(np.int64)
+    places, payloads, ends = places.tolist(), payloads.tolist(), ends.tolist()
+    return Documents(
+        headers["digest"], headers["size"],
+        [data[start:end] for start, end in zip(payloads, ends)],
+        [str(data[start:end], "utf-8", "surrogateescape") for start, end in zip(places, payloads)])

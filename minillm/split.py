@@ -1,15 +1,17 @@
 """Which documents are for validation: decided by a hash of their content.
 
     split = ValidationSplit(0.01)
-    split.count(documents)           # all of them, in any order
+    split.count(documents)           # Documents; all of them, in any order
     split.decide()
-    split.in_validation(document)    # whole; or split.bytes_to_cut(document) from its end
+    split.in_validation(documents)   # an array of bool: which of them are for validation
+    split.to_cut(documents)          # those whose end is for validation, mostly none
 
 The hash of a document is a number between 0 and 1; validation takes those below its fraction. So
 the split stays as it is when files are added. With few documents, or a huge one, that could be 0%
 or 80% of the bytes. Then the documents with the lowest numbers that keep the share within a factor
 of two are taken instead, and the end of one more where whole ones do not suffice.
 """
+import math
 from collections import Counter
 
 import numpy as np
@@ -27,7 +29,7 @@ class ValidationSplit:
         self.fraction = fraction
         self.may_cut = may_cut
         self.total = 0
-        self._bound = fraction * 2**64           # a digest's number below it: for validation
+        self._bound = math.ceil(fraction * 2**64)  # a digest's number below it: for validation
         self._below = Counter()                  # bytes of those documents, by size.bit_length()
         self._lowest = {}                        # the lowest numbers -> bytes
         self._giant = (0, None)                  # bytes and number of the largest document
@@ -36,21 +38,19 @@ class ValidationSplit:
         self._cut = {}                           # number -> bytes from its end for validation
 
     def count(self, documents):
-        """Count some documents; all calls come before decide()."""
-        digests = b"".join(document.digest for document in documents)
-        numbers = np.frombuffer(digests, "<u8")[::2]
-        bound = self._bound
-        if len(self._lowest) < LOWEST_KEPT:
-            bound = 2.0**64
-        else:
-            bound = max(bound, max(self._lowest))
-        sizes = [document.size for document in documents]
-        self.total += sum(sizes)
-        if sizes and max(sizes) > self._giant[0]:
-            largest = sizes.index(max(sizes))
-            self._giant = (max(sizes), int(numbers[largest]))
-        for index in np.flatnonzero(numbers <= bound).tolist():
-            self._count_low(int(numbers[index]), sizes[index])
+        """Count some Documents; all calls come before decide()."""
+        numbers, sizes = documents.digests[:, 0], documents.sizes
+        if not len(sizes):
+            return
+        bound = 2**64 - 1
+        if len(self._lowest) >= LOWEST_KEPT:
+            bound = max(self._bound, max(self._lowest))
+        self.total += int(sizes.sum())
+        largest = int(sizes.argmax())
+        if sizes[largest] > self._giant[0]:
+            self._giant = (int(sizes[largest]), int(numbers[largest]))
+        for index in np.flatnonzero(numbers <= np.uint64(bound)).tolist():
+            self._count_low(int(numbers[index]), int(sizes[index]))
 
     def _count_low(self, number, size):
         if number < self._bound:
@@ -84,18 +84,22 @@ class ValidationSplit:
             self._whole.add(min(self._lowest))   # of a few conversations, one
 
     def _is_low(self, number, size):
-        small = self._largest is None or size.bit_length() < self._largest
-        return small and number < self._bound
+        """Whether the hash alone decides for validation; numbers, or arrays of them."""
+        # of a bit length below `_largest`; None: any
+        limit = 2**63 if self._largest is None else 2 ** (self._largest - 1)
+        return (size < limit) & (number < self._bound)
 
-    def in_validation(self, document):
-        """Whether the whole document is for validation."""
-        number = _number(document)
-        return number in self._whole or self._is_low(number, document.size)
+    def in_validation(self, documents):
+        """Whether each of the Documents is for validation as a whole: an array of bool."""
+        numbers = documents.digests[:, 0]
+        found = self._is_low(numbers, documents.sizes)
+        if self._whole:
+            found |= np.isin(numbers, np.array(list(self._whole), np.uint64))
+        return found
 
-    def bytes_to_cut(self, document):
-        """How many bytes from the end of a document are for validation; None for most."""
-        return self._cut.get(_number(document)) if self._cut else None
-
-
-def _number(document):
-    return int.from_bytes(document.digest[:8], "little")
+    def to_cut(self, documents):
+        """{index of a document: how many bytes from its end are for validation}"""
+        if not self._cut:
+            return {}
+        numbers = documents.digests[:, 0].tolist()
+        return {i: self._cut[number] for i, number in enumerate(numbers) if number in self._cut}

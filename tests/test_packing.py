@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minillm import packing
+from minillm.documents import Document, columns
 from minillm.packing import pack
-from minillm.shuffle import Document
 
 
 def naive_best_fit_decreasing(lengths, capacity):
@@ -76,8 +76,9 @@ def test_ten_times_the_conversations_take_the_same_memory(tmp_path):
         rng = np.random.default_rng(0)
         lengths = np.minimum(capacity, 20 + rng.lognormal(4.6, 0.8, count)).astype(int).tolist()
         writer = packing.RowWriter(str(tmp_path), "train", capacity)
-        for length in lengths:
-            writer.add(Document(b"", 1, payloads[length]))
+        for start in range(0, count, 1000):
+            some = lengths[start: start + 1000]
+            writer.add(columns([Document(bytes(16), 1, payloads[length]) for length in some]))
         writer.close()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         padding = writer.counts["padding_tokens"] / writer.counts["tokens"]

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from minillm import shuffle
-from minillm.shuffle import DiskShuffle, Document, content_digest
+from minillm.documents import Document, columns
+from minillm.shuffle import DiskShuffle, content_digest
 from support.preparation_runs import chats, read_documents, texts, write_chats, write_texts
 
 
@@ -63,10 +64,10 @@ def shuffled(folder, dedup):
     for i in range(2000):
         content = str(i % 1000).encode()
         document = Document(content_digest(content), len(content), content * 5, f"f:{i}")
-        disk_shuffle.add([document])
+        disk_shuffle.add(columns([document]))
     found = []
-    for document in disk_shuffle.shuffled():
-        found.append((document.digest, bytes(document.payload)))
+    for documents in disk_shuffle.shuffled():
+        found += zip(documents.digests.tolist(), map(bytes, documents.payloads))
     assert not folder.exists()
     return found, len(dropped)
 

@@ -3,7 +3,8 @@ from typing import NamedTuple
 
 import pytest
 
-from minillm.shuffle import Document, content_digest
+from minillm.documents import Document, columns
+from minillm.shuffle import content_digest
 from minillm.split import ValidationSplit
 from support.preparation_runs import chats, read_documents, texts, write_chats
 
@@ -54,8 +55,8 @@ def documents_of(sizes):
 
 def decided(documents):
     split = ValidationSplit(0.01, may_cut=True)
-    split.count(documents[: len(documents) // 2])
-    split.count(documents[len(documents) // 2:])
+    split.count(columns(documents[: len(documents) // 2]))
+    split.count(columns(documents[len(documents) // 2:]))
     split.decide()
     return split
 
@@ -65,12 +66,9 @@ def hash_of(document):
 
 
 def share_for_validation(documents):
-    split = decided(documents)
-    chosen = 0
-    for document in documents:
-        if split.in_validation(document):
-            chosen += document.size
-        chosen += split.bytes_to_cut(document) or 0
+    split, all_documents = decided(documents), columns(documents)
+    chosen = int(all_documents.sizes[split.in_validation(all_documents)].sum())
+    chosen += sum(split.to_cut(all_documents).values())
     return chosen / sum(document.size for document in documents)
 
 
@@ -92,8 +90,8 @@ def test_of_many_documents_the_hash_alone_decides():
 
     split = decided(documents)
 
-    for document in documents:
-        assert split.in_validation(document) == (hash_of(document) < 0.01 * 2**64)
+    expected = [hash_of(document) < 0.01 * 2**64 for document in documents]
+    assert split.in_validation(columns(documents)).tolist() == expected
 
 
 def test_few_conversations_give_one_to_validation(small_corpus, tmp_path):
