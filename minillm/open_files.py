@@ -34,14 +34,14 @@ class Rewound(io.RawIOBase):
 
     def readinto(self, buffer):
         if len(self._head):
-            data = self._head[: len(buffer)]
-            self._head = self._head[len(data):]
+            count = min(len(buffer), len(self._head))
+            buffer[:count] = self._head[:count]
+            self._head = self._head[count:]
         else:
-            data = self._stream.read1(len(buffer))
+            count = self._stream.readinto1(buffer)       # no copy, however many are nested
         if self._line_end:
-            data = bytes(data).replace(self._line_end, b"\n")
-        buffer[: len(data)] = data
-        return len(data)
+            buffer[:count] = bytes(buffer[:count]).replace(self._line_end, b"\n")
+        return count
 
 
 def look_ahead(stream, size):
