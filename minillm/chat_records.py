@@ -314,7 +314,10 @@ def _join(message, text, supervised, report, place):
 
 def mend(text, report, place):
     """Replace lone surrogates, which no UTF-8 can hold (JSON's \\ud800 makes them), by U+FFFD."""
-    if text.isascii() or not LONE_SURROGATE.search(text):
+    try:
+        text.encode("utf-8")                             # ten times as fast as a search
         return text
+    except UnicodeEncodeError:
+        pass
     report.repair("lone surrogate replaced by U+FFFD", place)
     return LONE_SURROGATE.sub("\ufffd", text)

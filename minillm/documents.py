@@ -24,7 +24,7 @@ class Documents(NamedTuple):
     digests: np.ndarray  # (n, 2) uint64
     sizes: np.ndarray    # (n,) int64
     payloads: list       # of bytes or memoryview
-    places: list         # of str
+    places: list         # of str; empty where they are not kept
 
     def chosen(self, is_chosen):
         """The documents at the true entries of `is_chosen`, an array of bool."""

@@ -4,7 +4,7 @@
 
 One process: `blocks` are read on another thread and two calls of `encode` run at a time, so that
 the library's threads have work while Python packs the ids of the previous block. More processes:
-each has a copy of `encode` (which must pickle) and one thread. Threads of one process share an
+each has a copy of `encode` (which must pickle where processes are spawned) and one thread. Threads of one process share an
 allocator and scale to about 16 cores only; processes scale further.
 
 The processes end with this one, also after an error, Ctrl-C or SIGKILL.
@@ -17,16 +17,22 @@ import multiprocessing.connection
 import os
 import queue
 import signal
+import sys
 import threading
 
 from minillm.errors import UserError
 
 AHEAD = 2                    # blocks in flight per process; memory is a few blocks for each
-SMALL = 32 << 20             # bytes of input that one process encodes before others have started
+SMALL = 8 << 20              # bytes of input that one process encodes before others have started
+# A forked process is there in milliseconds and shares the tokenizer's memory; a spawned one imports
+# and loads all of it again. Elsewhere, the system's own libraries do not bear a fork
+START = "fork" if sys.platform == "linux" else "spawn"
 WORKERS = {
     "RAYON_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    # also says nothing about the fork
+    "TOKENIZERS_PARALLELISM": "false",
     # no word about semaphores when this process is killed
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
@@ -79,15 +85,16 @@ def _pool(encode, processes):
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             yield lambda block: pool.submit(encode, block), 2
         return
-    # spawned, not forked: a fork would inherit the locks of the library's threads
     pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _begin_worker, (encode,))
+        processes, multiprocessing.get_context(START), _begin_worker, (encode,))
 
-    def submit(block):
+    def submit(function, *arguments):
         with _signals_held(), _environment_of_workers():     # it may start a process
-            return pool.submit(_encode_in_worker, block)
+            return pool.submit(function, *arguments)
     try:
-        yield submit, processes
+        # forked here, all of them: no other thread reads yet, whose locks they would inherit
+        submit(_begun)
+        yield lambda block: submit(_encode_in_worker, block), processes
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -124,7 +131,7 @@ _encode = None               # of a worker process
 
 
 def _begin_worker(encode):
-    """The first call in a worker process."""
+    """Called first in each worker process."""
     global _encode
     _encode = encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -135,6 +142,10 @@ def _end_with_parent():
     """End this process as soon as its parent has, even by SIGKILL."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def _begun():
+    """The first call, which lets the processes start."""
 
 
 def _encode_in_worker(block):

@@ -178,8 +178,9 @@ def _sorted_documents(data):
     places = starts[order] + HEADER.itemsize
     payloads = places + headers["place"].astype(np.int64)
     ends = payloads + headers["payload"].astype(np.int64)
-    places, payloads, ends = places.tolist(), payloads.tolist(), ends.tolist()
-    return Documents(
-        headers["digest"], headers["size"],
-        [data[start:end] for start, end in zip(payloads, ends)],
-        [str(data[start:end], "utf-8", "surrogateescape") for start, end in zip(places, payloads)])
+    bounds = list(zip(places.tolist(), payloads.tolist(), ends.tolist()))
+    names = []
+    if headers["place"].any():
+        names = [str(data[place:start], "utf-8", "surrogateescape") for place, start, _ in bounds]
+    payloads = [data[start:end] for _, start, end in bounds]
+    return Documents(headers["digest"], headers["size"], payloads, names)

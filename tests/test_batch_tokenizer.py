@@ -81,9 +81,9 @@ def test_text_like_that_of_the_training(both, monkeypatch):
 
 def test_this_vocabulary_has_tokens_of_parts_of_characters(both):
     """Else the tests here would not see whether they are minded."""
-    _, starts = pairs_in_tokens(both[0].token_bytes)
+    _, parts = pairs_in_tokens(both[0].token_bytes)
 
-    assert len(starts) > 5
+    assert len(parts) > 5
 
 
 def test_every_character_beside_others(both):

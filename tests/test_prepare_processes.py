@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from minillm import encode_ahead as module
 from minillm.encode_ahead import encode_ahead
 from minillm.errors import UserError
 from support import ROOT
@@ -57,8 +58,14 @@ def encoded_until_error(encoder, blocks, processes):
     return found, str(error.value)
 
 
+@pytest.fixture(params=["fork", "spawn"])
+def start(request, monkeypatch):
+    """Both ways of starting a process, whatever the system's is."""
+    monkeypatch.setattr(module, "START", request.param)
+
+
 @pytest.mark.parametrize("processes", [1, 3])
-def test_results_come_in_order_and_before_an_error_of_the_reader(processes):
+def test_results_come_in_order_and_before_an_error_of_the_reader(processes, start):
     def blocks():
         yield from range(20)
         raise UserError("the reader failed")
@@ -69,13 +76,13 @@ def test_results_come_in_order_and_before_an_error_of_the_reader(processes):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_an_error_of_a_worker_is_that_of_the_run(processes):
+def test_an_error_of_a_worker_is_that_of_the_run(processes, start):
     found, error = encoded_until_error(FailsAtSeven(), range(20), processes)
 
     assert found == list(range(7)) and error == "block 7 is bad"
 
 
-def test_a_worker_that_is_killed_is_one_line():
+def test_a_worker_that_is_killed_is_one_line(start):
     found, error = encoded_until_error(Dies(), range(20), 2)
 
     assert not found

@@ -54,12 +54,11 @@ class BatchTokenizer(Tokenizer):
             return
         self._line_end = self.encode("\n")[0]
         self._merges = MergeTable(state["model"])
-        self._pairs, starts = pairs_in_tokens(self.token_bytes)
-        self._starts_of_parts = tuple(starts)
+        self._pairs, self._parts = pairs_in_tokens(self.token_bytes)
         # [code point] -> its kind; filled in as characters come
         self._kinds = np.zeros(POINTS, np.uint8)
-        # … 1: a token may join a part of it to the character before; 2: 〇, Han but also a number
-        self._glue = np.zeros(POINTS, np.uint8)
+        # … bit b: a token may join a part of it to a character before it of which & 63 is b
+        self._glue = np.zeros(POINTS, np.uint64)
         # … its token; -1: more than one
         self._tokens = np.full(POINTS, -1, np.int32)
         for character, token in characters_first(state["model"], self.token_bytes):
@@ -86,22 +85,25 @@ class BatchTokenizer(Tokenizer):
         """encode_packed of texts of at most MAX_PIECE characters."""
         text = "\n".join([*texts, ""])
         points = _code_points(text)
-        is_cut = None if points is None else self._cuts(points)
-        if is_cut is not None:
-            ids, offsets = self._encode_words(text, points, is_cut)
-            packed, start = [], 0
-            for part in texts:
-                stop = start + len(part)
-                packed.append(ids[offsets[start]:offsets[stop]].tobytes())
-                start = stop + 1
-            return packed
+        cuts = None if points is None else self._cuts(points)
+        if cuts is not None:
+            ids, offsets = self._encode_words(text, points, *cuts)
+            lengths = np.array([len(part) for part in texts])
+            stops = np.cumsum(lengths + 1) - 1           # a line end follows each
+            starts = 2 * offsets[stops - lengths]
+            stops = 2 * offsets[stops]
+            packed = ids.tobytes()
+            return [packed[start:stop] for start, stop in zip(starts.tolist(), stops.tolist())]
         if len(texts) == 1:
             return super().encode_packed(texts)
         half = len(texts) // 2                           # one of the halves may be as usual
         return self._encode_parts(texts[:half]) + self._encode_parts(texts[half:])
 
     def _cuts(self, points):
-        """Where words begin: bools, one per character. None if the text must be encoded whole."""
+        """Where words begin, and where a part of a character may be joined to the one before.
+
+        Two arrays of bool, one per character. None if the text must be encoded whole.
+        """
         kinds = self._kinds[points]
         if not kinds.all():
             self._learn(np.unique(points[kinds == UNKNOWN]).tolist())
@@ -112,14 +114,16 @@ class BatchTokenizer(Tokenizer):
         longest_run = np.diff(changes, prepend=-1, append=len(kind)).max()
         if longest_run > LONGEST or kinds.max() == UNCLEAR:
             return None
-        is_joined = self._pairs[_slot(first, second)] | (self._glue[second] > 0)
+        is_glued = self._glue[second] >> (first & 63) & 1 > 0
+        is_joined = self._pairs[_slot(first, second)] | is_glued
         in_text = (before != kind) | (kind == NUMBER) | (kind == LINE) | ~is_joined
         # of several spaces, the last goes with a word behind it, or stands alone
         after = np.append(kind[1:], LINE)
         is_last = (kind == SPACE) & (after != SPACE) & (after != LINE)
         goes_with = (first == ord(" ")) & ((kind == LETTER) | (kind == OTHER))
         behind_space = np.where(kind == SPACE, is_last, ~goes_with)
-        return np.append(True, np.where(before == SPACE, behind_space, in_text))
+        is_cut = np.append(True, np.where(before == SPACE, behind_space, in_text))
+        return is_cut, np.append(False, is_glued) & ~is_cut
 
     def _learn(self, points):
         """Ask the library of what kind some characters are."""
@@ -131,14 +135,18 @@ class BatchTokenizer(Tokenizer):
                 kinds.setdefault(character, []).append(kind)
         for point, character in zip(points, characters):
             found = kinds.get(character)
-            if found == [NUMBER, HAN]:
-                self._glue[point] = 2
+            if found == [NUMBER, HAN]:                   # 〇: for the library, with what is before
+                self._tokens[point] = -1
+                self._glue[point] = 2**64 - 1
                 self._kinds[point] = HAN
                 continue
-            self._glue[point] = character.encode("utf-8").startswith(self._starts_of_parts)
+            encoded = character.encode("utf-8")
+            for part, ends_before in self._parts.items():
+                if encoded.startswith(part):
+                    self._glue[point] |= np.uint64(ends_before)
             self._kinds[point] = found[0] if found and len(found) == 1 else UNCLEAR
 
-    def _encode_words(self, text, points, is_cut):
+    def _encode_words(self, text, points, is_cut, is_glued):
         """(ids of a text as uint16, where the ids of each character begin among them)."""
         tokens = self._tokens[points]
         word = np.cumsum(is_cut) - 1                     # [character] -> the number of its word
@@ -147,7 +155,7 @@ class BatchTokenizer(Tokenizer):
 
         # 1) the words that the library encodes
         is_hard = length > LONG_WORD
-        is_hard[word[(tokens < 0) | (self._glue[points] > is_cut)]] = True
+        is_hard[word[(tokens < 0) | is_glued]] = True
         tokens[is_hard[word]] = -1
         hard = np.flatnonzero(is_hard)
         bounds_of_hard = zip(bounds[hard].tolist(), bounds[hard + 1].tolist())
@@ -303,11 +311,12 @@ def _slot(first, second):
 
 
 def pairs_in_tokens(token_bytes):
-    """(table of the neighbours inside tokens, how the second of two neighbours may begin).
+    """(table of the neighbours inside tokens, those of which one is in a token in part).
 
-    The latter is for tokens that are not whole characters, whose pairs the table cannot hold.
+    The latter, which the table cannot hold: {first bytes of the second of two neighbours: how the
+    first may end, bit b for a last byte of which & 63 is b}. That is the character itself & 63.
     """
-    whole, starts = [], set()
+    whole, parts = [], {}
     for token in token_bytes:
         try:
             whole.append(token.decode("utf-8"))
@@ -315,8 +324,9 @@ def pairs_in_tokens(token_bytes):
             leads = [place for place, byte in enumerate(token) if not 0x80 <= byte < 0xC0]
             for place, stop in zip(leads, [*leads[1:], len(token)]):
                 if place:
-                    starts.add(token[place:stop])
+                    part = token[place:stop]
+                    parts[part] = parts.get(part, 0) | 1 << (token[place - 1] & 63)
     points = np.frombuffer("\n".join(whole).encode("utf-32-le"), "<u4")
     pairs = np.zeros(SLOTS, bool)
     pairs[_slot(points[:-1], points[1:])] = True
-    return pairs, starts
+    return pairs, parts
