@@ -203,6 +203,8 @@ def fit(turns, capacity, long, report, place):
     A part begins with the system turn and holds whole exchanges (a question and its answer). With
     long="truncate" there is one part at most.
     """
+    if sum(turn.length for turn in turns) < capacity:    # <, because an <|endoftext|> follows
+        return [turns]
     system = [turn for turn in turns if turn.message["role"] == "system"]
     # after the system turn, user and assistant alternate: clean_conversation() makes it so
     exchanges = [turns[start: start + 2] for start in range(len(system), len(turns), 2)]
@@ -210,7 +212,7 @@ def fit(turns, capacity, long, report, place):
     parts, part, length, lost = [], [], base, False
     for exchange in exchanges:
         size = sum(turn.length for turn in exchange)
-        if length + size < capacity:                     # <, because an <|endoftext|> follows
+        if length + size < capacity:
             part += exchange
             length += size
             continue

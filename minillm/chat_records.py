@@ -204,6 +204,8 @@ def _empty(value):
 
 def _supervised(record, left_out):
     """False if a flag says that this is context, and not to be learned."""
+    if record.keys().isdisjoint(FLAGS):                  # as a rule, so at once
+        return True
     supervised = True
     for key in FLAGS:
         value = record.get(key)
@@ -246,6 +248,8 @@ def _check_unused(record, turns, keys, left_out):
 
 
 def _count_keys(record, known, left_out, report):
+    if known.issuperset(record):                         # as a rule, so at once
+        return
     for key in record.keys() - known:
         if _empty(record[key]):
             continue

@@ -4,8 +4,8 @@
 
 One process: `blocks` are read on another thread and two calls of `encode` run at a time, so that
 the library's threads have work while Python packs the ids of the previous block. More processes:
-each has a copy of `encode` (which must pickle where processes are spawned) and one thread. Threads of one process share an
-allocator and scale to about 16 cores only; processes scale further.
+each has a copy of `encode` and one thread. Threads of one process share an allocator and scale to
+about 16 cores only; processes scale further.
 
 The processes end with this one, also after an error, Ctrl-C or SIGKILL.
 """
@@ -24,8 +24,8 @@ from minillm.errors import UserError
 
 AHEAD = 2                    # blocks in flight per process; memory is a few blocks for each
 SMALL = 8 << 20              # bytes of input that one process encodes before others have started
-# A forked process is there in milliseconds and shares the tokenizer's memory; a spawned one imports
-# and loads all of it again. Elsewhere, the system's own libraries do not bear a fork
+# A forked process is there in milliseconds and shares the tokenizer's memory. A spawned one imports
+# everything and loads the tokenizer again, but the libraries of macOS do not bear a fork
 START = "fork" if sys.platform == "linux" else "spawn"
 WORKERS = {
     "RAYON_NUM_THREADS": "1",
@@ -92,7 +92,7 @@ def _pool(encode, processes):
         with _signals_held(), _environment_of_workers():     # it may start a process
             return pool.submit(function, *arguments)
     try:
-        # forked here, all of them: no other thread reads yet, whose locks they would inherit
+        # all are forked here, before the thread that reads begins: they would inherit its locks
         submit(_begun)
         yield lambda block: submit(_encode_in_worker, block), processes
     finally:

@@ -90,19 +90,18 @@ class BatchTokenizer(Tokenizer):
             ids, offsets = self._encode_words(text, points, *cuts)
             lengths = np.array([len(part) for part in texts])
             stops = np.cumsum(lengths + 1) - 1           # a line end follows each
-            starts = 2 * offsets[stops - lengths]
-            stops = 2 * offsets[stops]
+            bounds = zip(offsets[stops - lengths].tolist(), offsets[stops].tolist())
             packed = ids.tobytes()
-            return [packed[start:stop] for start, stop in zip(starts.tolist(), stops.tolist())]
+            return [packed[2 * start: 2 * stop] for start, stop in bounds]
         if len(texts) == 1:
             return super().encode_packed(texts)
         half = len(texts) // 2                           # one of the halves may be as usual
         return self._encode_parts(texts[:half]) + self._encode_parts(texts[half:])
 
     def _cuts(self, points):
-        """Where words begin, and where a part of a character may be joined to the one before.
+        """(where words begin, where a token may hold a part of a character and the one before).
 
-        Two arrays of bool, one per character. None if the text must be encoded whole.
+        Arrays of bool, one per character. None if the text must be encoded whole.
         """
         kinds = self._kinds[points]
         if not kinds.all():
@@ -140,10 +139,9 @@ class BatchTokenizer(Tokenizer):
                 self._glue[point] = 2**64 - 1
                 self._kinds[point] = HAN
                 continue
-            encoded = character.encode("utf-8")
-            for part, ends_before in self._parts.items():
-                if encoded.startswith(part):
-                    self._glue[point] |= np.uint64(ends_before)
+            for part, bits in self._parts.items():
+                if character.encode("utf-8").startswith(part):
+                    self._glue[point] |= np.uint64(bits)
             self._kinds[point] = found[0] if found and len(found) == 1 else UNCLEAR
 
     def _encode_words(self, text, points, is_cut, is_glued):
@@ -178,7 +176,7 @@ class BatchTokenizer(Tokenizer):
 
     def _merge(self, tokens, word, index):
         """Merge the tokens at `index`; one that is merged into the token before it becomes -1."""
-        none = self._merges.none
+        none = np.int32(self._merges.none)
         while len(index):
             ids, words = tokens[index], word[index]
             is_new = words[1:] != words[:-1]
@@ -311,10 +309,10 @@ def _slot(first, second):
 
 
 def pairs_in_tokens(token_bytes):
-    """(table of the neighbours inside tokens, those of which one is in a token in part).
+    """(table of the neighbours inside tokens, those of which one is there in part).
 
-    The latter, which the table cannot hold: {first bytes of the second of two neighbours: how the
-    first may end, bit b for a last byte of which & 63 is b}. That is the character itself & 63.
+    The latter, which the table cannot hold, are {how the second begins: bit b for each byte of
+    which & 63 is b that ends the first}. Of its last byte and of a character, & 63 is the same.
     """
     whole, parts = [], {}
     for token in token_bytes:
@@ -324,8 +322,8 @@ def pairs_in_tokens(token_bytes):
             leads = [place for place, byte in enumerate(token) if not 0x80 <= byte < 0xC0]
             for place, stop in zip(leads, [*leads[1:], len(token)]):
                 if place:
-                    part = token[place:stop]
-                    parts[part] = parts.get(part, 0) | 1 << (token[place - 1] & 63)
+                    part, bit = token[place:stop], 1 << (token[place - 1] & 63)
+                    parts[part] = parts.get(part, 0) | bit
     points = np.frombuffer("\n".join(whole).encode("utf-32-le"), "<u4")
     pairs = np.zeros(SLOTS, bool)
     pairs[_slot(points[:-1], points[1:])] = True
