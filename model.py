@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, rope, attend):
-        """x: (B, T, D) → (B, T, D). attend(q, k, v): what each head reads, as q's shape."""
+        """x: (B, T, D) → (B, T, D). attend(q, k, v): the attention; the result has q's shape."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
@@ -137,14 +137,14 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.n_expert else FFN(config)
 
     def forward(self, x, rope, attend):
-        """(B, T, D) → (B, T, D), and with experts (load-balancing loss, load), else None."""
+        """(B, T, D) → (B, T, D), and the experts' (load-balancing loss, load), or None."""
         x = x + self.attn(self.attn_norm(x), rope, attend)
         y, stats = self.ffn(self.ffn_norm(x))
         return x + y, stats
 
 
 def cross_entropy(x, weight, targets):
-    """The summed cross-entropy, nats. x: (N, D), weight: (V, D), targets: (N,), -1 for none."""
+    """The summed cross-entropy, nats. x: (N, D), weight: (V, D), targets: (N,); -1 is no target."""
     logits = F.linear(x, weight)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -177,10 +177,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, attn_mask=None):
         """idx: (B, T) token ids, T up to block_size. attn_mask: attention.document_mask(), or None.
 
-        With targets (B, T), -1 for none: the *sum* of the cross-entropies in nats (the caller
-        divides by the number of targets of the whole step), and with experts (load-balancing loss
-        averaged over layers, load (n_layer, n_expert)), for a dense model None. Without targets:
-        logits (B, T, V).
+        With targets (B, T), where -1 is no target, returns a pair: the *sum* of the cross-entropies
+        in nats, which the caller divides by the number of targets of the whole step; and None, or
+        with experts (load-balancing loss averaged over layers, load (n_layer, n_expert)). Without
+        targets: logits (B, T, V).
         """
         x, stats = self.hidden(idx, attn_mask)
         if targets is None:
@@ -198,7 +198,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
 
-        def attend(q, k, v, layer):
+        def attend(q, k, v, layer):              # layer: for those who have a cache for each
             return causal_attention(q, k, v, attn_mask)
         return self.trunk(idx, self.rope[:, :T, None], attend)
 
@@ -241,9 +241,9 @@ class GPT(nn.Module):
         return total, total - round(idle * experts)
 
     def flops_per_token(self, length):
-        """Of a training step: 6 per active matmul parameter (the tied head once), and attention."""
-        # 6: multiply and add; forward, input's and weights' gradient. Attention: q·k and weights·v
-        # over length / 2 tokens each, on average
+        """FLOPs of a training step per token, in sequences of `length` tokens."""
+        # 6 = 2 (multiply, add) * 3 (forward, gradients of input and weights). Attention: two such
+        # products, q·k and weights·v, over n_embd numbers of the length / 2 tokens that it sees
         matmul = self.n_params()[1] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         return 6 * matmul + 6 * self.config.n_layer * length * self.config.n_embd
 
@@ -304,10 +304,10 @@ class GPT(nn.Module):
         if single:
             prompts = [prompts]
         params = SamplingParams(max_new_tokens, **sampling)
-        # sizes in steps of 256: a new one is captured and compiled by itself
+        # cache sizes in steps of 256: each new size costs a CUDA graph, and compiling
         longest = max(map(len, prompts)) + max_new_tokens
         cache = cache or self.new_cache(len(prompts), round_up(longest, 256))
-        fast = fast_versions.for_generate(self, compile) if fast_versions else {}
+        fast = fast_versions.generate_arguments(self, compile) if fast_versions else {}
         for row in generate(self, prompts, params, seed, stop_ids, cache, **fast):
             yield row[0] if single else row
 

@@ -6,7 +6,7 @@
 
 Reads .jsonl, .json and .ndjson (one record per line, an array, or records one after the other) and
 .parquet, and folders of them; all but .parquet also as .gz, .bz2, .xz, .zst or in a tar. A record
-is one of these; --map adds names to those listed:
+is one of these (minillm/chat_names.py has all names; --map adds more):
 
 - turns: a list of them, or one under conversations, messages, conversation, dialogue, chat, turns.
   A turn has a role (key from, role or speaker) and a text (key value, content or text). Roles, in

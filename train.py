@@ -66,12 +66,12 @@ class Settings:
     rope_theta: number(1) = 10000.0         # base of the RoPE frequencies
     dropout: float = 0.0                    # on the embedding and after each sub-layer
     bias: bool = False                      # biases in the linear layers
-    # the data of a step: batch_size * gradient_accumulation_steps windows, over all processes
-    batch_size: whole(1, 10**7) = 16        # sequences per micro-step per process
-    gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps per step, over all processes
+    # windows of a step: batch_size * gradient_accumulation_steps, which all processes share out
+    batch_size: whole(1, 10**7) = 16        # sequences (windows) of a micro-step
+    gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps of a step, over all processes
     doc_mask: bool | None = None            # no attention across documents; auto: True for SFT data
     seed: int = 1337                        # of weights, data order, dropout and router noise
-    # the optimizer and its learning rate: linear warm-up, then a schedule down to min_lr
+    # the optimizer and its learning rate: linear warm-up, then the schedule
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: AdamW for all but the blocks' matrices
     max_iters: NonNegative = 700            # number of steps; 0: as many as epochs makes
     epochs: NonNegativeFloat = 0.0          # passes over the data; 0: no limit. The shorter wins
@@ -79,11 +79,11 @@ class Settings:
     min_lr: NonNegativeFloat = 0.0          # learning rate at the end of the schedule
     warmup_iters: NonNegative = 20          # steps of linear warm-up
     schedule: Literal["cosine", "linear", "constant"] = "linear" # linear: constant, then falling
-    decay_share: Fraction = 0.5             # linear: share of the steps in which it falls
+    decay_share: Fraction = 0.5             # linear: the last share of the steps, where it falls
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: the same as --schedule=constant
-    embedding_rate: NonNegativeFloat = 1.67 # muon: embedding's learning rate / learning_rate
-    vector_rate: NonNegativeFloat = 0.067   # muon: the same for norms, biases and routers
+    embedding_rate: NonNegativeFloat = 1.67 # muon: the embedding's rate = learning_rate * this
+    vector_rate: NonNegativeFloat = 0.067   # muon: likewise for norms, biases and routers
     weight_decay: NonNegativeFloat = 0.1    # on matrices; never on norms and biases
     beta1: BelowOne = 0.7                   # of AdamW: its momentum. Muon's is 0.9, without a flag
     beta2: BelowOne = 0.95                  # of AdamW: decay of the mean squared gradient
@@ -220,14 +220,16 @@ def main():
         return
     lock = run_folder.lock_existing(s.out_dir) if rank == 0 else None
     resumed = run_folder.open_resumed(s, train_data)
-    start, finetuning = resumed, not resumed and s.init_from != "scratch"
+    finetuning = not resumed and s.init_from != "scratch"
+    start = resumed                                  # the checkpoint that the weights come from
     if finetuning:
         start = checkpoint.load_for_inference(s.init_from, s.checkpoint, check=True)
+        # config.py does not keep `checkpoint`: name the file itself
         s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
     model = build_model(s, train_data, start)
     if finetuning:
         redraw_collapsed_rows(model, train_data, s.seed)
-    run_folder.state_shape(s, model.config, train_data.meta)
+    run_folder.fill_in(s, model.config, train_data.meta)
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
     model.to(device).use_fast(compiled)
     if s.fp8:
@@ -243,11 +245,12 @@ def main():
         optimizer.load_state_dict(resumed["optimizer"])
         if resumed["scaler"].keys() == scaler.state_dict().keys():
             scaler.load_state_dict(resumed["scaler"])
+        # where the run began, not "resume"
         s.init_from = resumed["settings"].get("init_from", "scratch")
     if sum_over_ranks(host_group, first_step)[0] != first_step * world:
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
                         "that all of them share")
-    outcome = describe_run(s, model, train_data, device, dtype, world, first_step)
+    facts = describe_run(s, model, train_data, device, dtype, world, first_step)
     step_model = make_step_model(model, device, compiled, data_parallel if world > 1 else None)
 
     def forward(x, y):
@@ -259,14 +262,14 @@ def main():
     # ---- what the run leaves behind
     if rank == 0:
         lock = lock or run_folder.lock_for_writing(s)    # held until this process ends
-    log = RunLog(s, model, outcome, device, world, resumed, writes=rank == 0)
+    log = RunLog(s, model, facts, device, world, resumed, writes=rank == 0)
     resumed_step = first_step if resumed else None
     del resumed, start
 
     def begin_writing():
         """From the first finished step on, out_dir is this run's."""
         if rank == 0 and not log.has_begun:
-            run_folder.begin(s, log, resumed_step, tokenizer, outcome)
+            run_folder.begin(s, log, resumed_step, tokenizer, facts)
 
     def save(step, path, resumable):
         """Write a checkpoint: all that resuming needs, or the weights alone. False: disk full."""
@@ -292,7 +295,7 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
-    step, saved = first_step, True
+    step, last_save_worked = first_step, True
     batches, n_local = read_batches(step) if step < s.steps else ([], 0)
     model.train()
     while True:
@@ -321,7 +324,7 @@ def main():
                 if is_best:
                     best_val_loss = val_loss
         if (saving or last) and step != resumed_step:
-            saved = save(step, checkpoint.step_path(s.out_dir, step), resumable=True)
+            last_save_worked = save(step, checkpoint.step_path(s.out_dir, step), resumable=True)
         if last:
             break
         if evaluating or saving:
@@ -330,22 +333,22 @@ def main():
         # 2) loss and gradient of the global batch, micro-batch by micro-batch
         lr = learning_rate(s, step)
         optimizer.set_rate(lr)
-        loss_sum, balance_sum, load_sum = 0.0, 0.0, 0.0
+        loss_sum, balance_mean, load_mean = 0.0, 0.0, 0.0
         for micro, (x, y) in enumerate(batches):
             # randomness is a function of (seed, step, place in the global batch): nothing to save
             torch.manual_seed(derive_seed(s.seed, step, micro * world + rank))
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             loss, moe_stats = forward(x, y)
-            # 0, or NaN if the loss is not finite: then so is the gradient, and one test serves both
+            # 0, or NaN if the loss is not finite: then so is the gradient, as set_clipping sees
             nan_if_bad = 0 * loss.detach()
             objective = loss * (world / max(n_supervised, 1) + nan_if_bad)   # DDP divides by world
             if moe_stats:
                 balance_loss, load = moe_stats
                 weight = s.aux_loss_weight * world / s.gradient_accumulation_steps
                 objective = objective + weight * balance_loss
-                balance_sum = balance_sum + balance_loss.detach() / len(batches)
-                load_sum = load_sum + load / len(batches)
+                balance_mean = balance_mean + balance_loss.detach() / len(batches)
+                load_mean = load_mean + load / len(batches)
             scaler.scale(objective).backward()
             loss_sum = loss_sum + loss.detach()
         if step + 1 < s.steps:
@@ -355,7 +358,7 @@ def main():
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        optimizer.set_clipping(norm, s.grad_clip)
+        optimizer.set_clipping(norm, s.grad_clip)        # `step` divides the gradients
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -364,7 +367,7 @@ def main():
         # and expert]; RunLog.catch_up takes them apart
         numbers = torch.stack((loss_sum / max(n_supervised, 1), norm))
         if moe_stats:
-            numbers = torch.cat((numbers, balance_sum[None], load_sum.flatten()))
+            numbers = torch.cat((numbers, balance_mean[None], load_mean.flatten()))
         if world > 1:
             numbers[1:] /= world                     # the loss is a sum over ranks, the rest a mean
             dist.all_reduce(numbers)
@@ -376,7 +379,7 @@ def main():
         log.close(step)
     if world > 1:
         dist.destroy_process_group()
-    if not saved:
+    if not last_save_worked:
         raise UserError(f"the state at step {step} could not be saved: make room, then "
                         "--init_from=resume goes on from the checkpoint before")
 

@@ -1,4 +1,4 @@
-"""Fine-tune the pretrained mixture of experts on Belle's conversations.
+"""Fine-tune the pretrained MoE on Belle's conversations.
 
     python train.py config/moe_sft.py
     torchrun --standalone --nproc_per_node=8 train.py config/moe_sft.py

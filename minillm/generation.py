@@ -13,7 +13,8 @@ What calls what:
           decode_one_token   the model over one token per row → logits of the next one
           sample_next        draws the next token from the logits
 
-A row ends at one of the stop ids; stop strings are in text_stream.py.
+A row ends at one of `stop_ids` (of a chat: conversation.STOP_IDS); stop strings are in
+text_stream.py.
 
 All but `generate` and `decode_loop` read nothing back from the device and have fixed shapes, so
 that minillm/speed can record them in a CUDA graph. Its fast versions are passed as the arguments

@@ -93,7 +93,7 @@ class Optimizer:
             group["lr"] = lr * group["lr_scale"]
 
     def set_clipping(self, norm, largest):
-        """For the next `step`: scale gradients of this norm, a tensor, to `largest` (0: don't)."""
+        """Let the next `step` scale gradients of this norm, a tensor, to `largest` (0: don't)."""
         self.grad_scale = (norm / (largest or math.inf)).clamp(min=1)
         self.found_inf = (~norm.isfinite()).float()
 

@@ -104,7 +104,7 @@ def check_tokenizer(start, data):
                         f"prepared with {new[:12]}: prepare the data with the former")
 
 
-def state_shape(s, config, meta):
+def fill_in(s, config, meta):
     """Make the settings state the model's shape. A 0 stays where it stands for the same number."""
     stands_for = {"n_inner": 4 * config.n_embd, "vocab_size": meta["vocab_size"]}
     for key, value in asdict(config).items():
@@ -169,20 +169,20 @@ def lock_for_writing(s):
     return held
 
 
-def begin(s, log, resumed_at, tokenizer, outcome):
+def begin(s, log, resumed_at, tokenizer, facts):
     """Make out_dir this run's own, and let `log` write there, once the first step is done.
 
     resumed_at: a step, or None for a new run, which removes the files of an older one.
     """
     try:
-        _begin(s, resumed_at, tokenizer, outcome)
+        _begin(s, resumed_at, tokenizer, facts)
         log.begin()
     except OSError as error:
         path = error.filename2 or error.filename
         raise UserError(f"cannot write to {s.out_dir}: {path}: {error.strerror}") from None
 
 
-def _begin(s, resumed, tokenizer, outcome):
+def _begin(s, resumed, tokenizer, facts):
     _remove_temporary(s.out_dir)
     if resumed is None:
         for step in checkpoint.saved_steps(s.out_dir):
@@ -191,7 +191,7 @@ def _begin(s, resumed, tokenizer, outcome):
     else:
         _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
     copy_tokenizer(tokenizer, s.out_dir)
-    write_settings(s.out_dir, s, outcome)
+    write_settings(s.out_dir, s, facts)
 
 
 def _remove_temporary(folder):
@@ -264,7 +264,7 @@ def read_settings(folder, **needed):
     return settings
 
 
-def write_settings(folder, settings, outcome):
+def write_settings(folder, settings, facts):
     """Write config.py: what was asked, as a config file, and what came of it, as comments."""
     comments, path = field_comments(type(settings)), os.path.join(folder, "config.py")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
@@ -272,7 +272,7 @@ def write_settings(folder, settings, outcome):
             if key not in NOT_SAVED:
                 file.write(f"{key} = {value!r}  # {comments[key]}\n")
         file.write("\n# what came of it\n")
-        for key, value in outcome.items():
+        for key, value in facts.items():
             file.write(f"# {key}: {value}\n")
     os.replace(path + ".tmp", path)
 

@@ -105,17 +105,17 @@ def duration(seconds):
 class RunLog:
     """The log of one run.
 
-    s: the Settings of train.py. outcome: of describe_run. resumed: the checkpoint, or None. writes:
+    s: the Settings of train.py. facts: of describe_run. resumed: the checkpoint, or None. writes:
     is this rank 0? The clock gives tokens/s since the last line; evaluating and saving restart it,
     so that they don't count.
     """
 
-    def __init__(self, s, model, outcome, device, world, resumed, writes):
+    def __init__(self, s, model, facts, device, world, resumed, writes):
         resumed = resumed or {}
         self.s, self.config, self.writes = s, model.config, writes
         self.flops = model.flops_per_token(s.block_size)
         self.peak = world * (peak_flops(device) or 0)    # FLOP/s of all devices; 0: unknown
-        self.tokens_per_step = tokens_per_step = outcome["tokens_per_step"]
+        self.tokens_per_step = tokens_per_step = facts["tokens_per_step"]
         self.parameters = dict(zip(("parameters", "active_parameters"), model.n_params()))
         self.first_step = resumed.get("step", 0)
         # old checkpoints don't count tokens and seconds
@@ -129,7 +129,7 @@ class RunLog:
         self.trackers = []
         if not writes:
             return
-        self.trackers = trackers.start(s, resumed, outcome)
+        self.trackers = trackers.start(s, resumed, facts)
         self.metrics = MetricsFile(os.path.join(s.out_dir, "metrics.jsonl"))
         if not resumed:
             self.write({"step": 0} | self.parameters)
@@ -270,7 +270,7 @@ class RunLog:
 
 
 def describe_run(s, model, data, device, dtype, world, first_step):
-    """Print what will be trained, where and for how long. Returns the numbers that follow."""
+    """Print what will be trained, where and for how long. Returns the facts as a dict."""
     total, active = model.n_params()
     global_batch = s.batch_size * s.gradient_accumulation_steps
     epochs = s.steps * global_batch / data.n_windows

@@ -1,6 +1,6 @@
 """Which documents are for validation: decided by a hash of their content.
 
-    split = ValidationSplit(0.01)
+    split = ValidationSplit(0.01, may_cut=True)
     split.count(documents)           # Documents; all of them, in any order
     split.decide()
     split.in_validation(documents)   # an array of bool: which of them are for validation

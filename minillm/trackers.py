@@ -27,12 +27,12 @@ def names(s):
     return list(dict.fromkeys(chosen))
 
 
-def start(s, resumed, outcome):
+def start(s, resumed, facts):
     """The trackers of a run. resumed: its checkpoint, or {}. UserError if one cannot start."""
     ids = {"wandb": resumed.get("wandb_id")}
     if isinstance(resumed.get("trackers"), dict):
         ids |= resumed["trackers"]
-    config = asdict(s) | outcome
+    config = asdict(s) | facts
     started = []
     for name in names(s):
         try:

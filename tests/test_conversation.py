@@ -277,9 +277,9 @@ def spy_on_work(monkeypatch):
     def count_token(model, cache, token, position):
         work.append((1, position + 1))
         return vector(model, cache, token, position)
-    for_generate = fast_versions.for_generate
-    monkeypatch.setattr(fast_versions, "for_generate",
-                        lambda *args: for_generate(*args) | {"forward": count_prompt})
+    arguments = fast_versions.generate_arguments
+    monkeypatch.setattr(fast_versions, "generate_arguments",
+                        lambda *args: arguments(*args) | {"forward": count_prompt})
     monkeypatch.setattr(decode_cpu, "decode_vector", count_token)
     return work
 

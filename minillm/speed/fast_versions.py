@@ -86,7 +86,7 @@ def use_experts(model, experts):
             block.ffn.router.top_experts = top_experts
 
 
-def for_generate(model, compile):
+def generate_arguments(model, compile):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
@@ -116,7 +116,7 @@ def for_batch_decoder(model, rows, compile=False):
 
 
 def cache_type(model):
-    """The KVCache that for_generate's functions need."""
+    """The KVCache that generate_arguments' functions need."""
     if model.wte.weight.is_cuda:
         return cuda_graph.GraphCache
     return KVCache
