@@ -22,6 +22,7 @@ import json
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
+from minillm.speed.merge_table import MergeTable, merges_of
 from minillm.tokenizer import LONGEST, MAX_PIECE, SPECIAL_TOKENS, Tokenizer, cut, untrained
 
 # The kinds of characters of which pre_token_pattern() makes its runs
@@ -147,7 +148,7 @@ class BatchTokenizer(Tokenizer):
     def _encode_words(self, text, points, is_cut, is_glued):
         """(ids of a text as uint16, where the ids of each character begin among them)."""
         tokens = self._tokens[points]
-        word = np.cumsum(is_cut) - 1                     # [character] -> the number of its word
+        word = np.cumsum(is_cut, dtype=np.int32) - 1     # [character] -> the number of its word
         bounds = np.append(np.flatnonzero(is_cut), len(text))
         length = np.diff(bounds)
 
@@ -169,9 +170,12 @@ class BatchTokenizer(Tokenizer):
         counts[bounds[hard]] = [len(ids_of[word]) for word in words]
         offsets = np.append(0, np.cumsum(counts))
         ids = np.empty(offsets[-1], "<u2")
-        ids[offsets[:-1][is_token]] = tokens[is_token]
+        is_merged = np.ones(offsets[-1], bool)
         for offset, word in zip(offsets[bounds[hard]].tolist(), words):
-            ids[offset: offset + len(ids_of[word])] = ids_of[word]
+            place = slice(offset, offset + len(ids_of[word]))
+            ids[place] = ids_of[word]
+            is_merged[place] = False
+        ids[is_merged] = tokens[is_token]
         return ids, offsets
 
     def _merge(self, tokens, word, index):
@@ -183,13 +187,13 @@ class BatchTokenizer(Tokenizer):
             rank = self._merges.rank(ids[:-1], ids[1:])
             rank = np.append(np.where(is_new, none, rank), none)
             starts = np.append(0, np.flatnonzero(is_new) + 1)
-            lowest = np.minimum.reduceat(rank, starts)   # of each word
             sizes = np.diff(starts, append=len(index))
-            hits = np.flatnonzero((rank == np.repeat(lowest, sizes)) & (rank < none))
+            lowest = np.repeat(np.minimum.reduceat(rank, starts), sizes)     # of each one's word
+            goes_on = lowest < none
+            hits = np.flatnonzero((rank == lowest) & goes_on)
             hits = hits[np.diff(words[hits], prepend=-1) > 0]        # the first in its word
             tokens[index[hits]] = self._merges.merged[rank[hits]]
             tokens[index[hits + 1]] = -1
-            goes_on = np.repeat(lowest < none, sizes)
             goes_on[hits + 1] = False
             index = index[goes_on]
 
@@ -207,49 +211,6 @@ class BatchTokenizer(Tokenizer):
         return ids_of
 
 
-class MergeTable:
-    """The merges of BPE as a hash table in arrays: rank(first, second) of pairs of tokens.
-
-    `merged` is the token of each rank; `none` is the rank of a pair that does not merge.
-    """
-    BITS = 18                        # 4 slots or more for each of at most 65,535 merges
-    FREE = np.uint32(2**32 - 1)
-
-    def __init__(self, model):
-        vocabulary = model["vocab"]
-        merges = _merges(model)
-        first = np.array([vocabulary[left] for left, _ in merges], np.uint32)
-        second = np.array([vocabulary[right] for _, right in merges], np.uint32)
-        self.merged = np.array([vocabulary[left + right] for left, right in merges], np.int32)
-        self.none = len(merges)
-        self._keys = np.full(1 << self.BITS, self.FREE)
-        self._ranks = np.full(1 << self.BITS, self.none, np.int32)
-        keys = first << np.uint32(16) | second
-        for rank, (key, slot) in enumerate(zip(keys.tolist(), self._slot(keys).tolist())):
-            while self._keys[slot] != self.FREE:
-                slot = (slot + 1) % len(self._keys)
-            self._keys[slot] = key
-            self._ranks[slot] = rank
-
-    def _slot(self, keys):
-        return keys * np.uint32(2654435761) >> np.uint32(32 - self.BITS)     # Knuth
-
-    def rank(self, first, second):
-        """The rank of each pair, `none` where there is no such merge."""
-        keys = first.astype(np.uint32) << np.uint32(16) | second.astype(np.uint32)
-        slots = self._slot(keys)
-        found = self._keys[slots]
-        rank = np.where(found == keys, self._ranks[slots], self.none)
-        missed = np.flatnonzero((found != keys) & (found != self.FREE))
-        while len(missed):                               # another pair's slot: look into the next
-            slots[missed] = (slots[missed] + 1) % len(self._keys)
-            found = self._keys[slots[missed]]
-            is_it = found == keys[missed]
-            rank[missed[is_it]] = self._ranks[slots[missed[is_it]]]
-            missed = missed[~is_it & (found != self.FREE)]
-        return rank
-
-
 def characters_first(model, token_bytes):
     """Yield (character, its token) where BPE may as well begin with the character.
 
@@ -257,7 +218,7 @@ def characters_first(model, token_bytes):
     token that two merges make need not be like that.
     """
     vocabulary, rank_of, earliest = model["vocab"], {}, {}
-    for rank, (left, right) in enumerate(_merges(model)):
+    for rank, (left, right) in enumerate(merges_of(model)):
         left, right = vocabulary[left], vocabulary[right]
         rank_of[left, right] = rank
         earliest.setdefault(left, rank)
@@ -276,11 +237,6 @@ def characters_first(model, token_bytes):
             last = max(last, min(ranks))
         if ids == [token] and last < earliest.get(token, last + 1):
             yield character, token
-
-
-def _merges(model):
-    """[(left, right)] of a tokenizer.json, which may write a merge as one string."""
-    return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
 
 
 def _is_ours(state):
