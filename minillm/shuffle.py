@@ -31,7 +31,8 @@ BUCKET_BYTES = 128 << 20
 WRITE_BUFFER = 64 << 10              # of each bucket: 16 MiB for all
 HEADER = np.dtype([                  # of a document in a bucket; its place and payload follow
     ("key", "<u8"), ("digest", "<u8", 2), ("size", "<i8"), ("place", "<u8"), ("payload", "<u8")])
-_LENGTHS = struct.Struct("<QQ")      # the last two fields: bytes of place and payload
+_KEY_AND_LENGTHS = struct.Struct("<Q24xQQ")      # of a header: key, bytes of place and payload
+PART = 10_000                        # documents handed on at once
 
 
 def content_digest(content):
@@ -107,17 +108,21 @@ class DiskShuffle:
         files[bucket].write(record)
 
     def shuffled(self):
-        """Yield Documents, those of a bucket at a time, in the order of their keys. Call once."""
+        """Yield Documents, some thousands at a time, in the order of their keys. Call once."""
+        last = None
         for documents in self._in_order(self._files, self._folder, 48):
+            digests = documents.digests
             if self._dedup:
-                documents = self._without_copies(documents)
+                documents = self._without_copies(documents, last)
+            last = digests[-1]
             yield documents
         shutil.rmtree(self._folder)
 
-    def _without_copies(self, documents):
-        """The first of each run of documents with equal digests; a run lies in one bucket."""
+    def _without_copies(self, documents, last):
+        """The first of each run of documents with equal digests; `last` is the digest before."""
         digests = documents.digests
-        is_copy = np.zeros(len(digests), bool)
+        is_copy = np.empty(len(digests), bool)
+        is_copy[0] = last is not None and (digests[0] == last).all()
         is_copy[1:] = (digests[1:] == digests[:-1]).all(1)
         for index in np.flatnonzero(is_copy):
             self._on_duplicate(documents.places[index])
@@ -136,7 +141,7 @@ class DiskShuffle:
                 with open(path, "rb") as file:
                     data = memoryview(file.read())
                 os.remove(path)
-                yield _sorted_documents(data)
+                yield from _sorted_documents(data)
 
     def _split(self, path, shift):
         """Cut a bucket into smaller ones; returns them and their folder."""
@@ -164,18 +169,24 @@ def _allow_open_files(count):
 
 
 def _sorted_documents(data):
-    """The documents of a bucket, in the order of their keys; the payloads are views of `data`."""
-    starts, at = [], 0
+    """Yield the documents of a bucket as Documents, in the order of their keys."""
+    keys, starts, at = [], [], 0
     while at < len(data):
+        key, place, payload = _KEY_AND_LENGTHS.unpack_from(data, at)
+        keys.append(key)
         starts.append(at)
-        place, payload = _LENGTHS.unpack_from(data, at + HEADER.itemsize - _LENGTHS.size)
         at += HEADER.itemsize + place + payload
-    starts = np.array(starts)
-    bytes_of_headers = np.frombuffer(data, np.uint8)[starts[:, None] + np.arange(HEADER.itemsize)]
-    headers = bytes_of_headers.view(HEADER)[:, 0]
-    order = np.argsort(headers["key"], kind="stable")    # equal keys stay in the order of arrival
-    headers = headers[order]
-    places = starts[order] + HEADER.itemsize
+    order = np.argsort(np.array(keys, np.uint64), kind="stable")     # equal ones: as they arrived
+    starts = np.array(starts)[order]
+    for first in range(0, len(starts), PART):
+        yield _documents_at(starts[first: first + PART], data)
+
+
+def _documents_at(starts, data):
+    """The Documents whose headers begin at `starts`; the payloads are views of `data`."""
+    of_headers = starts[:, None] + np.arange(HEADER.itemsize)
+    headers = np.frombuffer(data, np.uint8)[of_headers].view(HEADER)[:, 0]
+    places = starts + HEADER.itemsize
     payloads = places + headers["place"].astype(np.int64)
     ends = payloads + headers["payload"].astype(np.int64)
     bounds = list(zip(places.tolist(), payloads.tolist(), ends.tolist()))

@@ -73,11 +73,13 @@ def shuffled(folder, dedup):
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_a_bucket_over_the_limit_is_split_and_the_order_stays(tmp_path, monkeypatch, dedup):
+@pytest.mark.parametrize("bound, value", [("BUCKET_BYTES", 300), ("PART", 3)])
+def test_a_bucket_over_a_bound_is_cut_and_the_order_stays(tmp_path, monkeypatch, dedup, bound,
+                                                          value):
     documents, dropped = shuffled(tmp_path / "usual", dedup)
 
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 300)
+    monkeypatch.setattr(shuffle, bound, value)
 
-    assert shuffled(tmp_path / "split", dedup) == (documents, dropped)
+    assert shuffled(tmp_path / "cut", dedup) == (documents, dropped)
     assert len(documents) == (1000 if dedup else 2000)
     assert dropped == (1000 if dedup else 0)
