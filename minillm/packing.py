@@ -29,11 +29,6 @@ def to_payload(tokens, mask, supervised_bytes):
     return b"".join([_SUPERVISED_BYTES.pack(supervised_bytes), *tokens, _END, *mask, b"\0"])
 
 
-def _tokens_in(payload):
-    """How many tokens a payload holds; each takes two bytes and one of the mask."""
-    return (len(payload) - _SUPERVISED_BYTES.size) // 3
-
-
 def pack(lengths, capacity):
     """Best-fit decreasing (Johnson 1974) of items into rows: lists of item indices.
 
@@ -70,35 +65,40 @@ class RowWriter:
         self._tokens = open(os.path.join(folder, f"{name}.bin"), "wb", 1 << 20)
         self._mask = open(os.path.join(folder, f"{name}_mask.bin"), "wb", 1 << 20)
         self._capacity = capacity
-        self._pool, self._pool_tokens = [], 0
+        # payloads, their lengths in tokens, and the sum of these
+        self._pool, self._lengths, self._pool_tokens = [], [], 0
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def add(self, documents):
-        self.counts["documents"] += len(documents.payloads)
+        payloads = documents.payloads
+        self.counts["documents"] += len(payloads)
         self.counts["bytes"] += int(documents.sizes.sum())
-        for payload in documents.payloads:
-            self.counts["learned_bytes"] += _SUPERVISED_BYTES.unpack_from(payload)[0]
+        self.counts["learned_bytes"] += sum(_SUPERVISED_BYTES.unpack_from(payload)[0]
+                                            for payload in payloads)
+        for payload in payloads:
+            # two bytes per token, and one of the mask
+            length = (len(payload) - _SUPERVISED_BYTES.size) // 3
             self._pool.append(bytes(payload))            # a copy, so that its bucket can go
-            self._pool_tokens += _tokens_in(payload)
+            self._lengths.append(length)
+            self._pool_tokens += length
             if self._pool_tokens >= POOL_TOKENS:
                 self._write_pool()
 
     def _write_pool(self):
-        lengths = list(map(_tokens_in, self._pool))
-        rows = pack(lengths, self._capacity)
+        rows = pack(self._lengths, self._capacity)
         for start in range(0, len(rows), ROWS_WRITTEN):
-            self._write_rows(rows[start: start + ROWS_WRITTEN], lengths)
+            self._write_rows(rows[start: start + ROWS_WRITTEN])
         self.counts["rows"] += len(rows)
         self.counts["tokens"] += len(rows) * self._capacity
-        self.counts["padding_tokens"] += len(rows) * self._capacity - sum(lengths)
-        self._pool, self._pool_tokens = [], 0
+        self.counts["padding_tokens"] += len(rows) * self._capacity - self._pool_tokens
+        self._pool, self._lengths, self._pool_tokens = [], [], 0
 
-    def _write_rows(self, rows, lengths):
+    def _write_rows(self, rows):
         tokens, mask = [], []
         for row in rows:
             padding = self._capacity
             for item in row:
-                payload, length = self._pool[item], lengths[item]
+                payload, length = self._pool[item], self._lengths[item]
                 middle = _SUPERVISED_BYTES.size + 2 * length
                 tokens.append(payload[_SUPERVISED_BYTES.size: middle])
                 mask.append(payload[middle:])
