@@ -140,9 +140,10 @@ class BatchTokenizer(Tokenizer):
                 self._glue[point] = 2**64 - 1
                 self._kinds[point] = HAN
                 continue
-            for part, bits in self._parts.items():
-                if character.encode("utf-8").startswith(part):
-                    self._glue[point] |= np.uint64(bits)
+            encoded, bits = character.encode("utf-8"), 0
+            for length in range(1, len(encoded) + 1):
+                bits |= self._parts.get(encoded[:length], 0)
+            self._glue[point] = bits
             self._kinds[point] = found[0] if found and len(found) == 1 else UNCLEAR
 
     def _encode_words(self, text, points, is_cut, is_glued):
