@@ -170,13 +170,10 @@ class BatchTokenizer(Tokenizer):
         counts = is_token.astype(np.int64)
         counts[bounds[hard]] = [len(ids_of[word]) for word in words]
         offsets = np.append(0, np.cumsum(counts))
+        is_merged = np.repeat(is_token, counts)
         ids = np.empty(offsets[-1], "<u2")
-        is_merged = np.ones(offsets[-1], bool)
-        for offset, word in zip(offsets[bounds[hard]].tolist(), words):
-            place = slice(offset, offset + len(ids_of[word]))
-            ids[place] = ids_of[word]
-            is_merged[place] = False
         ids[is_merged] = tokens[is_token]
+        ids[~is_merged] = [token for word in words for token in ids_of[word]]
         return ids, offsets
 
     def _merge(self, tokens, word, index):
