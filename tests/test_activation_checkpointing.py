@@ -26,12 +26,11 @@ def compiled(model, monkeypatch):
 
 
 def compiled_in_parts(model, monkeypatch):
-    """As on several processes: two blocks are a part."""
+    """As on several processes."""
     torch._dynamo.reset()
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: torch_compile(
         f, fullgraph=True, backend="aot_eager_decomp_partition"))
-    monkeypatch.setattr(parts, "BLOCKS", 2)
     parts.compile_in_parts(model, torch.device("cpu"))
     return model
 
@@ -88,7 +87,6 @@ def test_gradients_are_the_same_bits_from_less_memory(monkeypatch, kind, wrap):
 
 def test_parts_of_the_same_shape_still_share_a_graph(monkeypatch):
     graphs = count_graphs(monkeypatch)
-    monkeypatch.setattr(parts, "BLOCKS", 2)
     model = GPT(GPTConfig(**SHAPE))
     checkpoint_blocks(model)
     idx = torch.ones(2, 32, dtype=torch.long)
@@ -96,7 +94,7 @@ def test_parts_of_the_same_shape_still_share_a_graph(monkeypatch):
     parts.compile_in_parts(model, torch.device("cpu"))
     model(idx, idx)[0].backward()
 
-    assert len(graphs) == 4                      # embedding, blocks, norm, loss
+    assert len(graphs) == 4                      # embedding, block, norm, loss
 
 
 @pytest.mark.parametrize("flags", [[], [*MOE, "--optimizer=muon"], ["--dtype=bfloat16"]],

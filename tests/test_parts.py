@@ -27,7 +27,6 @@ def loss_and_gradients(model, idx):
 def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
     """Also on a second batch, whose mask is another; and parts of the same shape share a graph."""
     graphs = count_graphs(monkeypatch)
-    monkeypatch.setattr(parts, "BLOCKS", 2)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape)).eval()       # eval: the router draws no noise
     batches = torch.randint(1, 300, (2, 2, 32))
@@ -38,7 +37,7 @@ def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
     found = [loss_and_gradients(model, idx) for idx in batches]
 
     torch.testing.assert_close(found, expected)
-    assert len(graphs) == 4                      # embedding, blocks, norm, loss
+    assert len(graphs) == 4                      # embedding, block, norm, loss
 
 
 def losses(records):

@@ -3,7 +3,8 @@
 A model compiled as a whole has a single backward pass, and DDP would send all gradients at its end.
 torch's own answer cuts the graph at every bucket and compiles each piece by itself; with
 flex_attention the first step of config/sft.py then came after 85 s (two H200, torch 2.11, nothing
-cached). Parts of the same shape are compiled once: 44 s, with parts of one block.
+cached). Parts of the same shape are compiled once: 44 s, since all blocks share one. Parts of four
+blocks take twice as long to compile and compute no faster.
 """
 from functools import partial
 
@@ -12,27 +13,25 @@ from torch.nn import functional as F
 
 from minillm.device import compile_for_training
 
-BLOCKS = 4        # per part: with more, gradients leave later; with fewer, less is fused
-
 
 def compile_in_parts(model, device):
-    """Compile the embedding, every BLOCKS blocks, the last norm and the loss, each by itself.
+    """Compile the embedding, each block, the last norm and the loss, each by itself.
 
     The model itself stays an ordinary module, and DDP goes around it.
     """
-    parts = [compile_for_training(part, device) for part in (embed, run_blocks, model.norm)]
+    parts = [compile_for_training(part, device) for part in (embed, run_block, model.norm)]
     model.trunk = partial(trunk, model, *parts)
     model.cross_entropy = compile_for_training(model.cross_entropy, device)
 
 
-def trunk(model, embed, run_blocks, norm, idx, rope, attend):
+def trunk(model, embed, run_block, norm, idx, rope, attend):
     """Fast version of GPT.trunk for training, where attention does not depend on the layer."""
     x = embed(model.wte, idx, model.config.dropout, model.training)
     attend = partial(attend, layer=None)
-    blocks, stats = list(model.blocks), []
-    for first in range(0, len(blocks), BLOCKS):
-        x, more = run_blocks(blocks[first: first + BLOCKS], x, rope, attend)
-        stats += more
+    stats = []
+    for block in model.blocks:
+        x, stat = run_block(block, x, rope, attend)
+        stats.append(stat)
     x = norm(x)
     if not model.config.n_expert:
         return x, None
@@ -47,9 +46,5 @@ def embed(wte, idx, dropout, training):
     return x
 
 
-def run_blocks(blocks, x, rope, attend):
-    stats = []
-    for block in blocks:
-        x, stat = block(x, rope, attend)
-        stats.append(stat)
-    return x, stats
+def run_block(block, x, rope, attend):
+    return block(x, rope, attend)
