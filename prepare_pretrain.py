@@ -160,7 +160,7 @@ def write_splits(folder, shuffle, split, tokenizer):
     train, val = SplitWriter(folder, "train"), SplitWriter(folder, "val")
     for documents in shuffle.shuffled():
         in_validation, to_cut = split.in_validation(documents), split.to_cut(documents)
-        sizes = documents.sizes.tolist()
+        sizes, in_validation = documents.sizes.tolist(), in_validation.tolist()
         for index, (tokens, size) in enumerate(zip(documents.payloads, sizes)):
             if in_validation[index]:
                 val.add(tokens, size)

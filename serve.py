@@ -37,7 +37,7 @@ class Settings:
     checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile the decode step; slower start, faster run
+    compile: bool = False                  # GPU: compile; the first answer comes later
     model_name: str = ""                   # its name for clients; empty: the folder's
     # who may ask, and how much
     host: str = "127.0.0.1"                # address to listen on; 0.0.0.0: all of this machine's

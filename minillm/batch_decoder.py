@@ -249,7 +249,9 @@ class BatchDecoder:
 
     def _fail(self):
         for row in self.rows:
-            row.cache.tokens = [[]]              # its content is unknown now
+            row.cache.tokens = [[]]              # its content is unknown now, and may be NaN
+            for tensor in row.cache.k + row.cache.v:
+                tensor.zero_()
             if row.answer:
                 row.answer.finish = "error"
 

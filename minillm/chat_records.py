@@ -3,7 +3,7 @@
     messages = clean_conversation(record, report, "chats.jsonl:7")
     # [{"role": "user", "content": "…"}, …]: perhaps system, then user and assistant in turn
 
-The names of keys and roles are the tables of chat_names.py.
+The names of keys and roles stand in the tables of chat_names.py.
 
 A turn that is context, which the model does not learn, has "supervised": False. Whatever is left
 out and could change the meaning is counted in the report.

@@ -4,8 +4,7 @@
     documents.digests[:, 0] < bound              # numpy, for all of them at once
     few = documents.chosen(is_chosen)            # those of which is_chosen[i] is true
 
-One process encodes, another one shuffles and writes. What that one does per document is what limits
-all of them, so it handles columns.
+Many processes encode, one shuffles and writes. That one limits all of them, so it handles columns.
 """
 import itertools
 from typing import NamedTuple
@@ -17,7 +16,7 @@ class Document(NamedTuple):
     digest: bytes        # of its content, 16 bytes, see shuffle.content_digest()
     size: int            # UTF-8 bytes of its text
     payload: bytes       # what the caller packed
-    place: str = ""      # file:line
+    place: str           # file:line
 
 
 class Documents(NamedTuple):

@@ -23,15 +23,16 @@ import threading
 from minillm.errors import UserError
 
 AHEAD = 2                    # blocks in flight per process; memory is a few blocks for each
-SMALL = 8 << 20              # bytes of input that one process encodes before others have started
 # A forked process is there in milliseconds and shares the tokenizer's memory. A spawned one imports
-# everything and loads the tokenizer again, but the libraries of macOS do not bear a fork
+# everything and loads the tokenizer again, but macOS's libraries break after a fork
 START = "fork" if sys.platform == "linux" else "spawn"
+# bytes of input that one process encodes before others have started
+SMALL = (8 if START == "fork" else 32) << 20
 WORKERS = {
     "RAYON_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # also says nothing about the fork
+    # and tokenizers prints no warning about the fork
     "TOKENIZERS_PARALLELISM": "false",
     # no word about semaphores when this process is killed
     "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
@@ -92,8 +93,15 @@ def _pool(encode, processes):
         with _signals_held(), _environment_of_workers():     # it may start a process
             return pool.submit(function, *arguments)
     try:
-        # all are forked here, before the thread that reads begins: they would inherit its locks
+        # all are forked here, before the thread that reads begins: its locks would stay locked in
+        # them. (tqdm has a thread too, which they never touch)
         submit(_begun)
+    except OSError as error:                     # a limit on processes, or memory
+        for process in multiprocessing.active_children():
+            process.kill()                       # nobody else would end those that have started
+        raise UserError(f"cannot start {processes} processes ({error.strerror}): "
+                        f"--processes={max(1, processes // 2)} takes fewer") from None
+    try:
         yield lambda block: submit(_encode_in_worker, block), processes
     finally:
         pool.shutdown(cancel_futures=True)

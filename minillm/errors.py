@@ -54,7 +54,7 @@ def brief(value):
         return f"(a number of {value.bit_length()} bits)"
     try:
         return repr(value)[:80]
-    except ValueError:                           # a list, say, that holds such a number
+    except (ValueError, RecursionError):         # such a number in a list, or lists in lists
         return f"(a {type(value).__name__})"
 
 

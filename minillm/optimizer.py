@@ -166,8 +166,9 @@ class Optimizer:
             if not isinstance(moment, torch.Tensor) or moment.shape != shape:
                 raise UserError(f"the optimizer state in the checkpoint does not fit: {key} of "
                                 f"{name} is missing, or not of the shape {tuple(shape)}")
-            # torch would keep a CPU tensor as it is, and with it the file in which it lies
-            moments[key] = moment.clone() if parameter.is_cpu else moment
+            # torch would keep a CPU tensor as it is, and with it the file in which it lies; AdamW's
+            # "step" stays on the CPU
+            moments[key] = moment.clone() if parameter.is_cpu or key == "step" else moment
         return moments
 
 

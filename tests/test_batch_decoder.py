@@ -3,6 +3,7 @@ import threading
 from functools import partial
 
 import pytest
+import torch
 
 from minillm import batch_decoder
 from minillm.batch_decoder import Answer, BatchDecoder
@@ -84,6 +85,32 @@ def run_now(function):
     """cuda_graph.capture without a GPU: replay() runs the function and overwrites its output."""
     output = function()
     return lambda: output.copy_(function()), output
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_prompt_with_nan_spoils_no_other(monkeypatch, recorded):
+    """Neither in its row nor, on a GPU, in the graphs that read every prompt."""
+    monkeypatch.setattr(cuda_graph, "capture", run_now)
+    model = tiny_model(block_size=96)
+    model.wte.register_forward_hook(lambda layer, inputs, output: torch.where(
+        (inputs[0] == 50)[..., None], float("nan"), output))
+    rows, cache, fast = 1, model.new_cache(1), {}
+    if recorded:
+        cache = cuda_graph.GraphCache(model, batch=1)
+        fast = {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
+                "decode": cuda_graph.decode_rows}
+    prompts = [[5, 6, 7], [9] * 30 + [50] * 20, [11, 12, 13], [15, 16]]
+    params = SamplingParams(4, temperature=0)
+    answers = [Answer(model.tokenizer, lambda ids, p=p: p, params, 1) for p in prompts]
+
+    decode_all(model, answers, rows, cache, **fast)
+
+    assert answers[1].finish == "error"
+    for prompt, answer in zip(prompts, answers):
+        if answer.finish != "error":
+            alone = [ids for (ids,) in generate(model, [prompt], params, 1, STOP_IDS)]
+            assert answer.ids == [token for token in alone if token not in STOP_IDS]
+    assert [answer.finish for answer in answers].count("error") == 1
 
 
 @pytest.mark.parametrize("n_expert", [0, 4])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from minillm import attention, generation
 from minillm.sampling_params import SamplingParams
-from minillm.speed import decode_cpu, decode_gpu
+from minillm.speed import cuda_graph, decode_cpu, decode_gpu
 from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
 from minillm.speed.topk import topk_by_counting, topk_by_parts
 from moe import Router
@@ -28,7 +28,13 @@ KINDS = COMPILED + [
     pytest.param(dict(n_expert=4, n_expert_per_tok=2, n_inner=2048), id="wide MoE"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-STEPS = {"vectors": decode_cpu.decode_one_token, "for a compiler": decode_gpu.decode_one_token}
+
+
+def run_vector_parts(model, cache, token, position, end):
+    return decode_gpu.run_parts(decode_gpu.VECTOR, model, cache, token, position)
+
+
+STEPS = {"vectors": decode_cpu.decode_one_token, "for a compiler": run_vector_parts}
 
 
 def model_for_decoding(dtype, **kind):
@@ -136,6 +142,29 @@ def test_a_step_compiled_in_parts_makes_the_tokens_of_the_plain_one(batch, kind)
 
     plain = partial(generation.decode_step, end=model.config.block_size)
     assert made == tokens_of(model, plain, prompts)
+
+
+def eager(monkeypatch):
+    """torch.compile without its slow half."""
+    torch._dynamo.reset()
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options, **how: torch_compile(
+        function, backend="eager", **how))
+
+
+@torch.inference_mode()
+def test_any_number_of_settings_and_sizes_is_compiled(monkeypatch):
+    """torch allows 8 graphs of a function, then stops with an error."""
+    eager(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "capture", lambda function: (function, function()))
+    model = model_for_decoding(torch.float32)
+    for n in range(10):
+        cache = GraphCache(model, 1, 20 + n)
+        state = generation.DecodeState(model, 1, cache.size)
+        params = SamplingParams(5, temperature=0.5 + n / 10)
+        state.start([[5, 6, 7]], params, 1, ())
+
+        cuda_graph.capture_decode(model, cache, state, params, compile=True)
 
 
 def awkward_logits(size):

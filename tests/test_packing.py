@@ -78,7 +78,7 @@ def test_ten_times_the_conversations_take_the_same_memory(tmp_path):
         writer = packing.RowWriter(str(tmp_path), "train", capacity)
         for start in range(0, count, 1000):
             some = lengths[start: start + 1000]
-            writer.add(columns([Document(bytes(16), 1, payloads[length]) for length in some]))
+            writer.add(columns([Document(bytes(16), 1, payloads[length], "") for length in some]))
         writer.close()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         padding = writer.counts["padding_tokens"] / writer.counts["tokens"]

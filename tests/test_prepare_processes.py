@@ -1,4 +1,6 @@
 """Encoding on many processes: the same bytes, and no process outlives the run, however it ends."""
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -89,6 +91,25 @@ def test_a_worker_that_is_killed_is_one_line(start):
     assert "was killed, perhaps for memory: --processes=1 takes less" in error
 
 
+def test_a_process_that_cannot_start_is_one_line(monkeypatch):
+    """Those that have started end: without that this process would wait for them for ever."""
+    fork, forks = os.fork, []
+
+    def third_fails():
+        forks.append(None)
+        if len(forks) == 3:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+    monkeypatch.setattr(module, "START", "fork")
+    monkeypatch.setattr(os, "fork", third_fails)
+
+    found, error = encoded_until_error(Doubles(), range(20), 4)
+
+    assert not found and error.startswith("cannot start 4 processes (")
+    assert error.endswith("--processes=2 takes fewer")
+    wait_until(lambda: not multiprocessing.active_children())
+
+
 def test_strict_stops_at_the_first_bad_line_of_the_file(corpus, tmp_path):
     """Another process may be the first to meet a later one."""
     arguments = argv(corpus, "prepare_pretrain", tmp_path / "o", "--processes=3", "--strict")
@@ -132,7 +153,7 @@ def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, stat
         for text in texts(2000):
             pipe.write('{"text": "%s"}\n' % text.replace("\n", ""))
         pipe.flush()
-        # itself, one that encodes, and multiprocessing's own
+        # itself and some that encode
         wait_until(lambda: len(group_members(run.pid)) >= 3)
 
         if number == signal.SIGINT:

@@ -13,8 +13,8 @@ import torch
 import train
 from minillm import checkpoint
 from minillm.optimizer import Optimizer
-from support.training_runs import (MOE, SHORT, TINY, assert_same_run, assert_same_weights, die_at,
-                                   finish, finish_ranks, newest, numbers, on_step, ranks)
+from support.training_runs import (MOE, SHORT, assert_same_run, assert_same_weights, die_at, finish,
+                                   finish_ranks, newest, numbers, on_step, ranks)
 
 MUON = ["--optimizer=muon", "--learning_rate=0.03", "--min_lr=0", "--schedule=linear"]
 KINDS = {"Muon": MUON, "AdamW": [], "Muon and MoE": [*MUON, *MOE], "AdamW and MoE": MOE,

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from support import processes
-from support.small_project import PRETRAIN, TRAIN
+from support.small_project import PRETRAIN
 from support.training_runs import TINY, finish, newest, numbers, on_step
 
 SHORT = [*TINY, "--max_iters=6", "--eval_interval=3"]

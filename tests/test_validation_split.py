@@ -49,7 +49,7 @@ SIZES = [
 def documents_of(sizes):
     documents = []
     for number, size in enumerate(sizes):
-        documents.append(Document(content_digest(str(number).encode()), size, b""))
+        documents.append(Document(content_digest(str(number).encode()), size, b"", ""))
     return documents
 
 

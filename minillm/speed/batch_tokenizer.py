@@ -265,8 +265,9 @@ def _slot(first, second):
 def pairs_in_tokens(token_bytes):
     """(table of the neighbours inside tokens, those of which one is there in part).
 
-    The latter, which the table cannot hold, are {how the second begins: bit b for each byte of
-    which & 63 is b that ends the first}. Of its last byte and of a character, & 63 is the same.
+    The latter, which the table cannot hold, are {first bytes of the second: a set of bits}. Bit b
+    is set if the byte before them, & 63, is b. The last byte of a character and its code point
+    agree in & 63.
     """
     whole, parts = [], {}
     for token in token_bytes:

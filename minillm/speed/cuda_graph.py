@@ -191,13 +191,13 @@ def read_row(model, cache, idx, position, end, staging):
     64 clients get 12,143 instead of 4,937 tokens/s (H200, python -m bench.serve).
     """
     row, there = cache.k + cache.v, staging.k + staging.v
-    if position[0, 0] > 0:                       # its first tokens are kept
-        torch._foreach_copy_(there, row)
+    # all of it: beyond the tokens that are kept the last prompt may have left NaN
+    torch._foreach_copy_(there, row)
     x = forward(model, staging, idx, position, end)
     torch._foreach_copy_(row, there)
     return x
 
 
-def power_of_two_rows(first, last, rows):
+def power_of_two_rows(first, last, rows, fewest=1):
     """The rows to decode where those from first to last - 1 are active: few different graphs."""
-    return 0, min(next_power_of_two(last), rows)
+    return 0, min(max(next_power_of_two(last), fewest), rows)

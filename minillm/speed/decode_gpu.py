@@ -14,13 +14,11 @@ from minillm.generation import sample_next
 from minillm.speed.fused import matvec, realize, row_terms
 from minillm.speed.topk import top_expert_list, topk_compiled
 
-
-def decode_one_token(model, cache, token, position, end):
-    """Fast version of generation.decode_one_token, if its parts are compiled."""
-    return run_parts(parts_of_step(len(token)), model, cache, token, position)
+MOST_GRAPHS = 200                    # of one function; torch's own limit is 8
 
 
 def run_parts(parts, model, cache, token, position):
+    """Fast version of generation.decode_one_token, if the parts are compiled."""
     embed, layer, finish = parts
     x, rope = embed(model, cache, token, position)
     x, new = run_layers(layer, model, cache, x, rope, position)
@@ -61,6 +59,8 @@ def parts_of_step(batch):
 
 
 def compile_parts(parts, options):
+    # each temperature, batch and cache size has a graph of its own; beyond the limit torch fails
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
     return [torch.compile(part, fullgraph=True, dynamic=False, options=options) for part in parts]
 
 

@@ -102,10 +102,9 @@ def for_batch_decoder(model, rows, compile=False):
     """The arguments of BatchDecoder over `rows` rows that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
-        span = partial(cuda_graph.power_of_two_rows, rows=rows)
-        if compile:
-            def span(first, last):               # always all rows: one graph to compile
-                return 0, rows
+        # compiled: always all rows, so that there is one graph to compile
+        fewest = rows if compile else 1
+        span = partial(cuda_graph.power_of_two_rows, rows=rows, fewest=fewest)
         return {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
                 "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
                 "sample": cuda_graph.RecordedSample(rows)}
