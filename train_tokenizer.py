@@ -191,7 +191,7 @@ def halve_rare(counts, limit):
 
 
 def _bytes(counts):
-    return sum(len(piece.encode("utf-8")) for piece in counts)
+    return len("".join(counts).encode("utf-8"))
 
 
 def written_out(counts, size=1 << 17):
