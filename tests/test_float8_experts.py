@@ -54,6 +54,11 @@ def run(experts, x, gate, expert, w1, w2, grad):
     return [y.detach()] + [leaf.grad for leaf in leaves]
 
 
+def run_exact(x, gate, expert, w1, w2, grad):
+    return run(loop_over_experts, x.double(), gate.double(), expert, w1.double(), w2.double(),
+               grad.double())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_matmul_is_that_of_the_rounded_numbers(device):
     """Groups of any size, and none: 5 rows, 0, 59, 1, 95; each matrix has a scale."""
@@ -84,8 +89,7 @@ def test_near_float64(load, compiled, device):
         experts = torch.compile(experts, fullgraph=True, dynamic=False)
 
     ours = run(experts, x, gate, expert, w1, w2, grad)
-    exact = run(loop_over_experts, x.double(), gate.double(), expert, w1.double(), w2.double(),
-                grad.double())
+    exact = run_exact(x, gate, expert, w1, w2, grad)
 
     for got, expected in zip(ours, exact):
         assert 0.02 < error(got, expected) < 0.07
@@ -111,8 +115,7 @@ def test_weights_gradients_are_those_of_16_bits():
     grad[range(N), torch.randint(0, D, (N,))] = torch.randn(N).bfloat16() / N
 
     ours = run(float8_experts, x, gate, expert, w1, w2, grad)
-    exact = run(loop_over_experts, x.double(), gate.double(), expert, w1.double(), w2.double(),
-                grad.double())
+    exact = run_exact(x, gate, expert, w1, w2, grad)
 
     assert error(ours[1], exact[1]) > 0.015          # of x: the hidden gradient is in 8 bits
     assert error(ours[3], exact[3]) < 0.006
@@ -146,8 +149,7 @@ def test_the_largest_hidden_gradients_are_not_cut_off(outlier):
     w1[:, 0, 0] = 1
 
     ours = run(float8_experts, x, gate, expert, w1, w2, grad)
-    exact = run(loop_over_experts, x.double(), gate.double(), expert, w1.double(), w2.double(),
-                grad.double())
+    exact = run_exact(x, gate, expert, w1, w2, grad)
 
     for got, expected in zip(ours, exact):
         assert error(got, expected) < 0.07
@@ -173,8 +175,7 @@ def test_weights_of_any_size_are_as_exact():
     w2 = w2 * 2.0**-10
 
     ours = run(float8_experts, x, gate, expert, w1, w2, grad)
-    exact = run(loop_over_experts, x.double(), gate.double(), expert, w1.double(), w2.double(),
-                grad.double())
+    exact = run_exact(x, gate, expert, w1, w2, grad)
 
     for got, expected in zip(ours, exact):
         assert error(got, expected) < 0.08

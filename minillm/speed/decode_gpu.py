@@ -32,7 +32,7 @@ def compile_step(batch, options):
     113 (sample.py --compile=True, H200 beside slow cores, nothing cached). A CUDA graph that
     records the step leaves nothing but its kernels.
     """
-    embed, layer, finish = parts_of_step(batch)
+    embed, layer, finish = VECTOR if batch == 1 else BATCH
 
     def begin(model, cache, state):
         # realize: what follows reads the position from memory
@@ -51,11 +51,6 @@ def compile_step(batch, options):
         x, new = run_layers(layer, model, cache, x, rope, position)
         end(model, cache, state, params, x, rope, position, new)
     return step
-
-
-def parts_of_step(batch):
-    """The functions that embed the tokens, compute one layer, and what follows the layers."""
-    return VECTOR if batch == 1 else BATCH
 
 
 def compile_parts(parts, options):
@@ -201,5 +196,6 @@ def moe(layer, x_D):
     return terms.sum(-1)
 
 
+# what embeds the tokens, what computes one layer, and what follows the layers
 VECTOR = embed_vector, vector_layer, finish_vector
 BATCH = embed_batch, batch_layer, finish_batch
