@@ -124,7 +124,16 @@ def _advice(error):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:
         return "compile=True needs a C compiler: install gcc, or leave compile out"
+    if "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:
+        return f"compile=True failed ({_compiler_reason(text)}): leave compile out"
     return None
+
+
+def _compiler_reason(text):
+    """The line of a compiler's long message that names the error; the last one does."""
+    lines = text.strip().split("\n")
+    named = [line.strip() for line in lines if "rror: " in line]
+    return (named or lines)[-1][:200]
 
 
 def _report(error):

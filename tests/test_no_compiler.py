@@ -1,0 +1,45 @@
+"""--compile=True where the compiler is missing or fails: one line says so, and no traceback."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT
+from support.processes import LIMIT
+
+PROGRAM = """
+import torch
+from minillm import errors
+errors.run(lambda: torch.compile(torch.sin)(torch.ones(100)))
+"""
+# answers to --version, as every compiler, and fails in what it is for
+FAILS = """#!/bin/sh
+case "$*" in
+*--version*) echo "g++ (GCC) 13.2.0" ;;
+*) echo "main.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+   echo "compilation terminated." >&2
+   exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("script, says", [
+    (None, r"compile=True needs a C\+\+ compiler: install g\+\+, or leave compile out"),
+    ("#!/bin/sh\n", r"compile=True failed \(.+\): leave compile out"),
+    (FAILS, r"compile=True failed \(main.cpp:1:10: fatal error: Python.h: No such file or "
+            r"directory\): leave compile out"),
+], ids=["missing", "not a compiler", "fails"])
+def test_a_compiler_that_fails_is_one_line(tmp_path, script, says):
+    compiler = tmp_path / "g++"
+    if script:
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=LIMIT)
+
+    assert done.returncode == 2
+    assert re.fullmatch(f"-c: {says}\n", done.stderr)
