@@ -21,6 +21,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 
 from minillm.configurator import NonNegative, Positive, configure, whole
@@ -37,7 +38,7 @@ class Settings:
     checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile; the first answer comes later
+    compile: bool = False                  # GPU: compile before serving, which takes a minute
     model_name: str = ""                   # its name for clients; empty: the folder's
     # who may ask, and how much
     host: str = "127.0.0.1"                # address to listen on; 0.0.0.0: all of this machine's
@@ -60,8 +61,8 @@ class Settings:
                               self.repetition_penalty)
 
 
-def listen(host, port):
-    """A socket bound to `host` and `port`; clients are refused until the server starts on it."""
+def bind(host, port):
+    """A socket bound to `host` and `port`, which refuses clients until it listens."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
@@ -90,6 +91,16 @@ def read_api_key(flag):
     return key
 
 
+def warm_up(decoder, params):
+    """Compile what answers need. What goes wrong ends the program here, not each request."""
+    print("warming up for --compile=True, by a short answer …", end="", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    try:
+        decoder.warm_up(params)
+    finally:
+        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+
 def main():
     # 1) what can be wrong is said before torch is loaded, which takes a second
     s = configure(Settings)
@@ -103,7 +114,7 @@ def main():
     except ImportError as error:
         raise UserError(f"serve.py needs {error.name}: "
                         "pip install -r requirements-serve.txt") from None
-    bound = listen(s.host, s.port)
+    bound = bind(s.host, s.port)
 
     # 2) the model, and the thread that decodes
     from minillm.batch_decoder import BatchDecoder         # late: torch
@@ -114,15 +125,15 @@ def main():
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)
     fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
-
-    def start_decoder(notify):
-        return BatchDecoder(model, cache, s.max_waiting, notify, **fast)
+    decoder = BatchDecoder(model, cache, s.max_waiting, **fast)
+    if s.compile:
+        warm_up(decoder, defaults)
 
     # 3) the web
     name = s.model_name or os.path.basename(os.path.realpath(s.out_dir))
     service = Service(model, cache, name, defaults, s.max_tokens)
     limits = Limits(api_key, s.max_body, loopback_only=s.host in LOOPBACK)
-    app = make_app(service, limits, start_decoder)
+    app = make_app(service, limits, decoder)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=s.drain_seconds)
     server = uvicorn.Server(config)
 

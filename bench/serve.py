@@ -86,8 +86,10 @@ def serve_and_measure(s):
     cache = model.new_cache(rows)
     service = Service(model, cache, "bench", SamplingParams(temperature=0.8, top_k=50), 10**6)
     fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
-    app = make_app(service, Limits(),
-                   lambda notify: BatchDecoder(model, cache, 10**4, notify, **fast))
+    decoder = BatchDecoder(model, cache, 10**4, **fast)
+    if s.compile:
+        decoder.warm_up(service.defaults)
+    app = make_app(service, Limits(), decoder)
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

@@ -1,6 +1,7 @@
 """Many answers at once: one thread decodes all active rows of one KV cache.
 
-    decoder = BatchDecoder(model, cache, max_waiting=64, notify=lambda answers: ...)
+    decoder = BatchDecoder(model, cache, max_waiting=64)
+    decoder.start(notify=lambda answers: ...)
     decoder.submit([Answer(model.tokenizer, conversation.next_prompt, SamplingParams(), seed=1)])
     decoder.cancel(answer)                   # frees the row before the next step
     decoder.close()
@@ -19,13 +20,15 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import torch
 
+from minillm.answer import Answer
 from minillm.conversation import SEGMENT_SEED, STOP_IDS
 from minillm.generation import cached_forward, common_length, decode_one_token, prefill
 from minillm.sampling import penalize, sample
-from minillm.text_stream import TextStream
+from minillm.tokenizer import END_OF_TEXT
 
 READ_TOKENS = 256                # of a prompt, between two steps
 NEWS_PER_SECOND = 1000           # to all readers together: sending costs more than decoding
@@ -38,54 +41,6 @@ class Busy(Exception):
         super().__init__(f"the model is busy: {active} requests are running and {waiting} are "
                          f"waiting; try again in {retry_after} s")
         self.retry_after = retry_after
-
-
-class Answer:
-    """One answer: what to decode, and what has been decoded so far.
-
-    next_prompt(ids) returns the prompt to continue with after `ids` of the answer: at first with
-    [], then whenever the context is full. It returns None where nothing can be dropped.
-    `pieces` collects text for the reader. `finish` stays None until the answer ends: then "stop",
-    "length" (max_new_tokens), "context" (no room left), "cancelled" or "error".
-    """
-
-    def __init__(self, tokenizer, next_prompt, params, seed=0, stop=()):
-        self.next_prompt, self.params, self.seed = next_prompt, params, seed
-        self.prompt = next_prompt([])
-        self.stream = TextStream(tokenizer, stop)
-        self.ids, self.segment = [], 0
-        self.pieces = collections.deque()
-        self.next_news = 0.0                     # when the reader is to hear of it again
-        self.prompt_tokens, self.cached_tokens, self.tokens = len(self.prompt), 0, 0
-        self.finish, self.cancelled, self.started = None, False, None
-
-    def push(self, token):
-        """Add the next token."""
-        self.tokens += 1
-        if token in STOP_IDS:
-            self.end("stop")
-            return
-        self.ids.append(token)
-        self._show(self.stream.push(token))
-        if self.stream.stopped:
-            self.end("stop")
-        elif len(self.ids) == self.params.max_new_tokens:
-            self.end("length")
-
-    def end(self, reason):
-        self._show(self.stream.flush())
-        self.finish = reason
-
-    def _show(self, text):
-        if text:
-            self.pieces.append(text)
-
-    def take(self):
-        """The text that has come since the last call."""
-        text = ""
-        while self.pieces:
-            text += self.pieces.popleft()
-        return text
 
 
 class CacheRows:
@@ -134,16 +89,13 @@ class Row:
 class BatchDecoder:
     """Decodes answers in a thread of its own.
 
-    Each row of `cache` holds one answer; max_waiting more may wait for a row. notify(answers) is
-    called in the thread after a step, with the answers that have news: the first text and the end
-    at once, what comes between them at most NEWS_PER_SECOND times. read, decode, span, sample:
-    faster ones from minillm/speed.
+    Each row of `cache` holds one answer; max_waiting more may wait for a row. read, decode, span,
+    sample: faster ones from minillm/speed.
     """
 
-    def __init__(self, model, cache, max_waiting, notify, read=cached_forward,
-                 decode=decode_one_token, span=lambda *rows: rows, sample=sample):
-        self.model, self.cache = model, cache
-        self.max_waiting, self.notify = max_waiting, notify
+    def __init__(self, model, cache, max_waiting, read=cached_forward, decode=decode_one_token,
+                 span=lambda *rows: rows, sample=sample):
+        self.model, self.cache, self.max_waiting = model, cache, max_waiting
         self.read, self.decode, self.span, self.sample = read, decode, span, sample
         self.vocab_size = model.tokenizer.vocab_size
         self.rows = [Row(cache, number) for number in range(len(cache.tokens))]
@@ -153,6 +105,29 @@ class BatchDecoder:
         self.closing = False
         self.mean_seconds = 1.0                  # of the last answers, from joining to the end
         self.thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+
+    @torch.inference_mode()
+    def warm_up(self, params):
+        """Make two tokens in the calling thread, so that what compiles does so now.
+
+        Call it before start(). What goes wrong is raised.
+        """
+        self._set_device()
+        self._join(Answer(self.model.tokenizer, lambda ids: [END_OF_TEXT],
+                          replace(params, max_new_tokens=2)))
+        self._turn()                             # reads the prompt, and draws the first token
+        self._turn()
+        for row in self.rows:
+            row.answer, row.cache.tokens = None, [[]]
+        self.active = 0
+
+    def start(self, notify):
+        """Begin to decode what is submitted.
+
+        notify(answers) is called in the thread after a step, with the answers that have news: the
+        first text and the end at once, what comes between them at most NEWS_PER_SECOND times.
+        """
+        self.notify = notify
         self.thread.start()
 
     # ---- called from other threads
@@ -194,8 +169,7 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def _run(self):
-        if self.model.wte.weight.is_cuda:        # each thread has a current device of its own
-            torch.cuda.set_device(self.model.wte.weight.device)
+        self._set_device()
         while self._take_work():
             answers = [row.answer for row in self.rows if row.answer]
             try:
@@ -205,6 +179,10 @@ class BatchDecoder:
                 self._fail()
             if news := self._news(answers):
                 self.notify(news)
+
+    def _set_device(self):
+        if self.model.wte.weight.is_cuda:        # each thread has a current device of its own
+            torch.cuda.set_device(self.model.wte.weight.device)
 
     def _news(self, answers):
         """Those of `answers` whose readers are to hear of it now."""

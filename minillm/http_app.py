@@ -1,6 +1,6 @@
 """The web application of serve.py: routes, limits and streams.
 
-    app = make_app(service, limits, start_decoder)       # for uvicorn
+    app = make_app(service, limits, decoder)             # for uvicorn
 
 GET / (the page), GET /healthz, GET /v1/models, POST /v1/chat/completions, POST /v1/completions.
 Errors have OpenAI's shape: {"error": {"message", "type", "param", "code"}}. A client that goes away
@@ -37,8 +37,8 @@ class Limits:
     loopback_only: bool = True             # refuse other names of this host: anybody can make one
 
 
-def make_app(service, limits, start_decoder):
-    """start_decoder(notify) returns a running BatchDecoder; it is called when the server starts."""
+def make_app(service, limits, decoder):
+    """decoder: a BatchDecoder, which starts and ends with the server."""
     app = Starlette(lifespan=lifespan, routes=[
         Route("/", page),
         Route("/healthz", health),
@@ -48,16 +48,15 @@ def make_app(service, limits, start_decoder):
         Route("/v1/completions", completion, methods=["POST"]),
     ], exception_handlers={ApiError: show_error, HTTPException: show_http_error,
                            Exception: show_bug})
-    app.state.service, app.state.limits, app.state.start_decoder = service, limits, start_decoder
+    app.state.service, app.state.limits, app.state.decoder = service, limits, decoder
     app.state.page = read_page()
     return app
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
-    loop = asyncio.get_running_loop()
-    decoder = app.state.start_decoder(lambda answers: loop.call_soon_threadsafe(wake, answers))
-    app.state.decoder = decoder
+    loop, decoder = asyncio.get_running_loop(), app.state.decoder
+    decoder.start(lambda answers: loop.call_soon_threadsafe(wake, answers))
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import secrets
 import time
 from dataclasses import asdict, dataclass, field
 
-from minillm.batch_decoder import Answer
+from minillm.answer import Answer
 from minillm.conversation import Conversation, check_messages
 from minillm.errors import UserError, brief
 from minillm.request_fields import ApiError, Fields, parse_object

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from minillm import batch_decoder
-from minillm.batch_decoder import Answer, BatchDecoder
+from minillm.answer import Answer
+from minillm.batch_decoder import BatchDecoder
 from minillm.conversation import STOP_IDS
-from minillm.generation import generate
+from minillm.generation import decode_one_token, generate
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph
 from support.processes import LIMIT
@@ -19,7 +20,7 @@ def text_prompt(ids):
     return None if ids else [0, 5, 6, 7]
 
 
-def decode_all(model, answers, rows=2, cache=None, **fast):
+def decode_all(model, answers, rows=2, cache=None, warm=False, **fast):
     """Decode `answers`. Returns a list per notification of (answer's number, text, finish)."""
     news, ended = [], threading.Event()
 
@@ -28,7 +29,10 @@ def decode_all(model, answers, rows=2, cache=None, **fast):
         if all(answer.finish for answer in answers):
             ended.set()
     cache = cache or model.new_cache(rows)
-    decoder = BatchDecoder(model, cache, len(answers), notify, **fast)
+    decoder = BatchDecoder(model, cache, len(answers), **fast)
+    if warm:
+        decoder.warm_up(SamplingParams())
+    decoder.start(notify)
     try:
         decoder.submit(answers)
         assert ended.wait(LIMIT)
@@ -79,6 +83,28 @@ def test_nobody_is_told_twice_of_the_end_or_of_nothing(rows, count):
     told = [item for step in news for item in step]
     assert all(text or finish for _, text, finish in told)
     assert sorted(number for number, _, finish in told if finish) == list(range(count))
+
+
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_warming_up_decodes_and_leaves_no_trace(ends_at_once):
+    """Also with a model whose first token is the end: the step after it compiles, too."""
+    model = tiny_model()
+    if ends_at_once:
+        model.logits = lambda x: torch.nn.functional.one_hot(
+            torch.full(x.shape[:-1], STOP_IDS[0]), model.config.vocab_size).float() * 100
+    steps, cold, warm = [], answers_of(model, count=3), answers_of(model, count=3)
+
+    def decode(*arguments):
+        steps.append(threading.current_thread().name)
+        return decode_one_token(*arguments)
+    decode_all(model, cold, decode=decode)
+    in_warm_up = len(steps)
+    decode_all(model, warm, decode=decode, warm=True)
+
+    assert steps[in_warm_up] == "MainThread"
+    assert set(steps[:in_warm_up] + steps[in_warm_up + 1:]) <= {"decoder"}
+    assert [answer.ids for answer in warm] == [answer.ids for answer in cold]
+    assert [answer.cached_tokens for answer in warm] == [answer.cached_tokens for answer in cold]
 
 
 def run_now(function):

@@ -1,4 +1,4 @@
-"""serve.py before it serves: its address and its key, and a host that is half an address."""
+"""serve.py before it serves: its address and its key, and what compiles."""
 import re
 
 import pytest
@@ -6,16 +6,22 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-import serve                                     # late: it needs the two
+import uvicorn                                   # late: these need the two
+
+import serve
 from minillm.errors import UserError
 from minillm.http_app import Limits, check_caller
+from minillm.generation import decode_one_token
 from minillm.request_fields import ApiError
+from model import fast_versions
+from support import processes
+from support.tiny_models import tiny_model, write_folder
 
 
 @pytest.mark.parametrize("host", ["a" * 64, ".", "\udcff"], ids=ascii)
 def test_a_host_that_no_name_can_be(host):
     with pytest.raises(UserError, match=re.escape(f"--host={host} is no name or address")):
-        serve.listen(host, 0)
+        serve.bind(host, 0)
 
 
 @pytest.mark.parametrize("flag, environment, key", [
@@ -53,3 +59,44 @@ def test_half_an_address_is_refused_like_any_other(host):
         check_caller(Request)
 
     assert error.value.status == 403
+
+
+# ---- the program
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("served") / "model", tiny_model())
+
+
+def flags(folder, *more):
+    return [f"--out_dir={folder}", "--port=0", "--device=cpu", "--dtype=float32", *more]
+
+
+def with_decode(decode):
+    """For the child: `decode` is what minillm/speed gives, and the server ends as it starts."""
+    def before():
+        fast_versions.for_batch_decoder = lambda model, rows, compile: {"decode": decode}
+        uvicorn.Server.run = lambda self, sockets: print("serving")
+    return before
+
+
+def test_what_compiles_does_so_before_the_address_is_printed(folder):
+    def decode(*arguments):
+        print("a step")
+        return decode_one_token(*arguments)
+
+    warm = processes.run("serve", flags(folder, "--compile=True"), before=with_decode(decode))
+    cold = processes.run("serve", flags(folder), before=with_decode(decode))
+
+    assert re.fullmatch(r"a step\nmodel · 8 answers at a time · http:\S+\nserving\n", warm.out)
+    assert re.fullmatch(r"warming up for --compile=True, by a short answer … \d+\.\d s\n", warm.err)
+    assert cold.out.startswith("model · ") and cold.err == ""
+
+
+def test_a_compiler_that_fails_ends_the_server_before_it_serves(folder):
+    def decode(*arguments):
+        raise RuntimeError("InductorError: RuntimeError: Failed to find C compiler. Please …")
+
+    line = processes.refused("serve", flags(folder, "--compile=True"), before=with_decode(decode))
+
+    assert line == "serve.py: compile=True needs a C compiler: install gcc, or leave compile out"

@@ -42,13 +42,25 @@ class Gate:
         return self.decode(*arguments)
 
 
+class TellingDecoder(BatchDecoder):
+    """A BatchDecoder that tells `step`, too, that answers have news."""
+
+    def start(self, notify):
+        self.step = threading.Condition()
+
+        def notify_and_tell(answers):
+            notify(answers)
+            with self.step:
+                self.step.notify_all()
+        super().start(notify_and_tell)
+
+
 class Server:
     """url, model, decoder, gate; ask(path, body) posts JSON or bytes."""
 
-    def __init__(self, model, url, gate, key):
+    def __init__(self, model, url, gate, key, decoder):
         self.model, self.url, self.gate, self.key = model, url, gate, key
-        self.decoder = None
-        self.step = threading.Condition()
+        self.decoder = decoder
 
     def client(self, **options):
         return openai.OpenAI(base_url=self.url + "/v1", api_key=self.key or "none", max_retries=0,
@@ -62,12 +74,12 @@ class Server:
 
     def wait(self, condition):
         """Until condition() holds; it is looked at after each step."""
-        with self.step:
+        with self.decoder.step:
             # a row is freed after the step's news, so look again now and then
             for _ in range(PATIENCE * 20):
                 if condition():
                     return
-                self.step.wait(0.05)
+                self.decoder.step.wait(0.05)
         raise AssertionError("waited in vain")
 
     def idle(self):
@@ -81,19 +93,13 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
     gate = options["decode"] = Gate(options.get("decode", decode_one_token))
     bound = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    server = Server(model, url, gate, limits.get("api_key"))
     cache = model.new_cache(rows)
+    decoder = TellingDecoder(model, cache, max_waiting, **options)
+    server = Server(model, url, gate, limits.get("api_key"), decoder)
     service = Service(model, cache, "tiny", SamplingParams(**DEFAULTS), most_tokens=4096)
 
-    def start_decoder(notify):
-        def notify_and_tell(answers):
-            notify(answers)
-            with server.step:
-                server.step.notify_all()
-        server.decoder = BatchDecoder(model, cache, max_waiting, notify_and_tell, **options)
-        return server.decoder
     limits = {"body_seconds": PATIENCE} | limits
-    app = make_app(service, Limits(**limits), start_decoder)
+    app = make_app(service, Limits(**limits), decoder)
     web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -1,0 +1,58 @@
+"""One answer of many: what a BatchDecoder is to decode, and what it has decoded so far.
+
+    answer = Answer(model.tokenizer, conversation.next_prompt, SamplingParams(), seed=1)
+    answer.push(token)                       # by the decoder
+    text = answer.take()                     # by the reader, whenever it likes
+"""
+import collections
+
+from minillm.conversation import STOP_IDS
+from minillm.text_stream import TextStream
+
+
+class Answer:
+    """One answer: what to decode, and what has been decoded so far.
+
+    next_prompt(ids) returns the prompt to continue with after `ids` of the answer: at first with
+    [], then whenever the context is full. It returns None where nothing can be dropped.
+    `pieces` collects text for the reader. `finish` stays None until the answer ends: then "stop",
+    "length" (max_new_tokens), "context" (no room left), "cancelled" or "error".
+    """
+
+    def __init__(self, tokenizer, next_prompt, params, seed=0, stop=()):
+        self.next_prompt, self.params, self.seed = next_prompt, params, seed
+        self.prompt = next_prompt([])
+        self.stream = TextStream(tokenizer, stop)
+        self.ids, self.segment = [], 0
+        self.pieces = collections.deque()
+        self.next_news = 0.0                     # when the reader is to hear of it again
+        self.prompt_tokens, self.cached_tokens, self.tokens = len(self.prompt), 0, 0
+        self.finish, self.cancelled, self.started = None, False, None
+
+    def push(self, token):
+        """Add the next token."""
+        self.tokens += 1
+        if token in STOP_IDS:
+            self.end("stop")
+            return
+        self.ids.append(token)
+        self._show(self.stream.push(token))
+        if self.stream.stopped:
+            self.end("stop")
+        elif len(self.ids) == self.params.max_new_tokens:
+            self.end("length")
+
+    def end(self, reason):
+        self._show(self.stream.flush())
+        self.finish = reason
+
+    def _show(self, text):
+        if text:
+            self.pieces.append(text)
+
+    def take(self):
+        """The text that has come since the last call."""
+        text = ""
+        while self.pieces:
+            text += self.pieces.popleft()
+        return text
