@@ -144,6 +144,7 @@ def main():
     signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"
+    bound.listen(config.backlog)                 # from now on the system lets clients wait
     print(f"{name} · {rows} answers at a time · {url}", flush=True)
     server.run(sockets=[bound])
 

@@ -1,5 +1,7 @@
 """serve.py before it serves: its address and its key, and what compiles."""
 import re
+import socket
+import time
 
 import pytest
 
@@ -15,6 +17,7 @@ from minillm.generation import decode_one_token
 from minillm.request_fields import ApiError
 from model import fast_versions
 from support import processes
+from support.processes import LIMIT, Fork
 from support.tiny_models import tiny_model, write_folder
 
 
@@ -100,3 +103,18 @@ def test_a_compiler_that_fails_ends_the_server_before_it_serves(folder):
     line = processes.refused("serve", flags(folder, "--compile=True"), before=with_decode(decode))
 
     assert line == "serve.py: compile=True needs a C compiler: install gcc, or leave compile out"
+
+
+def test_whoever_reads_the_address_can_connect(folder):
+    """Also before the web server has begun, which takes a second on a busy machine."""
+    def before():
+        uvicorn.Server.run = lambda self, sockets: time.sleep(LIMIT)
+
+    server = Fork("serve", flags(folder), before=before)
+    try:
+        server.wait_until(lambda: server.out.endswith("\n"))
+        port = int(server.out.strip().rpartition(":")[2])
+        socket.create_connection(("127.0.0.1", port)).close()
+    finally:
+        server.kill()
+        server.wait()
