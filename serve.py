@@ -138,9 +138,9 @@ def main():
     server = uvicorn.Server(config)
 
     def on_sigterm(number, frame):
-        # uvicorn drains, then sends itself the signal again: that is the end it should come to
-        if not server.started:
-            sys.exit(0)
+        # Before uvicorn has a handler of its own. After it has drained, it sends itself the signal
+        # again, which then changes nothing. No exception: inside some callbacks Python drops it
+        server.should_exit = True
     signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"

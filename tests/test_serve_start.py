@@ -1,5 +1,7 @@
 """serve.py before it serves: its address and its key, and what compiles."""
+import os
 import re
+import signal
 import socket
 import time
 
@@ -103,6 +105,25 @@ def test_a_compiler_that_fails_ends_the_server_before_it_serves(folder):
     line = processes.refused("serve", flags(folder, "--compile=True"), before=with_decode(decode))
 
     assert line == "serve.py: compile=True needs a C compiler: install gcc, or leave compile out"
+
+
+def test_sigterm_before_the_server_has_begun_ends_it(folder):
+    """Python drops an exception of a signal handler if the signal comes inside a __del__."""
+    class SendsSigterm:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before():
+        inner = uvicorn.Server.run
+
+        def run(self, sockets):
+            SendsSigterm()
+            inner(self, sockets)
+        uvicorn.Server.run = run
+
+    server = processes.run("serve", flags(folder), before=before)
+
+    assert server.status == 0 and server.err == ""
 
 
 def test_whoever_reads_the_address_can_connect(folder):
