@@ -10,9 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import unicodedata
-import urllib.error
 import urllib.request
 
 import pytest
@@ -260,15 +258,6 @@ def corpora(folder):
     os.rename(folder / "data/raw/sft.jsonl", folder / "data/raw/train_3.5M_CN.json")
 
 
-def wait_for_answer(url):
-    """Until the server at `url` answers; its line is printed a moment before."""
-    while True:
-        try:
-            return urllib.request.urlopen(url)
-        except urllib.error.URLError:
-            time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_order(tmp_path):
     copy = fresh_copy(tmp_path)
@@ -284,7 +273,7 @@ def test_every_command_of_the_readme_runs_in_order(tmp_path):
                                  stderr=subprocess.STDOUT)
         if serving:
             line = next(line for line in child.stdout if b"http" in line)
-            wait_for_answer(re.search(rb"http://\S+", line)[0].decode())
+            urllib.request.urlopen(re.search(rb"http://\S+", line)[0].decode())
             child.send_signal(signal.SIGTERM)
         output, _ = child.communicate()
         assert child.returncode == 0, f"{command}\n{output.decode()}"

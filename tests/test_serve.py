@@ -261,7 +261,7 @@ def test_a_body_that_never_arrives_is_given_up():
 @pytest.mark.parametrize("method, path, status", [
     ("GET", CHAT, 405), ("GET", "/nothing", 404), ("POST", "/", 405)])
 def test_a_wrong_path_gets_an_error_of_the_same_shape(server, method, path, status):
-    response = httpx.request(method, server.url + path)
+    response = httpx.request(method, server.url + path, timeout=PATIENCE)
 
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -276,8 +276,8 @@ def test_a_key_is_asked_for():
         def status(**headers):
             return server.ask(CHAT, {"messages": HELLO}, **headers).status_code
 
-        assert httpx.get(server.url + "/healthz").status_code == 200
-        assert httpx.get(server.url + "/").status_code == 200
+        assert httpx.get(server.url + "/healthz", timeout=PATIENCE).status_code == 200
+        assert httpx.get(server.url + "/", timeout=PATIENCE).status_code == 200
         assert status() == 401
         assert status(authorization="Bearer sesame") == 401
         assert status(authorization="Bearer sésame".encode()) == 200

@@ -182,7 +182,7 @@ def test_thousands_of_requests_leave_nothing_behind(tmp_path):
                 resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
         assert resident[-1] - resident[0] < 10 << 20
-        health = httpx.get(url + "/healthz").json()
+        health = httpx.get(url + "/healthz", timeout=PATIENCE).json()
         assert (health["active"], health["waiting"]) == (0, 0)
     finally:
         program.kill()

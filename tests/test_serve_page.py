@@ -6,7 +6,7 @@ import pytest
 
 from support.browser import Browser, find_chromium
 from support.tiny_models import talkative, tiny_model
-from support.web_server import alone, httpx, served
+from support.web_server import PATIENCE, alone, httpx, served
 
 pytestmark = pytest.mark.skipif(not find_chromium(), reason="chromium is not installed")
 DONE = "!runs.size && chat().messages.length && !document.querySelector('.live')"
@@ -222,7 +222,7 @@ def test_contrast_is_enough_in_light_and_dark(page, scheme):
 
 
 def test_the_page_is_one_file_that_asks_for_nothing_else(page, server):
-    response = httpx.get(server.url + "/")
+    response = httpx.get(server.url + "/", timeout=PATIENCE)
 
     assert not re.search(r"(src|href)=\"(?!data:)", response.text)
     assert "'unsafe-inline'" not in response.headers["content-security-policy"]
