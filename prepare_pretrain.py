@@ -159,8 +159,9 @@ def write_splits(folder, shuffle, split, tokenizer):
     """Empty the shuffle into train.bin and val.bin; returns their counts for meta.json."""
     train, val = SplitWriter(folder, "train"), SplitWriter(folder, "val")
     for documents in shuffle.shuffled():
-        in_validation, to_cut = split.in_validation(documents), split.to_cut(documents)
-        sizes, in_validation = documents.sizes.tolist(), in_validation.tolist()
+        in_validation = split.in_validation(documents).tolist()
+        to_cut = split.to_cut(documents)
+        sizes = documents.sizes.tolist()
         for index, (tokens, size) in enumerate(zip(documents.payloads, sizes)):
             if in_validation[index]:
                 val.add(tokens, size)

@@ -253,8 +253,8 @@ def to_document(turns, digest, place):
         size += content
         if is_supervised(turn.message):
             supervised_bytes += content
-    tokens, mask = [turn.tokens for turn in turns], [turn.mask for turn in turns]
-    return Document(digest, size, to_payload(tokens, mask, supervised_bytes), place)
+    tokens, masks = [turn.tokens for turn in turns], [turn.mask for turn in turns]
+    return Document(digest, size, to_payload(tokens, masks, supervised_bytes), place)
 
 
 def write_splits(folder, shuffle, split, capacity):

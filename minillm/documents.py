@@ -34,9 +34,9 @@ class Documents(NamedTuple):
 
 def columns(documents):
     """A list of Document as Documents."""
-    digests = b"".join(document.digest for document in documents)
-    sizes = [document.size for document in documents]
+    digest_bytes = b"".join(document.digest for document in documents)
+    digests = np.frombuffer(digest_bytes, "<u8").reshape(-1, 2)
+    sizes = np.array([document.size for document in documents], np.int64)
     payloads = [document.payload for document in documents]
     places = [document.place for document in documents]
-    digests = np.frombuffer(digests, "<u8").reshape(-1, 2)
-    return Documents(digests, np.array(sizes, np.int64), payloads, places)
+    return Documents(digests, sizes, payloads, places)

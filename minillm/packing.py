@@ -1,6 +1,6 @@
 """Packing conversations into rows of equal length, and writing the rows.
 
-    payload = to_payload(tokens, mask, supervised_bytes)     # of one conversation
+    payload = to_payload(tokens, masks, supervised_bytes)    # of one conversation
     writer = RowWriter("data/sft", "train", capacity=513)
     writer.add(documents)                                # Documents with such payloads
     writer.close()
@@ -21,12 +21,12 @@ _SUPERVISED_BYTES = struct.Struct("<Q")
 _END = struct.pack("<H", END_OF_TEXT)
 
 
-def to_payload(tokens, mask, supervised_bytes):
+def to_payload(tokens, masks, supervised_bytes):
     """The bytes of a conversation.
 
-    tokens: the packed ids of its turns, uint16; mask: loss masks of the turns, a byte per token.
+    tokens: the packed ids of each turn, uint16; masks: the loss mask of each, a byte per token.
     """
-    return b"".join([_SUPERVISED_BYTES.pack(supervised_bytes), *tokens, _END, *mask, b"\0"])
+    return b"".join([_SUPERVISED_BYTES.pack(supervised_bytes), *tokens, _END, *masks, b"\0"])
 
 
 def pack(lengths, capacity):
@@ -94,18 +94,18 @@ class RowWriter:
         self._pool, self._lengths, self._pool_tokens = [], [], 0
 
     def _write_rows(self, rows):
-        tokens, mask = [], []
+        tokens, masks = [], []                   # pieces of the two files
         for row in rows:
             padding = self._capacity
             for item in row:
                 payload, length = self._pool[item], self._lengths[item]
                 middle = _SUPERVISED_BYTES.size + 2 * length
                 tokens.append(payload[_SUPERVISED_BYTES.size: middle])
-                mask.append(payload[middle:])
+                masks.append(payload[middle:])
                 padding -= length
             tokens.append(padding * _END)
-            mask.append(bytes(padding))
-        mask = b"".join(mask)
+            masks.append(bytes(padding))
+        mask = b"".join(masks)
         self.counts["learned_tokens"] += mask.count(1)
         self._tokens.write(b"".join(tokens))
         self._mask.write(mask)

@@ -30,8 +30,9 @@ BUCKETS = 256
 BUCKET_BYTES = 128 << 20
 WRITE_BUFFER = 64 << 10              # of each bucket: 16 MiB for all
 HEADER = np.dtype([                  # of a document in a bucket; its place and payload follow
-    ("key", "<u8"), ("digest", "<u8", 2), ("size", "<i8"), ("place", "<u8"), ("payload", "<u8")])
-_KEY_AND_LENGTHS = struct.Struct("<Q24xQQ")      # of a header: key, bytes of place and payload
+    ("key", "<u8"), ("digest", "<u8", 2), ("size", "<i8"),
+    ("place_length", "<u8"), ("payload_length", "<u8")])             # in bytes
+_KEY_AND_LENGTHS = struct.Struct("<Q24xQQ")      # of a header
 PART = 10_000                        # documents handed on at once
 
 
@@ -90,11 +91,11 @@ class DiskShuffle:
         headers["key"] = _splitmix(numbers ^ self._seed)
         headers["digest"] = documents.digests
         headers["size"] = documents.sizes
-        headers["place"] = [len(place) for place in places]
-        headers["payload"] = [len(payload) for payload in documents.payloads]
+        headers["place_length"] = [len(place) for place in places]
+        headers["payload_length"] = [len(payload) for payload in documents.payloads]
         buckets = (headers["key"] >> np.uint64(56)).tolist()
-        headers = headers.view(f"V{HEADER.itemsize}").tolist()       # as bytes
-        for bucket, header, place, payload in zip(buckets, headers, places, documents.payloads):
+        packed = headers.view(f"V{HEADER.itemsize}").tolist()        # a list of bytes
+        for bucket, header, place, payload in zip(buckets, packed, places, documents.payloads):
             self._append(self._files, self._folder, bucket, header + place + payload)
 
     def _append(self, files, folder, bucket, record):
@@ -150,7 +151,7 @@ class DiskShuffle:
         with open(path, "rb") as file:
             while header := file.read(HEADER.itemsize):
                 [fields] = np.frombuffer(header, HEADER)
-                rest = file.read(int(fields["place"]) + int(fields["payload"]))
+                rest = file.read(int(fields["place_length"]) + int(fields["payload_length"]))
                 bucket = int(fields["key"]) >> shift & 255
                 self._append(smaller, folder, bucket, header + rest)
         os.remove(path)
@@ -172,26 +173,27 @@ def _sorted_documents(data):
     """Yield the documents of a bucket as Documents, in the order of their keys."""
     keys, starts, at = [], [], 0
     while at < len(data):
-        key, place, payload = _KEY_AND_LENGTHS.unpack_from(data, at)
+        key, place_length, payload_length = _KEY_AND_LENGTHS.unpack_from(data, at)
         keys.append(key)
         starts.append(at)
-        at += HEADER.itemsize + place + payload
+        at += HEADER.itemsize + place_length + payload_length
     order = np.argsort(np.array(keys, np.uint64), kind="stable")     # equal ones: as they arrived
-    starts = np.array(starts)[order]
-    for first in range(0, len(starts), PART):
-        yield _documents_at(starts[first: first + PART], data)
+    sorted_starts = np.array(starts)[order]
+    for first in range(0, len(sorted_starts), PART):
+        yield _documents_at(sorted_starts[first: first + PART], data)
 
 
 def _documents_at(starts, data):
     """The Documents whose headers begin at `starts`; the payloads are views of `data`."""
-    of_headers = starts[:, None] + np.arange(HEADER.itemsize)
-    headers = np.frombuffer(data, np.uint8)[of_headers].view(HEADER)[:, 0]
-    places = starts + HEADER.itemsize
-    payloads = places + headers["place"].astype(np.int64)
-    ends = payloads + headers["payload"].astype(np.int64)
-    bounds = list(zip(places.tolist(), payloads.tolist(), ends.tolist()))
-    names = []
-    if headers["place"].any():
-        names = [str(data[place:start], "utf-8", "surrogateescape") for place, start, _ in bounds]
+    header_bytes = starts[:, None] + np.arange(HEADER.itemsize)      # where they stand
+    headers = np.frombuffer(data, np.uint8)[header_bytes].view(HEADER)[:, 0]
+    place_starts = starts + HEADER.itemsize
+    payload_starts = place_starts + headers["place_length"].astype(np.int64)
+    payload_ends = payload_starts + headers["payload_length"].astype(np.int64)
+    bounds = list(zip(place_starts.tolist(), payload_starts.tolist(), payload_ends.tolist()))
+    places = []
+    if headers["place_length"].any():
+        places = [str(data[place:payload], "utf-8", "surrogateescape")
+                  for place, payload, _ in bounds]
     payloads = [data[start:end] for _, start, end in bounds]
-    return Documents(headers["digest"], headers["size"], payloads, names)
+    return Documents(headers["digest"], headers["size"], payloads, places)

@@ -17,6 +17,7 @@ token; with a token of parts of two characters; or long, as rounds are. And it e
 with runs longer than a pre-token, or with characters that fit two kinds of pre-token. A tokenizer
 with other pre-tokens or a normalizer is left to the library altogether.
 """
+import itertools
 import json
 
 import numpy as np
@@ -69,18 +70,18 @@ class BatchTokenizer(Tokenizer):
         """The ids of each text as they stand in token files: bytes, little-endian uint16."""
         if not self._is_ours:
             return super().encode_packed(texts)
-        parts = [cut(text) for text in texts]            # one, unless it exceeds MAX_PIECE
+        parts_of_texts = [cut(text) for text in texts]   # one, unless it exceeds MAX_PIECE
         packed, batch, length = [], [], 0
-        for text in (part for parts_of_text in parts for part in parts_of_text):
-            batch.append(text)
-            length += len(text)
+        for part in itertools.chain.from_iterable(parts_of_texts):
+            batch.append(part)
+            length += len(part)
             if length > MAX_PIECE:
                 packed += self._encode_parts(batch)
                 batch, length = [], 0
         if batch:
             packed += self._encode_parts(batch)
-        packed = iter(packed)
-        return [b"".join(next(packed) for _ in parts_of_text) for parts_of_text in parts]
+        in_order = iter(packed)
+        return [b"".join(next(in_order) for _ in parts) for parts in parts_of_texts]
 
     def _encode_parts(self, texts):
         """encode_packed of texts of at most MAX_PIECE characters."""
@@ -92,8 +93,8 @@ class BatchTokenizer(Tokenizer):
             lengths = np.array([len(part) for part in texts])
             stops = np.cumsum(lengths + 1) - 1           # a line end follows each
             bounds = zip(offsets[stops - lengths].tolist(), offsets[stops].tolist())
-            packed = ids.tobytes()
-            return [packed[2 * start: 2 * stop] for start, stop in bounds]
+            id_bytes = ids.tobytes()
+            return [id_bytes[2 * start: 2 * stop] for start, stop in bounds]
         if len(texts) == 1:
             return super().encode_packed(texts)
         half = len(texts) // 2                           # one of the halves may be as usual
@@ -128,13 +129,13 @@ class BatchTokenizer(Tokenizer):
     def _learn(self, points):
         """Ask the library of what kind some characters are."""
         characters = "".join(map(chr, points))
-        kinds = {}
+        kinds_of = {}
         for kind, pattern in PATTERNS.items():
             split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
             for character, _ in split.pre_tokenize_str(characters):
-                kinds.setdefault(character, []).append(kind)
+                kinds_of.setdefault(character, []).append(kind)
         for point, character in zip(points, characters):
-            found = kinds.get(character)
+            found = kinds_of.get(character)
             if found == [NUMBER, HAN]:                   # 〇: for the library, with what is before
                 self._tokens[point] = -1
                 self._glue[point] = 2**64 - 1
@@ -149,21 +150,21 @@ class BatchTokenizer(Tokenizer):
     def _encode_words(self, text, points, is_cut, is_glued):
         """(ids of a text as uint16, where the ids of each character begin among them)."""
         tokens = self._tokens[points]
-        word = np.cumsum(is_cut, dtype=np.int32) - 1     # [character] -> the number of its word
+        word_of = np.cumsum(is_cut, dtype=np.int32) - 1  # [character] -> the number of its word
         bounds = np.append(np.flatnonzero(is_cut), len(text))
         length = np.diff(bounds)
 
         # 1) the words that the library encodes
         is_hard = length > LONG_WORD
-        is_hard[word[(tokens < 0) | is_glued]] = True
-        tokens[is_hard[word]] = -1
+        is_hard[word_of[(tokens < 0) | is_glued]] = True
+        tokens[is_hard[word_of]] = -1
         hard = np.flatnonzero(is_hard)
         bounds_of_hard = zip(bounds[hard].tolist(), bounds[hard + 1].tolist())
         words = [text[start:stop] for start, stop in bounds_of_hard]
         ids_of = self._encode_by_library(set(words))
 
         # 2) all others: merged until nothing is left to merge
-        self._merge(tokens, word, np.flatnonzero((~is_hard & (length > 1))[word]))
+        self._merge(tokens, word_of, np.flatnonzero((~is_hard & (length > 1))[word_of]))
 
         # 3) both in their order
         is_token = tokens >= 0
@@ -176,11 +177,11 @@ class BatchTokenizer(Tokenizer):
         ids[~is_merged] = [token for word in words for token in ids_of[word]]
         return ids, offsets
 
-    def _merge(self, tokens, word, index):
+    def _merge(self, tokens, word_of, index):
         """Merge the tokens at `index`; one that is merged into the token before it becomes -1."""
         none = np.int32(self._merges.none)
         while len(index):
-            ids, words = tokens[index], word[index]
+            ids, words = tokens[index], word_of[index]
             is_new = words[1:] != words[:-1]
             rank = self._merges.rank(ids[:-1], ids[1:])
             rank = np.append(np.where(is_new, none, rank), none)
@@ -196,9 +197,9 @@ class BatchTokenizer(Tokenizer):
             index = index[goes_on]
 
     def _encode_by_library(self, words):
-        """{word: its ids}"""
-        words, ids_of = list(words), {}
-        parts = [words[first: first + PART] for first in range(0, len(words), PART)]
+        """{word: its ids} of a set of words."""
+        in_order, ids_of = list(words), {}
+        parts = [in_order[first: first + PART] for first in range(0, len(in_order), PART)]
         encoded = self._encode(["\n".join([*part, ""]) for part in parts])
         for part, ids in zip(parts, encoded):
             start = 0
@@ -216,8 +217,8 @@ def characters_first(model, token_bytes):
     token that two merges make need not be like that.
     """
     vocabulary, rank_of, earliest = model["vocab"], {}, {}
-    for rank, (left, right) in enumerate(merges_of(model)):
-        left, right = vocabulary[left], vocabulary[right]
+    for rank, (left_text, right_text) in enumerate(merges_of(model)):
+        left, right = vocabulary[left_text], vocabulary[right_text]
         rank_of[left, right] = rank
         earliest.setdefault(left, rank)
         earliest.setdefault(right, rank)
