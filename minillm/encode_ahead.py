@@ -86,8 +86,11 @@ def _pool(encode, processes):
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             yield lambda block: pool.submit(encode, block), 2
         return
+    # the write end closes with this process, however that ends
+    alive, write_end = multiprocessing.Pipe(duplex=False)
+    inherited = write_end if START == "fork" else None
     pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context(START), _begin_worker, (encode,))
+        processes, multiprocessing.get_context(START), _begin_worker, (encode, alive, inherited))
 
     def submit(function, *arguments):
         with _signals_held(), _environment_of_workers():     # it may start a process
@@ -105,6 +108,7 @@ def _pool(encode, processes):
         yield lambda block: submit(_encode_in_worker, block), processes
     finally:
         pool.shutdown(cancel_futures=True)
+        write_end.close()
 
 
 @contextlib.contextmanager
@@ -138,17 +142,23 @@ def _environment_of_workers():
 _encode = None               # of a worker process
 
 
-def _begin_worker(encode):
+def _begin_worker(encode, alive, inherited):
     """Called first in each worker process."""
     global _encode
     _encode = encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if inherited:
+        inherited.close()
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
 
 
-def _end_with_parent():
-    """End this process as soon as its parent has, even by SIGKILL."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _end_with_parent(alive):
+    """End this process as soon as its parent has, even by SIGKILL: nobody else can write then.
+
+    (The parent's own sentinel is held open by the processes forked later: one would end after the
+    other.)
+    """
+    multiprocessing.connection.wait([alive])
     os._exit(1)
 
 

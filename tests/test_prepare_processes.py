@@ -134,6 +134,15 @@ def group_members(group):
     return found
 
 
+def start_endless(corpus, tmp_path):
+    """A run with three processes that encode, in a group of its own. Its input is a pipe."""
+    os.mkfifo(tmp_path / "endless.jsonl")
+    arguments = [f"{tmp_path}/endless.jsonl", f"--tokenizer={corpus}/tokenizer",
+                 f"--out_dir={tmp_path}/o", "--processes=3", "--batch_size=1000"]
+    return subprocess.Popen([sys.executable, "-m", "prepare_pretrain", *arguments], cwd=ROOT,
+                            text=True, stderr=subprocess.PIPE, start_new_session=True)
+
+
 ENDS = [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
 
 
@@ -144,11 +153,7 @@ def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, stat
 
     Ctrl-C goes to all of its processes, the others to the first alone.
     """
-    os.mkfifo(tmp_path / "endless.jsonl")
-    arguments = [f"{tmp_path}/endless.jsonl", f"--tokenizer={corpus}/tokenizer",
-                 f"--out_dir={tmp_path}/o", "--processes=3", "--batch_size=1000"]
-    run = subprocess.Popen([sys.executable, "-m", "prepare_pretrain", *arguments], cwd=ROOT,
-                           text=True, stderr=subprocess.PIPE, start_new_session=True)
+    run = start_endless(corpus, tmp_path)
     with open(tmp_path / "endless.jsonl", "w") as pipe:
         for text in texts(2000):
             pipe.write('{"text": "%s"}\n' % text.replace("\n", ""))
@@ -166,3 +171,23 @@ def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, stat
     wait_until(lambda: not group_members(run.pid))
     assert run.returncode == status and "Traceback" not in errors
     assert not os.path.exists(tmp_path / "o")
+
+
+@pytest.mark.skipif(module.START != "fork" or not os.path.isdir("/proc/self"),
+                    reason="looks for forked processes in /proc")
+def test_processes_do_not_wait_for_one_another_to_end(corpus, tmp_path):
+    """The last one is stopped when the run is killed; the others end nevertheless."""
+    run = start_endless(corpus, tmp_path)
+    with open(tmp_path / "endless.jsonl", "w"):
+        wait_until(lambda: len(group_members(run.pid)) == 4)
+        last = max(group_members(run.pid))
+        # it has begun: it has a thread that watches for the end
+        wait_until(lambda: len(os.listdir(f"/proc/{last}/task")) > 1)
+
+        os.kill(last, signal.SIGSTOP)
+        run.kill()
+        try:
+            wait_until(lambda: group_members(run.pid) == [last])
+        finally:
+            os.kill(last, signal.SIGKILL)
+    run.communicate(timeout=LIMIT)
