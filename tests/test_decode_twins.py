@@ -10,7 +10,7 @@ from minillm import attention, generation
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph, decode_cpu, decode_gpu
 from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
-from minillm.speed.topk import topk_by_counting, topk_by_parts
+from minillm.speed.topk import topk_by_counting, topk_by_parts, topk_compiled
 from moe import Router
 from support.tiny_models import tiny_model
 from support.uncached import DENSE, MOE, random_ids
@@ -178,10 +178,12 @@ def awkward_logits(size):
 
 @pytest.mark.parametrize("topk, size", [
     (topk_by_counting, 100), (topk_by_counting, 2048), (topk_by_parts, 100),
-    (topk_by_parts, 5000), (topk_by_parts, 31999), (topk_by_parts, 32000)])
-def test_topk_of_ours_is_topk(topk, size):
+    (topk_by_parts, 5000), (topk_by_parts, 31999), (topk_by_parts, 32000),
+    (topk_compiled, 5000), (topk_compiled, 32000)])
+@pytest.mark.parametrize("rows", [5, 15])
+def test_topk_of_ours_is_topk(topk, size, rows):
     """With a row that falls into whole parts and not, and one too short for parts."""
-    logits = awkward_logits(size)
+    logits = awkward_logits(size).repeat(rows // 5, 1)
     for k in (1, 6, 20, min(size, 300)):
         values, ids = topk(logits, k)
 
@@ -189,6 +191,34 @@ def test_topk_of_ours_is_topk(topk, size):
         assert torch.equal(values, logits.topk(k)[0])
         assert torch.equal(logits.gather(1, ids), values)
         assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@torch.inference_mode()
+def test_compiled_attention_reads_the_filled_blocks():
+    """Positions on both sides of a block's edge, and slots that end inside a block.
+
+    Eagerly, flex_attention looks at the mask alone; compiled, it skips whole blocks as well.
+    """
+    position = torch.tensor([0, 5, 63, 64, 127, 128, 207])[:, None]
+    q = torch.randn(7, 4, 1, 16)
+    k, v = torch.randn(2, 7, 2, 208, 16)
+    visible = (torch.arange(208) <= position)[:, None, None]
+
+    @partial(torch.compile, fullgraph=True, dynamic=False)
+    def attend(q, k, v, position):
+        blocks = decode_gpu.filled_blocks(position, slots=208)
+        return decode_gpu.flex_cached_attention(q, k, v, position, blocks)
+
+    torch.testing.assert_close(attend(q, k, v, position),
+                               attention.cached_attention(q, k, v, visible, position))
+
+
+def test_attention_counts_only_filled_blocks():
+    count, numbers = decode_gpu.filled_blocks(torch.tensor([[0], [63], [64], [200]]), slots=208)
+
+    assert count.flatten().tolist() == [1, 1, 2, 4]
+    assert numbers.shape == (4, 1, 1, 4)
+    assert numbers[2].flatten().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.gpu

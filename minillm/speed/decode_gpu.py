@@ -15,14 +15,15 @@ from minillm.speed.fused import matvec, realize, row_terms
 from minillm.speed.topk import top_expert_list, topk_compiled
 
 MOST_GRAPHS = 200                    # of one function; torch's own limit is 8
+BLOCK = 64                           # slots of the cache that a batch's attention reads or skips
 
 
 def run_parts(parts, model, cache, token, position):
     """Fast version of generation.decode_one_token, if the parts are compiled."""
     embed, layer, finish = parts
-    x, rope = embed(model, cache, token, position)
-    x, new = run_layers(layer, model, cache, x, rope, position)
-    return finish(model, cache, x, rope, position, new)
+    x, place = embed(model, cache, token, position)
+    x, new = run_layers(layer, model, cache, x, place, position)
+    return finish(model, cache, x, place, position, new)
 
 
 def compile_step(batch, options):
@@ -37,19 +38,19 @@ def compile_step(batch, options):
     def begin(model, cache, state):
         # realize: what follows reads the position from memory
         position = realize((state.prompt_length + state.step - 1).clamp(max=cache.size))
-        x, rope = embed(model, cache, state.token, position)
-        return x, rope, position
+        x, place = embed(model, cache, state.token, position)
+        return x, place, position
 
-    def end(model, cache, state, params, x, rope, position, new):
-        logits = finish(model, cache, x, rope, position, new)
+    def end(model, cache, state, params, x, place, position, new):
+        logits = finish(model, cache, x, place, position, new)
         sample_next(state, logits, params, topk_compiled)
 
     begin, layer, end = compile_parts((begin, layer, end), options)
 
     def step(model, cache, state, params):
-        x, rope, position = begin(model, cache, state)
-        x, new = run_layers(layer, model, cache, x, rope, position)
-        end(model, cache, state, params, x, rope, position, new)
+        x, place, position = begin(model, cache, state)
+        x, new = run_layers(layer, model, cache, x, place, position)
+        end(model, cache, state, params, x, place, position, new)
     return step
 
 
@@ -59,11 +60,14 @@ def compile_parts(parts, options):
     return [torch.compile(part, fullgraph=True, dynamic=False, options=options) for part in parts]
 
 
-def run_layers(layer, model, cache, x, rope, position):
-    """The output of the last layer, and what else each layer returned."""
+def run_layers(layer, model, cache, x, place, position):
+    """The output of the last layer, and what else each layer returned.
+
+    place: what all layers need to know of the position, made by the function that embeds.
+    """
     new = []
     for block, keys, values in zip(model.blocks, cache.k, cache.v):
-        x, heads = layer(block, keys, values, x, rope, position)
+        x, heads = layer(block, keys, values, x, place, position)
         new.append(heads)
     return x, new
 
@@ -71,40 +75,56 @@ def run_layers(layer, model, cache, x, rope, position):
 # ---- a batch
 
 def embed_batch(model, cache, token, position):
-    """(the tokens' embeddings (B, 1, D), cos and sin of their positions)."""
+    """(the tokens' embeddings (B, 1, D), (cos and sin of their positions, filled_blocks))."""
     # clamp: RoPE has no row for the position of the padding; any will do
     rope = model.rope[:, position.clamp(max=cache.size - 1)][:, :, :, None]
-    return model.wte(token), rope
+    # a row without a token stands at the padding's position: one block is enough for it
+    last = torch.where(position < cache.size, position, 0)
+    return model.wte(token), (rope, filled_blocks(last, slots=cache.k[0].shape[2]))
 
 
-def batch_layer(block, keys, values, x, rope, position):
+def filled_blocks(position, slots):
+    """Which blocks hold the slots up to each row's position (B, 1), as BlockMask takes it.
+
+    Returns how many (B, 1, 1), and their numbers (B, 1, 1, all blocks), of which the first count.
+    """
+    count = (position // BLOCK + 1).int()[:, :, None]
+    numbers = torch.arange(math.ceil(slots / BLOCK), dtype=torch.int32, device=position.device)
+    return count, numbers.repeat(len(position), 1, 1, 1)
+
+
+def batch_layer(block, keys, values, x, place, position):
     """One layer: (x (B, 1, D), None). Its k and v are written to the cache."""
+    rope, blocks = place
     row = torch.arange(len(x), device=x.device)[:, None]
 
     def attend(q, k, v):
         keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
         values[row, :, position] = v.transpose(1, 2).to(values.dtype)
-        return flex_cached_attention(q, keys, values, position)
+        return flex_cached_attention(q, keys, values, position, blocks)
     return block(x, rope, attend)[0], None
 
 
-def finish_batch(model, cache, x, rope, position, new):
+def finish_batch(model, cache, x, place, position, new):
     """The logits (B, V)."""
     return model.logits(model.norm(x)[:, -1])
 
 
-def flex_cached_attention(q, k, v, position):
+def flex_cached_attention(q, k, v, position, blocks):
     """Fast version of attention.cached_attention for one new token per row, to be compiled.
 
-    A batch of 64 makes 55,430 tokens/s where SDPA with a mask made 47,019 (H200,
-    `python -m bench.decode --batch_size=64`).
+    blocks: what filled_blocks returns.
     """
     # late: importing it takes 0.5 s, which chat on a CPU must not pay
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    def hide_the_future(score, b, h, i, slot):
-        return torch.where(slot <= position[b, 0], score, float("-inf"))
-    return flex_attention(q, k, v, score_mod=hide_the_future, enable_gqa=True)
+    def visible(b, h, i, slot):
+        return slot <= position[b, 0]
+    mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=(128, BLOCK), mask_mod=visible,
+                                    seq_lengths=(1, k.shape[2]), compute_q_blocks=False)
+    # the kernel reads 32 slots at a time and fetches four times as many ahead
+    options = {"BLOCK_N": 32, "num_stages": 4}
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
 # ---- one row: cache is a GraphCache, whose `keys` and `values` hold all layers in one tensor
