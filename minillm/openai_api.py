@@ -174,6 +174,9 @@ class TextPrompt:
         return None if ids else self.ids
 
 
+NOT_ENDED = {"finish_reason": None}
+
+
 class Job:
     """A request that was understood, and the JSON of its response."""
 
@@ -196,19 +199,24 @@ class Job:
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self.head | {"object": name, "choices": choices, "usage": self.usage()}
 
-    def chunk(self, index, text, **more):
+    def first_chunk(self, index):
+        """What begins the stream of a chat: who speaks."""
+        return self._choice_chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def chunk(self, index, text):
         """A piece of the stream."""
         content = {"text": text}
         if self.kind == "chat":
-            content = {"delta": more.pop("delta", {"content": text})}
-        choice = {"index": index} | content | {"logprobs": None, "finish_reason": None} | more
-        return self._chunk([choice])
-
-    def first_chunk(self, index):
-        return self.chunk(index, "", delta={"role": "assistant", "content": ""})
+            content = {"delta": {"content": text}}
+        return self._choice_chunk(index, content)
 
     def last_chunk(self, index):
-        return self.chunk(index, "", delta={}, **ending(self.answers[index]))
+        """What ends it."""
+        content = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        return self._choice_chunk(index, content, ending(self.answers[index]))
+
+    def _choice_chunk(self, index, content, end=NOT_ENDED):
+        return self._chunk([{"index": index} | content | {"logprobs": None} | end])
 
     def usage_chunk(self):
         return self._chunk([]) | {"usage": self.usage()}

@@ -123,6 +123,17 @@ def test_a_completion_continues_each_text(server, stream):
     assert got == want
 
 
+def test_the_stream_of_a_completion_has_its_own_fields(server):
+    body = {"prompt": "从前", "max_tokens": 3, "stream": True}
+    events = server.ask("/v1/completions", body).text.split("\n\n")[:-2]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+
+    fields = {"index", "text", "logprobs", "finish_reason"}
+    *pieces, last = [chunk["choices"][0].keys() for chunk in chunks]
+    assert last == fields | {"seed", "forgotten_messages"}
+    assert all(piece == fields for piece in pieces)
+
+
 def test_the_model_is_listed(server):
     client = server.client()
 
