@@ -28,8 +28,6 @@ from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.errors import UserError, run
 from minillm.sampling_params import DEFAULTS, SamplingParams
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 @dataclass
 class Settings:
@@ -117,14 +115,16 @@ def main():
     bound = bind(s.host, s.port)
 
     # 2) the model, and the thread that decodes
-    from minillm.batch_decoder import BatchDecoder         # late: torch
-    from minillm.http_app import Limits, make_app          # late: torch
-    from minillm.openai_api import Service                 # late: torch
+    from minillm.batch_decoder import BatchDecoder                 # late: torch
+    from minillm.http_app import LOOPBACK, Limits, make_app        # late: torch
+    from minillm.openai_api import Service                         # late: torch
     from model import GPT, fast_versions                           # late: torch
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)
-    fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
+    fast = {}
+    if fast_versions:
+        fast = fast_versions.for_batch_decoder(model, rows, s.compile)
     decoder = BatchDecoder(model, cache, s.max_waiting, **fast)
     if s.compile:
         warm_up(decoder, defaults)

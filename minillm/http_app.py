@@ -48,14 +48,17 @@ def make_app(service, limits, decoder):
         Route("/v1/completions", completion, methods=["POST"]),
     ], exception_handlers={ApiError: show_error, HTTPException: show_http_error,
                            Exception: show_bug})
-    app.state.service, app.state.limits, app.state.decoder = service, limits, decoder
+    app.state.service = service
+    app.state.limits = limits
+    app.state.decoder = decoder
     app.state.page = read_page()
     return app
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
-    loop, decoder = asyncio.get_running_loop(), app.state.decoder
+    decoder = app.state.decoder
+    loop = asyncio.get_running_loop()
     decoder.start(lambda answers: loop.call_soon_threadsafe(wake, answers))
     try:
         yield
@@ -91,9 +94,11 @@ async def show_http_error(request, error):
     return await show_error(request, ApiError(error.status_code, message, headers=error.headers))
 
 
+BUG = ApiError(500, "the server made a mistake; its log says more", type="server_error")
+
+
 async def show_bug(request, error):
-    message = "the server made a mistake; its log says more"
-    return await show_error(request, ApiError(500, message, type="server_error"))
+    return await show_error(request, BUG)
 
 
 def read_page():
@@ -123,9 +128,10 @@ async def page(request):
 
 async def health(request):
     decoder = request.app.state.decoder
-    alive = decoder.thread.is_alive()
-    return Json({"status": "ok" if alive else "the decoder has died", "active": decoder.active,
-                 "waiting": len(decoder.waiting)}, 200 if alive else 503)
+    status, code = "ok", 200
+    if not decoder.thread.is_alive():
+        status, code = "the decoder has died", 503
+    return Json({"status": status, "active": decoder.active, "waiting": len(decoder.waiting)}, code)
 
 
 async def models(request):
@@ -147,20 +153,28 @@ def check_caller(request):
     """Raise ApiError unless this caller may ask."""
     limits = request.app.state.limits
     if limits.api_key:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-        # a header's bytes arrive as latin-1
-        if not hmac.compare_digest(given.encode("latin-1"), limits.api_key.encode()):
-            raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`",
-                           type="authentication_error", code="invalid_api_key")
+        check_key(request.headers.get("authorization", ""), limits.api_key)
     elif limits.loopback_only:
-        try:
-            host = urlsplit("//" + request.headers.get("host", "")).hostname
-        except ValueError:                       # half of an IPv6 address
-            host = None
-        if host not in LOOPBACK:
-            raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
-                                "start it with --api_key or --host to let others in",
-                           code="host_not_allowed")
+        check_host(request.headers.get("host", ""))
+
+
+def check_key(authorization, key):
+    given = authorization.removeprefix("Bearer ").strip()
+    # a header's bytes arrive as latin-1
+    if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
+        raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`",
+                       type="authentication_error", code="invalid_api_key")
+
+
+def check_host(host):
+    try:
+        name = urlsplit("//" + host).hostname
+    except ValueError:                           # half of an IPv6 address
+        name = None
+    if name not in LOOPBACK:
+        raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
+                            "start it with --api_key or --host to let others in",
+                       code="host_not_allowed")
 
 
 async def read_body(request, limits):
@@ -239,7 +253,7 @@ class AnswerResponse:
             await self.news.wait()
             self.news.clear()
         if any(answer.finish == "error" for answer in answers):
-            response = await show_bug(None, None)
+            response = Json(BUG.body, BUG.status)
         else:
             response = Json(self.job.whole())
         await response(scope, receive, send)
@@ -269,7 +283,7 @@ class AnswerResponse:
                 if text:
                     yield to_json(job.chunk(index, text))
                 if finish == "error":
-                    yield (await show_bug(None, None)).body
+                    yield to_json(BUG.body)
                     return
                 if finish:
                     yield to_json(job.last_chunk(index))

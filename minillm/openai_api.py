@@ -65,18 +65,17 @@ def read_completion(body, service):
 
 def read_params(fields, service):
     """The SamplingParams of a request."""
-    d, most = service.defaults, service.most_tokens
+    default, most = service.defaults, service.most_tokens
     limit = "max_tokens"
     if "max_completion_tokens" in fields.data:
         limit = "max_completion_tokens"
-    # beyond the vocabulary top_k changes nothing
-    top_k = fields.number("top_k", d.top_k, 0, 2**31, int)
-    return SamplingParams(
-        max_new_tokens=fields.number(limit, min(d.max_new_tokens, most), 1, most, int),
-        temperature=fields.number("temperature", d.temperature, 0, 100),
-        top_k=min(top_k, service.model.tokenizer.vocab_size),
-        top_p=fields.number("top_p", d.top_p, 0, 1, above=True),
-        repetition_penalty=fields.number("repetition_penalty", d.repetition_penalty, 0.01, 100))
+    top_k = fields.number("top_k", default.top_k, 0, 2**31, int)
+    top_k = min(top_k, service.model.tokenizer.vocab_size)       # beyond it top_k changes nothing
+    max_new_tokens = fields.number(limit, min(default.max_new_tokens, most), 1, most, int)
+    temperature = fields.number("temperature", default.temperature, 0, 100)
+    top_p = fields.number("top_p", default.top_p, 0, 1, above=True)
+    penalty = fields.number("repetition_penalty", default.repetition_penalty, 0.01, 100)
+    return SamplingParams(max_new_tokens, temperature, top_k, top_p, penalty)
 
 
 def check_model(fields, service):
@@ -92,11 +91,12 @@ def no_such_model(name, service):
 
 def make_job(kind, fields, service, prompts):
     """prompts: functions that make the prompt of an answer. There are n answers to each."""
-    params, seed, stop = read_params(fields, service), fields.seed(), fields.stops()
+    params = read_params(fields, service)
+    seeds = itertools.count(fields.seed())       # choice i draws from seed + i, as in sample.py
+    stop = fields.stops()
     stream = fields.flag("stream")
     include_usage = fields.include_usage(stream)
     count = fields.number("n", 1, 1, MOST_CHOICES // len(prompts), int)
-    seeds = itertools.count(seed)                # choice i draws from seed + i, as in sample.py
     answers = []
     try:
         for prompt in prompts:
