@@ -138,9 +138,10 @@ def main():
     server = uvicorn.Server(config)
 
     def on_sigterm(number, frame):
-        # Before uvicorn has a handler of its own. After it has drained, it sends itself the signal
-        # again, which then changes nothing. No exception: inside some callbacks Python drops it
-        server.should_exit = True
+        # Before uvicorn has a handler of its own there is nothing to finish; Python would drop an
+        # exception inside some callbacks. After it has drained, it sends itself the signal again
+        if not server.started:
+            os._exit(0)
     signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"
