@@ -70,9 +70,13 @@ def bind(host, port):
     except UnicodeError:
         raise UserError(f"--host={host} is no name or address of this machine") from None
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; "
-                        "--port=0 takes any free port") from None
+        raise cannot_listen(host, port, error) from None
     return bound
+
+
+def cannot_listen(host, port, error):
+    return UserError(f"cannot listen on {host}:{port}: {error.strerror}; "
+                     "--port=0 takes any free port")
 
 
 def read_api_key(flag):
@@ -145,7 +149,10 @@ def main():
     signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"
-    bound.listen(config.backlog)                 # from now on the system lets clients wait
+    try:
+        bound.listen(config.backlog)             # from now on the system lets clients wait
+    except OSError as error:                     # two may bind a port, and one listen on it
+        raise cannot_listen(s.host, s.port, error) from None
     print(f"{name} · {rows} answers at a time · {url}", flush=True)
     server.run(sockets=[bound])
 

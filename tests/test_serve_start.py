@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -105,6 +106,24 @@ def test_a_compiler_that_fails_ends_the_server_before_it_serves(folder):
     line = processes.refused("serve", flags(folder, "--compile=True"), before=with_decode(decode))
 
     assert line == "serve.py: compile=True needs a C compiler: install gcc, or leave compile out"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one program alone binds a port")
+def test_a_port_that_another_server_took_meanwhile_is_one_line(folder):
+    """Both bind it, which is allowed, and load their models; one is the first to listen."""
+    def before():
+        inner = serve.bind
+
+        def bind(host, port):
+            mine = inner(host, port)
+            serve.other = inner(*mine.getsockname())
+            serve.other.listen()
+            return mine
+        serve.bind = bind
+
+    line = processes.refused("serve", flags(folder), before=before)
+
+    assert line.startswith("serve.py: cannot listen on 127.0.0.1:0: Address already in use")
 
 
 def test_sigterm_before_the_server_has_begun_ends_it(folder):
