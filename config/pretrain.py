@@ -19,13 +19,13 @@ epochs = 2
 max_iters = 0                   # as many as epochs says
 
 optimizer = "muon"
-learning_rate = 0.03            # of the blocks' matrices
+learning_rate = 0.04            # of the blocks' matrices
 embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
 vector_rate = 0.067             # norms and routers: 0.067 times that
 beta1 = 0.7                     # of AdamW
 weight_decay = 0.12
 schedule = "linear"             # constant, then to zero over the last decay_share of the steps
-decay_share = 0.5
+decay_share = 1.0               # here: from the end of the warm-up
 min_lr = 0
 warmup_iters = 500
 
