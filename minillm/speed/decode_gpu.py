@@ -113,7 +113,8 @@ def finish_batch(model, cache, x, place, position, new):
 def flex_cached_attention(q, k, v, position, blocks):
     """Fast version of attention.cached_attention for one new token per row, to be compiled.
 
-    blocks: what filled_blocks returns.
+    blocks: what filled_blocks returns. A batch of 64 makes 103,213 tokens/s; reading all slots, and
+    with a slower top-k, 87,158 (H200, `python -m bench.decode --batch_size=64`).
     """
     # late: importing it takes 0.5 s, which chat on a CPU must not pay
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
