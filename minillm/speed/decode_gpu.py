@@ -123,8 +123,10 @@ def flex_cached_attention(q, k, v, position, blocks):
         return slot <= position[b, 0]
     mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=(128, BLOCK), mask_mod=visible,
                                     seq_lengths=(1, k.shape[2]), compute_q_blocks=False)
-    # the kernel reads 32 slots at a time and fetches four times as many ahead
-    options = {"BLOCK_N": 32, "num_stages": 4}
+    options = None
+    if k.shape[3] * k.element_size() <= 256:     # larger heads may not fit into shared memory so
+        # the kernel reads 32 slots at a time and fetches four times as many ahead
+        options = {"BLOCK_N": 32, "num_stages": 4}
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
 
