@@ -14,9 +14,10 @@ or Ctrl-C stops taking requests and finishes those that run. The key can also co
 environment variable MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in
 front where that matters.
 
-Needs `pip install -r requirements-serve.txt`. Exit status: 0; 2 after a mistake that you can
-correct, with one line on stderr.
+Needs `pip install -r requirements-serve.txt`. Exit status: 0 after SIGTERM; 130 after Ctrl-C; 2
+after a mistake that you can correct, with one line on stderr.
 """
+import errno
 import os
 import signal
 import socket
@@ -75,8 +76,11 @@ def bind(host, port):
 
 
 def cannot_listen(host, port, error):
-    return UserError(f"cannot listen on {host}:{port}: {error.strerror}; "
-                     "--port=0 takes any free port")
+    """The UserError for an OSError of a socket."""
+    advice = "--host takes a name or address of this machine"
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        advice = "--port=0 takes any free port"
+    return UserError(f"cannot listen on {host}:{port}: {error.strerror}; {advice}")
 
 
 def read_api_key(flag):
@@ -103,9 +107,21 @@ def warm_up(decoder, params):
         print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
+def end_on_signals():
+    """From now on SIGTERM and Ctrl-C end the program at once, with status 0 and 130.
+
+    uvicorn replaces this while it serves: it lets answers finish, then sends itself the signal
+    again. An exception would not do: Python drops it inside some callbacks, and a library may while
+    it is imported.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+
+
 def main():
     # 1) what can be wrong is said before torch is loaded, which takes a second
     s = configure(Settings)
+    end_on_signals()
     defaults = s.defaults()
     api_key = read_api_key(s.api_key)
     if not os.path.isdir(s.out_dir):
@@ -140,13 +156,6 @@ def main():
     app = make_app(service, limits, decoder)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=s.drain_seconds)
     server = uvicorn.Server(config)
-
-    def on_sigterm(number, frame):
-        # Before uvicorn has a handler of its own there is nothing to finish; Python would drop an
-        # exception inside some callbacks. After it has drained, it sends itself the signal again
-        if not server.started:
-            os._exit(0)
-    signal.signal(signal.SIGTERM, on_sigterm)
     host = f"[{s.host}]" if ":" in s.host else s.host
     url = f"http://{host}:{bound.getsockname()[1]}"
     try:

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from errno import EADDRINUSE
 
 import pytest
 
@@ -28,6 +29,26 @@ from support.tiny_models import tiny_model, write_folder
 def test_a_host_that_no_name_can_be(host):
     with pytest.raises(UserError, match=re.escape(f"--host={host} is no name or address")):
         serve.bind(host, 0)
+
+
+@pytest.mark.parametrize("host", ["256.0.0.1", "192.0.2.1", ""])
+def test_a_host_that_is_not_this_machine(host):
+    with pytest.raises(UserError) as error:
+        serve.bind(host, 0)
+
+    message = str(error.value)
+    assert message.startswith(f"cannot listen on {host}:0: ")
+    assert message.endswith("; --host takes a name or address of this machine")
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError) as error:
+            serve.bind("127.0.0.1", port)
+
+    assert str(error.value) == (f"cannot listen on 127.0.0.1:{port}: {os.strerror(EADDRINUSE)}; "
+                                "--port=0 takes any free port")
 
 
 @pytest.mark.parametrize("flag, environment, key", [
@@ -126,23 +147,28 @@ def test_a_port_that_another_server_took_meanwhile_is_one_line(folder):
     assert line.startswith("serve.py: cannot listen on 127.0.0.1:0: Address already in use")
 
 
-def test_sigterm_before_the_server_has_begun_ends_it(folder):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("owner, name", [(serve, "bind"), (uvicorn.Server, "run")], ids=str)
+def test_a_signal_before_the_server_has_begun_ends_it(folder, number, status, owner, name):
     """Python drops an exception of a signal handler if the signal comes inside a __del__."""
-    class SendsSigterm:
+    class SendsSignal:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     def before():
-        inner = uvicorn.Server.run
+        uvicorn.Server.run = lambda self, sockets: print("serving")
+        inner = getattr(owner, name)
 
-        def run(self, sockets):
-            SendsSigterm()
-            inner(self, sockets)
-        uvicorn.Server.run = run
+        def with_signal(*arguments, **options):
+            SendsSignal()
+            print("the signal is lost")
+            return inner(*arguments, **options)
+        setattr(owner, name, with_signal)
 
     server = processes.run("serve", flags(folder), before=before)
 
-    assert server.status == 0 and server.err == ""
+    assert server.status == status and server.err == ""
+    assert "lost" not in server.out
 
 
 def test_whoever_reads_the_address_can_connect(folder):
