@@ -95,6 +95,8 @@ async def show_http_error(request, error):
 
 
 BUG = ApiError(500, "the server made a mistake; its log says more", type="server_error")
+STOPPED = ApiError(503, "the server was stopped before the answer was complete",
+                   type="server_error")
 
 
 async def show_bug(request, error):
@@ -223,6 +225,8 @@ async def respond(request, read):
     except Busy as busy:
         raise ApiError(429, str(busy), code="model_busy", type="rate_limit_error",
                        headers={"retry-after": str(busy.retry_after)}) from None
+    except asyncio.CancelledError:               # by uvicorn: it has waited for drain_seconds
+        raise STOPPED from None
     return AnswerResponse(job, news, state.decoder)
 
 
@@ -231,6 +235,7 @@ class AnswerResponse:
 
     def __init__(self, job, news, decoder):
         self.job, self.news, self.decoder = job, news, decoder
+        self.stopped = False
 
     async def __call__(self, scope, receive, send):
         send_all = self.send_stream if self.job.stream else self.send_whole
@@ -240,6 +245,10 @@ class AnswerResponse:
             await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()                 # raises what went wrong
+        except asyncio.CancelledError:           # by uvicorn: it has waited for drain_seconds
+            self.stopped = True
+            self.news.set()
+            await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
         finally:
             for answer in self.job.answers:
                 self.decoder.cancel(answer)
@@ -249,10 +258,12 @@ class AnswerResponse:
 
     async def send_whole(self, scope, receive, send):
         answers = self.job.answers
-        while not all(answer.finish for answer in answers):
+        while not self.stopped and not all(answer.finish for answer in answers):
             await self.news.wait()
             self.news.clear()
-        if any(answer.finish == "error" for answer in answers):
+        if self.stopped:
+            response = Json(STOPPED.body, STOPPED.status)
+        elif any(answer.finish == "error" for answer in answers):
             response = Json(BUG.body, BUG.status)
         else:
             response = Json(self.job.whole())
@@ -277,6 +288,9 @@ class AnswerResponse:
         while open_answers:
             await self.news.wait()
             self.news.clear()
+            if self.stopped:
+                yield to_json(STOPPED.body)
+                return
             for index, answer in list(open_answers.items()):
                 finish = answer.finish           # before the text: the end brings a last piece
                 text = answer.take()

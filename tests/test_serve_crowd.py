@@ -2,7 +2,9 @@
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support import ROOT
+from support.processes import wait_until
 from support.tiny_models import talkative, tiny_model, write_folder
 from support.web_server import (CHAT, DEFAULTS, HELLO, PATIENCE, TALK, alone, chat, httpx, openai,
                                 served, server, text_of)
@@ -215,12 +218,87 @@ def test_sigterm_lets_the_answers_under_way_finish(tmp_path):
         program.kill()
 
 
+def begin_request(url, body, length=None):
+    """A socket that has sent a request, or what of it `body` is. Returns once it is read."""
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), PATIENCE)
+    head = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Expect: 100-continue\r\nContent-Length: {length or len(body)}\r\n\r\n")
+    connection.sendall(head.encode())
+    assert connection.recv(1000).startswith(b"HTTP/1.1 100")
+    connection.sendall(body)
+    return connection
+
+
+def read_all(connection):
+    with connection, connection.makefile("rb") as file:
+        return file.read().decode()
+
+
+def wait_until_it_stops(url):
+    """Until a server that was told to end takes no more clients."""
+    def refuses():
+        try:
+            httpx.get(url + "/healthz", timeout=PATIENCE)
+        except httpx.ConnectError:
+            return True
+        except httpx.TransportError:             # it was about to close
+            pass
+        return False
+    wait_until(refuses)
+
+
+def test_answers_cut_off_by_the_end_say_so(tmp_path):
+    """A stream, an answer in one piece, and a request of which half has arrived."""
+    model = talkative(tiny_model(block_size=2**15))
+    program = start(write_folder(tmp_path / "model", model), "--rows=2", f"--max_tokens={2**15}",
+                    "--drain_seconds=0")
+    try:
+        url = program.stdout.readline().split()[-1]
+        body = {"messages": HELLO, "max_tokens": 2**15}
+        stream = begin_request(url, json.dumps(body | {"stream": True}).encode())
+        whole = begin_request(url, json.dumps(body).encode())
+        half = begin_request(url, b"{", length=100)
+        wait_until(lambda: httpx.get(url + "/healthz", timeout=PATIENCE).json()["active"] == 2)
+
+        program.send_signal(signal.SIGTERM)
+        answers = [read_all(stream), read_all(whole), read_all(half)]
+
+        error = '{"error":{"message":"the server was stopped before the answer was complete"'
+        assert all(error in answer for answer in answers)
+        assert answers[0].startswith("HTTP/1.1 200 ")
+        assert all(answer.startswith("HTTP/1.1 503 ") for answer in answers[1:])
+        assert program.wait(PATIENCE) == 0
+        assert re.fullmatch("ERROR: +Cancel 3 running task.+\n", program.stderr.read())
+    finally:
+        program.kill()
+
+
+def test_ctrl_c_twice_ends_at_once_and_without_a_traceback(tmp_path):
+    model = talkative(tiny_model(block_size=2**15))
+    program = start(write_folder(tmp_path / "model", model), f"--max_tokens={2**15}",
+                    f"--drain_seconds={PATIENCE}")
+    try:
+        url = program.stdout.readline().split()[-1]
+        body = {"messages": HELLO, "max_tokens": 2**15, "stream": True}
+        stream = begin_request(url, json.dumps(body).encode())
+        assert stream.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+        program.send_signal(signal.SIGINT)
+        wait_until_it_stops(url)
+        program.send_signal(signal.SIGINT)
+
+        assert program.wait(PATIENCE) == 130
+        assert program.stderr.read() == ""
+    finally:
+        program.kill()
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--temperature=-1"], "temperature=-1.0 must be 0 or more"),
     (["--rows=-1"], "rows=-1 must be at least 0"),
     (["--port=70000"], "port=70000 must be at least 0 and at most 65,535"),
     (["--out_dir=nowhere"], "no model in nowhere"),
-    (["--host=256.0.0.1"], "cannot listen on 256.0.0.1"),
+    (["--host=256.0.0.1"], "cannot listen on 256.0.0.1:0: "),
 ], ids=lambda value: str(value)[:30])
 def test_a_setting_that_is_wrong_ends_in_one_line(tmp_path, flags, says):
     program = start(tmp_path, *flags)
