@@ -8,9 +8,9 @@ Reads what prepare_pretrain.py and prepare_sft.py read: texts and conversations.
 tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers. Of an
 input larger than max_bytes a sample is taken, spread evenly over the input. The same input gives
 the same tokenizer, on any number of processes. Memory stays under 4 GiB for any max_bytes.
-Time: 64 MB take 70 seconds of one core, 28 to count the pieces, which all cores share, and 42 to
-learn the merges from at most 25 MB of pieces. 4 GiB took 29 minutes on two cores; more cores help
-little, since one process gathers the counts. A smaller max_bytes takes less.
+Time: 64 MB take 70 seconds of one core, 28 to count the pieces, which up to four cores share, and
+42 to learn the merges from at most 25 MB of pieces. 1 GB took 7 minutes on two cores that had other
+work, too. A smaller max_bytes takes less.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -50,10 +50,12 @@ class Settings:
     document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # how many count; 0: one per core, or one for a small input
+    processes: NonNegative = 0        # how many count; 0: one per core up to 4, one if it is small
 
 
 BATCH = 1 << 20                      # characters counted in one call
+LARGE = 256 << 20                    # bytes of a sample; of a larger one, each call gets more
+LARGE_BATCH = 8 << 20                # characters, and cuts its rare pieces itself
 FILES = {"tokenizer.json", "tokenizer_config.json"}
 PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes 110 bytes for each
 # Runs of characters that the tokens are learned from, see pre_token_pattern: no token is longer
@@ -274,19 +276,23 @@ class PieceCounter:
     nfkc: bool
     han_run: int
     special: list
+    limit: int
 
     def __call__(self, texts):
-        return count_pieces(texts, self.nfkc, self.han_run, self.special)
+        return count_pieces(texts, self.nfkc, self.han_run, self.special, self.limit)
 
 
 def count_sample(sample, source, s, special):
     """The Counter of the pieces of a sample."""
     counts, look = Counter(), PIECES_BYTES // 100
-    counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special)
-    processes = s.processes or default_processes(source.size if source else 0)
+    large = source and min(source.size, s.max_bytes) > LARGE
+    batch, limit = (LARGE_BATCH, PIECES_BYTES // 2) if large else (BATCH, PIECES_BYTES)
+    counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special, limit)
     size = source.size if source else None
+    # the fifth would wait for this process, which adds up what they find
+    processes = s.processes or min(4, default_processes(size or 0))
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-        for found in encode_ahead(counter, in_batches(sample, BATCH), processes):
+        for found in encode_ahead(counter, in_batches(sample, batch), processes):
             for piece, count in found.items():
                 counts[piece] += count
             if len(counts) > look:

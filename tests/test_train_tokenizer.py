@@ -168,6 +168,32 @@ def test_single_characters_are_counted_whatever_the_limit(noise, limit):
     assert set(map(len, counts)) == {1}
 
 
+def test_a_large_sample_is_cut_where_it_is_counted(noise, tmp_path, monkeypatch):
+    """The same counts on one process and on two, of which each cuts what it found."""
+    path = tmp_path / "noise.jsonl"
+    path.write_bytes(b"".join(map(text_line, noise)))
+    monkeypatch.setattr(train_tokenizer, "LARGE", 100_000)
+    monkeypatch.setattr(train_tokenizer, "LARGE_BATCH", 20_000)
+    monkeypatch.setattr(train_tokenizer, "PIECES_BYTES", 60_000)
+    limits = set()
+    count_pieces = train_tokenizer.count_pieces
+
+    def recorded(texts, nfkc, han_run, special, limit):
+        limits.add(limit)
+        return count_pieces(texts, nfkc, han_run, special, limit)
+    monkeypatch.setattr(train_tokenizer, "count_pieces", recorded)
+
+    def counts(processes):
+        s = train_tokenizer.Settings([str(path)], processes=processes)
+        source = Source(s.files, Report(), s.encoding, s.document)
+        sample = train_tokenizer.Sample(source, s, Report())
+        return train_tokenizer.count_sample(sample, source, s, ())
+    one, two = counts(1), counts(2)
+
+    assert one == two and limits == {30_000}
+    assert sum(len(piece) * count for piece, count in one.items()) == sum(map(len, noise))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prose", "noise"])
 def test_memory_of_training(tmp_path, kind):
