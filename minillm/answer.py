@@ -1,4 +1,4 @@
-"""One answer of many: what a BatchDecoder is to decode, and what it has decoded so far.
+"""One answer: what a BatchDecoder is to decode, and what it has decoded so far.
 
     answer = Answer(model.tokenizer, conversation.next_prompt, SamplingParams(), seed=1)
     answer.push(token)                       # by the decoder
@@ -11,7 +11,7 @@ from minillm.text_stream import TextStream
 
 
 class Answer:
-    """One answer: what to decode, and what has been decoded so far.
+    """The prompts and the settings of an answer, its tokens, and its text for the reader.
 
     next_prompt(ids) returns the prompt to continue with after `ids` of the answer: at first with
     [], then whenever the context is full. It returns None where nothing can be dropped.
@@ -20,14 +20,21 @@ class Answer:
     """
 
     def __init__(self, tokenizer, next_prompt, params, seed=0, stop=()):
-        self.next_prompt, self.params, self.seed = next_prompt, params, seed
+        self.next_prompt = next_prompt
+        self.params = params
+        self.seed = seed
         self.prompt = next_prompt([])
         self.stream = TextStream(tokenizer, stop)
-        self.ids, self.segment = [], 0
+        self.ids = []
+        self.segment = 0                         # how often the prompt was replaced
         self.pieces = collections.deque()
         self.next_news = 0.0                     # when the reader is to hear of it again
-        self.prompt_tokens, self.cached_tokens, self.tokens = len(self.prompt), 0, 0
-        self.finish, self.cancelled, self.started = None, False, None
+        self.prompt_tokens = len(self.prompt)    # of the first prompt
+        self.cached_tokens = 0                   # of those, how many need not be read
+        self.tokens = 0                          # that were made, with the one that ends it
+        self.finish = None
+        self.cancelled = False
+        self.started = None                      # when it got its row
 
     def push(self, token):
         """Add the next token."""

@@ -153,10 +153,10 @@ def _begin_worker(encode, alive, inherited):
 
 
 def _end_with_parent(alive):
-    """End this process as soon as its parent has, even by SIGKILL: nobody else can write then.
+    """End this process as soon as its parent has, even by SIGKILL.
 
-    (The parent's own sentinel is held open by the processes forked later: one would end after the
-    other.)
+    alive: the end to read of a pipe that only the parent can write to. (multiprocessing's sentinel
+    of the parent is held open by the processes forked later: one would end after the other.)
     """
     multiprocessing.connection.wait([alive])
     os._exit(1)

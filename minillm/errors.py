@@ -118,8 +118,8 @@ def _advice(error):
     # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
     no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in text:
-        reason = text.split("\n")[0].split(". If ")[0][-200:]
-        return (f"out of memory ({reason}): a smaller batch_size, block_size or model takes less")
+        detail = text.split("\n")[0].split(". If ")[0][-200:]
+        return f"out of memory ({detail}): a smaller batch_size, block_size or model takes less"
     if any(sign in text for sign in ("InvalidCxxCompiler", "No working C++ compiler")):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:
@@ -130,7 +130,7 @@ def _advice(error):
 
 
 def _compiler_reason(text):
-    """The line of a compiler's long message that names the error; the last one does."""
+    """The last line of a compiler's long message that names an error; if none does, its last."""
     lines = text.strip().split("\n")
     named = [line.strip() for line in lines if "rror: " in line]
     return (named or lines)[-1][:200]

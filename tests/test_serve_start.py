@@ -148,7 +148,8 @@ def test_a_port_that_another_server_took_meanwhile_is_one_line(folder):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("owner, name", [(serve, "bind"), (uvicorn.Server, "run")], ids=str)
+@pytest.mark.parametrize("owner, name", [(serve, "bind"), (uvicorn.Server, "run")],
+                         ids=["loading", "loaded"])
 def test_a_signal_before_the_server_has_begun_ends_it(folder, number, status, owner, name):
     """Python drops an exception of a signal handler if the signal comes inside a __del__."""
     class SendsSignal:
