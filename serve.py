@@ -164,6 +164,8 @@ def main():
         raise cannot_listen(s.host, s.port, error) from None
     print(f"{name} · {rows} answers at a time · {url}", flush=True)
     server.run(sockets=[bound])
+    if not server.started:
+        sys.exit(3)                              # uvicorn has said why; old ones just return
 
 
 if __name__ == "__main__":

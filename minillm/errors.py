@@ -119,7 +119,8 @@ def _advice(error):
     no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in text:
         detail = text.split("\n")[0].split(". If ")[0][-200:]
-        return f"out of memory ({detail}): a smaller batch_size, block_size or model takes less"
+        return (f"out of memory ({detail}): a smaller batch_size (of serve.py: rows), block_size "
+                "or model takes less")
     if any(sign in text for sign in ("InvalidCxxCompiler", "No working C++ compiler")):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:

@@ -19,7 +19,7 @@ from minillm.errors import UserError
 from minillm.http_app import Limits, check_caller
 from minillm.generation import decode_one_token
 from minillm.request_fields import ApiError
-from model import fast_versions
+from model import GPT, fast_versions
 from support import processes
 from support.processes import LIMIT, Fork
 from support.tiny_models import tiny_model, write_folder
@@ -170,6 +170,25 @@ def test_a_signal_before_the_server_has_begun_ends_it(folder, number, status, ow
 
     assert server.status == status and server.err == ""
     assert "lost" not in server.out
+
+
+def test_a_web_server_that_cannot_start_is_no_success(folder):
+    """uvicorn says why; its older versions then return as if nothing had happened."""
+    def before():
+        uvicorn.Server.run = lambda self, sockets: None
+
+    assert processes.run("serve", flags(folder), before=before).status == 3
+
+
+def test_too_many_rows_for_the_memory_is_one_line(folder):
+    def before():
+        def new_cache(self, rows):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …")
+        GPT.new_cache = new_cache
+
+    line = processes.refused("serve", flags(folder), before=before)
+
+    assert re.search(r"out of memory \(.+\): a smaller .*rows", line)
 
 
 def test_whoever_reads_the_address_can_connect(folder):
