@@ -99,7 +99,7 @@ def read_api_key(flag):
 
 def warm_up(decoder, params):
     """Compile what answers need. What goes wrong ends the program here, not each request."""
-    print("warming up for --compile=True, by a short answer …", end="", file=sys.stderr, flush=True)
+    print("--compile=True: compiling, with a short answer …", end="", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         decoder.warm_up(params)
@@ -136,7 +136,7 @@ def main():
 
     # 2) the model, and the thread that decodes
     from minillm.batch_decoder import BatchDecoder                 # late: torch
-    from minillm.http_app import LOOPBACK, Limits, make_app        # late: torch
+    from minillm.http_app import Limits, is_loopback, make_app     # late: torch
     from minillm.openai_api import Service                         # late: torch
     from model import GPT, fast_versions                           # late: torch
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
@@ -152,7 +152,7 @@ def main():
     # 3) the web
     name = s.model_name or os.path.basename(os.path.realpath(s.out_dir))
     service = Service(model, cache, name, defaults, s.max_tokens)
-    limits = Limits(api_key, s.max_body, loopback_only=s.host in LOOPBACK)
+    limits = Limits(api_key, s.max_body, loopback_only=is_loopback(bound.getsockname()[0]))
     app = make_app(service, limits, decoder)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=s.drain_seconds)
     server = uvicorn.Server(config)

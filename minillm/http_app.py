@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -25,7 +26,14 @@ from minillm.openai_api import no_such_model, read_chat, read_completion
 from minillm.request_fields import ApiError, to_json
 
 WEB = os.path.join(os.path.dirname(__file__), "web")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def is_loopback(name):
+    """Whether a host's name or address means this machine alone."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -173,7 +181,7 @@ def check_host(host):
         name = urlsplit("//" + host).hostname
     except ValueError:                           # half of an IPv6 address
         name = None
-    if name not in LOOPBACK:
+    if not is_loopback(name):
         raise ApiError(403, "this server answers to 127.0.0.1 and localhost only; "
                             "start it with --api_key or --host to let others in",
                        code="host_not_allowed")

@@ -278,8 +278,11 @@ def test_a_wrong_path_gets_an_error_of_the_same_shape(server, method, path, stat
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_another_name_of_this_host_is_refused(server):
-    assert server.ask(CHAT, {"messages": HELLO}, host="evil.example").status_code == 403
+@pytest.mark.parametrize("host, status", [
+    ("localhost:80", 200), ("LOCALHOST", 200), ("127.0.0.1", 200), ("127.0.0.2:8000", 200),
+    ("[::1]:8000", 200), ("evil.example", 403), ("192.168.0.1", 403), ("0.0.0.0", 403)])
+def test_another_name_of_this_host_is_refused(server, host, status):
+    assert server.ask(CHAT, {"messages": HELLO}, host=host).status_code == status
 
 
 def test_a_key_is_asked_for():

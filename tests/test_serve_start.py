@@ -107,6 +107,19 @@ def with_decode(decode):
     return before
 
 
+@pytest.mark.parametrize("host, checked", [
+    ("localhost", True), ("127.0.0.1", True), ("127.0.0.2", True), ("0.0.0.0", False)])
+def test_names_are_checked_where_this_machine_alone_can_ask(folder, host, checked):
+    if host == "127.0.0.2" and sys.platform != "linux":
+        pytest.skip("only Linux has more than one local address from the start")
+
+    def before():
+        uvicorn.Server.run = lambda self, sockets: print(self.config.app.state.limits.loopback_only)
+    done = processes.run("serve", flags(folder, f"--host={host}"), before=before)
+
+    assert done.out.splitlines()[-1] == str(checked)
+
+
 def test_what_compiles_does_so_before_the_address_is_printed(folder):
     def decode(*arguments):
         print("a step")
@@ -116,7 +129,7 @@ def test_what_compiles_does_so_before_the_address_is_printed(folder):
     cold = processes.run("serve", flags(folder), before=with_decode(decode))
 
     assert re.fullmatch(r"a step\nmodel · 8 answers at a time · http:\S+\nserving\n", warm.out)
-    assert re.fullmatch(r"warming up for --compile=True, by a short answer … \d+\.\d s\n", warm.err)
+    assert re.fullmatch(r"--compile=True: compiling, with a short answer … \d+\.\d s\n", warm.err)
     assert cold.out.startswith("model · ") and cold.err == ""
 
 

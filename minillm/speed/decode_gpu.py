@@ -63,7 +63,8 @@ def compile_parts(parts, options):
 def run_layers(layer, model, cache, x, place, position):
     """The output of the last layer, and what else each layer returned.
 
-    place: what all layers need to know of the position, made by the function that embeds.
+    place: what every layer needs to know of the position, as the function that embeds returns it:
+    of one row cos and sin, of a batch these and the filled blocks.
     """
     new = []
     for block, keys, values in zip(model.blocks, cache.k, cache.v):
@@ -121,6 +122,7 @@ def flex_cached_attention(q, k, v, position, blocks):
 
     def visible(b, h, i, slot):
         return slot <= position[b, 0]
+    # 128: blocks of queries, its default; there is one query
     mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=(128, BLOCK), mask_mod=visible,
                                     seq_lengths=(1, k.shape[2]), compute_q_blocks=False)
     options = None
