@@ -31,7 +31,6 @@ class Settings(GenerationSettings):
 
 
 def load_model(s):
-    s.check_folder()
     # late: torch takes a second, and wrong flags are reported before
     from model import GPT
     return GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
@@ -65,6 +64,7 @@ def main():
     s = configure(Settings)
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
+    s.check_folder()
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if in_terminal and not s.prompt:
         from minillm.terminal import Terminal    # late: it imports torch

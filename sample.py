@@ -41,8 +41,8 @@ def main():
     if not 1 <= s.num_samples <= 10_000:
         raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: "
                         "they are made in one batch")
-    prompt = read_prompt(s.prompt)
     s.check_folder()
+    prompt = read_prompt(s.prompt)
     # late: torch takes a second, and wrong flags are reported before
     from model import GPT
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)

@@ -6,6 +6,7 @@ from support.small_project import CHECKPOINT, LONG
 CASES = [
     Case("no model", "--out_dir=nowhere --prompt=你好", "no model in nowhere"),
     Case("no model for the demo", "--prompt=你好", "no model in out/demo_sft: `make demo`"),
+    Case("no model, and nothing on stdin", "--out_dir=nowhere", "no model in nowhere"),
     Case("nothing on stdin", "--out_dir=out", "there is no message: stdin is empty"),
     Case("stdin is not UTF-8", "--out_dir=out", "not UTF-8", stdin=b"\xc3\x28\xff"),
     Case("message longer than the context", f"--out_dir=out --prompt={LONG}",

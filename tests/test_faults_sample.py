@@ -5,6 +5,8 @@ from support.small_project import CHECKPOINT, LONG
 
 CASES = [
     Case("no model", "--out_dir=nowhere", "no model in nowhere"),
+    Case("no model, and no text on stdin", "--out_dir=nowhere --prompt=-", "no model in nowhere",
+         stdin=b"\xc3\x28\xff"),
     Case("a file for the model", "--out_dir=corpus.jsonl", "no model in corpus.jsonl"),
     Case("half a checkpoint", "--out_dir=out",
          "ckpt_00000002.pt, it is damaged or cut short", cut(CHECKPOINT, 0.5)),
