@@ -267,7 +267,6 @@ class GPT(nn.Module):
         with checkpoint.skip_init():             # the weights come from the file
             model = cls(checkpoint.model_config(saved, GPTConfig))
         checkpoint.load_weights(model, saved, assign=True)
-        model.rope = rope_table(model.config)
         model.tokenizer = checkpoint.load_tokenizer(saved, folder, model.config.vocab_size)
         model.step = saved["step"]
         return model.for_generation(device, dtype)

@@ -176,11 +176,14 @@ def build_model(s, data, start):
     if config.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the tokenizer's "
                         f"{data.meta['vocab_size']}")
+    if start:
+        with checkpoint.skip_init():             # the weights come from the file
+            model = GPT(config)
+        checkpoint.load_weights(model, start)
+        return model
     torch.manual_seed(derive_seed(s.seed, "weights"))
     model = GPT(config)
-    if start:
-        checkpoint.load_weights(model, start)
-    elif s.optimizer == "muon":
+    if s.optimizer == "muon":
         init_for_muon(model)
     return model
 

@@ -1,4 +1,4 @@
-"""A model is ready to talk soon: what is not imported for it, weights that are not copied.
+"""A model is ready soon: what is not imported for it, weights that are not copied or drawn.
 
 Each import that is not needed would cost between 0.2 and 2 s.
 """
@@ -6,10 +6,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
+from minillm import checkpoint
 from model import GPT
 from support import ROOT
 from support.processes import LIMIT
@@ -107,3 +110,22 @@ def test_norms_router_and_rope_stay_in_float32(tmp_path):
     assert loaded.rope.dtype == torch.float32
     hello = [{"role": "user", "content": "你好"}]
     assert loaded.chat(hello, max_new_tokens=5, seed=1) is not None
+
+
+@pytest.mark.parametrize("kind", [{}, {"n_expert": 4}], ids=["dense", "MoE"])
+def test_weights_that_training_goes_on_from_are_not_drawn_first(tmp_path, kind):
+    """Drawing takes 1 s for the dense model and 9 s for the MoE."""
+    model = tiny_model(**kind)
+    start = checkpoint.load_for_inference(write_folder(tmp_path / "m", model), "newest")
+    data = SimpleNamespace(folder="data", meta={
+        "tokenizer_hash": start["tokenizer_hash"], "vocab_size": model.config.vocab_size})
+    settings = train.Settings(block_size=model.config.block_size)
+    settings.given = set()
+    state = torch.get_rng_state()
+
+    loaded = train.build_model(settings, data, start)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, weights in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weights)
+    assert torch.equal(loaded.rope, model.rope)
