@@ -285,13 +285,13 @@ class PieceCounter:
 def count_sample(sample, source, s, special):
     """The Counter of the pieces of a sample."""
     counts, look = Counter(), PIECES_BYTES // 100
-    large = source and min(source.size, s.max_bytes) > LARGE
+    size = source.size if source else 0
+    large = min(size, s.max_bytes) > LARGE
     batch, limit = (LARGE_BATCH, PIECES_BYTES // 2) if large else (BATCH, PIECES_BYTES)
     counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special, limit)
-    size = source.size if source else None
     # the fifth would wait for this process, which adds up what they find
-    processes = s.processes or min(4, default_processes(size or 0))
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    processes = s.processes or min(4, default_processes(size))
+    with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
         for found in encode_ahead(counter, in_batches(sample, batch), processes):
             for piece, count in found.items():
                 counts[piece] += count

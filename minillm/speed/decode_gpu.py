@@ -126,8 +126,9 @@ def flex_cached_attention(q, k, v, position, blocks):
     mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=(128, BLOCK), mask_mod=visible,
                                     seq_lengths=(1, k.shape[2]), compute_q_blocks=False)
     options = None
-    if k.shape[3] * k.element_size() <= 256:     # larger heads may not fit into shared memory so
-        # the kernel reads 32 slots at a time and fetches four times as many ahead
+    # The kernel reads 32 slots at a time and fetches four times as many ahead; of heads of more
+    # than 256 bytes these might exceed its shared memory
+    if k.shape[3] * k.element_size() <= 256:
         options = {"BLOCK_N": 32, "num_stages": 4}
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
 
