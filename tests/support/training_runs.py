@@ -137,8 +137,11 @@ def refused(argv, **options):
     return processes.refused("train", argv, **options)
 
 
-# Below the ports that the system hands out by itself: no other program is given one meanwhile
-_PORTS = itertools.count(20_000 + os.getpid() % 10_000)
+# Below the ports that the system hands out by itself: no other program is given one meanwhile. The
+# workers of one test run (pytest-xdist) share a parent and take turns
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.count(20_000 + os.getppid() % 10_000 + _WORKER, _WORKERS)
 
 
 def free_port():
