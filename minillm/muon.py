@@ -26,6 +26,10 @@ import torch.distributed as dist
 POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
                  (3.4209, -2.4158, 0.4548), (2.5115, -1.8524, 0.4388))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
+# How many parameters a compiled function takes at once. With all 12 layers', compiling takes 47 s of
+# a run's first step; with three, 23; with one, 18, but launching then slows steps of 16 rows by 30%
+# (one H200 beside slow cores)
+AT_ONCE = 3
 
 # the name since torch 2.13, and the one before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -58,11 +62,16 @@ class Muon(torch.optim.Optimizer):
             for stack in same_shapes(p for p in group["params"] if p.requires_grad):
                 share = self._share(stack)
                 self.own_rows |= rows_of(stack, self.rank * share, share)
-        self._direction, self._move = direction, move
+        self._look_ahead, self._orthogonalise = look_ahead, orthogonalise
+        self._row_scales, self._move = row_scales, move
         if compile:
-            options = {"combo_kernels": True}    # what each matrix of a stack needs, in one launch
-            self._direction = torch.compile(direction, dynamic=False, options=options)
-            self._move = torch.compile(move, dynamic=False, options=options)
+            # a graph for each shape, and on several ranks for each part of it
+            torch._dynamo.config.recompile_limit = 64
+            for name in ("_look_ahead", "_orthogonalise", "_row_scales", "_move"):
+                # combo kernels: what each matrix needs, in one launch
+                options = {"combo_kernels": True}
+                function = torch.compile(getattr(self, name), dynamic=False, options=options)
+                setattr(self, name, function)
 
     def new_state(self, p):
         """The whole state of a parameter before its first step, over all ranks."""
@@ -106,30 +115,41 @@ class Muon(torch.optim.Optimizer):
         apply = one if self.found_inf is None else one - self.found_inf      # 1, or 0 to skip
         # on the device: a Python number would be compiled into the code
         lr = torch.full_like(one, group["lr"])
-        share = self._share(params)
-        neurons = [self.state[p]["neuron"] for p in params]
         # Without shard every rank updates all momenta, which is cheap and needs no communication.
         # The matmuls of orthogonalising are the expensive part: each rank does its share of them
-        own = [p for p in params if len(self.state[p]["momentum"])]
-        part = as_stack(params[0])[:0].to(matmul_dtype(params[0]))   # the last ranks may have none
-        if own:
-            grads = [p.grad[self.own_rows[p]] for p in own]
-            momenta = [self.state[p]["momentum"] for p in own]
-            start = 0 if self.shard else self.rank * share
-            part = self._direction(grads, momenta, grad_scale, apply, group["momentum"],
-                                   group["split"], start, share)
-        whole, arrived = part, None
+        share = self._share(params)
+        own = rows_of(params, self.rank * share, share)
+        mine = [p for p in params if len(p[own[p]])]
+        others = [] if self.shard else [p for p in params if not len(p[own[p]])]
+        sizes = [len(as_stack(p[own[p]])) for p in mine]
+        stack = one.new_empty(share, *as_stack(params[0]).shape[1:], dtype=matmul_dtype(one))
+        stack[sum(sizes):].zero_()               # the last ranks may have less to do
+        outs = dict(zip(mine, stack[: sum(sizes)].split(sizes)))
+        for some in in_groups(mine) + in_groups(others):
+            self._look_ahead([p.grad[self.own_rows[p]] for p in some],
+                             [self.state[p]["momentum"] for p in some],
+                             [slice(None) if self.shard else own[p] for p in some],
+                             [outs.get(p) for p in some], grad_scale, apply, group["momentum"])
+        rows = list(group["split"] or stack.shape[1:2])
+        parts = [self._orthogonalise(part) for part in stack.split(rows, dim=1)]
+        stack = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        arrived = None
         if self.world > 1:
-            mine = part.new_zeros(share, *part.shape[1:])
-            mine[: len(part)] = part
-            whole = part.new_empty(self.world * share, *part.shape[1:])
-            arrived = _all_gather(whole, mine, async_op=True)
-        n = sum(len(as_stack(p)) for p in params)
+            whole = stack.new_empty(self.world * share, *stack.shape[1:])
+            arrived = _all_gather(whole, stack.contiguous(), async_op=True)
+            stack = whole
 
         def finish():
             if arrived is not None:
                 arrived.wait()
-            self._move(params, neurons, whole[:n], lr, group["weight_decay"], apply, group["split"])
+            sizes = [len(as_stack(p)) for p in params]
+            neurons = [as_stack(self.state[p]["neuron"]) for p in params]
+            directions = stack[: sum(sizes)]
+            running, scale = self._row_scales(directions, torch.cat(neurons), lr, apply, rows)
+            torch._foreach_copy_(neurons, running.split(sizes))
+            sizes = [sum(len(as_stack(p)) for p in some) for some in in_groups(params)]
+            for some, *parts in zip(in_groups(params), directions.split(sizes), scale.split(sizes)):
+                self._move(some, *parts, lr, group["weight_decay"], apply)
         return finish
 
 
@@ -139,6 +159,11 @@ def same_shapes(params):
     for p in params:
         stacks.setdefault(p.shape, []).append(p)
     return list(stacks.values())
+
+
+def in_groups(params):
+    """Lists of AT_ONCE parameters, the last of what is left."""
+    return [params[i: i + AT_ONCE] for i in range(0, len(params), AT_ONCE)]
 
 
 def as_stack(p):
@@ -167,20 +192,17 @@ def neuron_means(square):
     return square.mean(1, keepdim=True)          # in (out, in) and in (E, in, out) inputs are dim 1
 
 
-def direction(grads, momenta, grad_scale, apply, beta, split, start, share):
-    """Update the momenta; return matrices start to start + share, orthogonalised: (share, out, in).
+def look_ahead(grads, momenta, own, outs, grad_scale, apply, beta):
+    """Update the momenta; write what is to be orthogonalised (Nesterov) to outs (n, out, in).
 
-    In a skipped step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
+    own: the rows or experts of each parameter that go to its out, which may be None. In a skipped
+    step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
     """
-    ahead = []
-    for grad, momentum in zip(grads, momenta):
+    for grad, momentum, rows, out in zip(grads, momenta, own, outs):
         grad = torch.where(apply > 0, grad / grad_scale, 0)
         momentum.lerp_(grad, (1 - beta) * apply)
-        ahead.append(as_stack(grad.lerp(momentum, beta)))    # Nesterov
-    stack = torch.cat([matrices.to(matmul_dtype(matrices)) for matrices in ahead])
-    stack = stack[start: start + share]
-    rows = list(split or stack.shape[1:2])
-    return torch.cat([orthogonalise(part) for part in stack.split(rows, dim=1)], dim=1)
+        if out is not None:
+            out.copy_(as_stack(grad.lerp(momentum, beta)[rows]))
 
 
 def matmul_dtype(x):
@@ -217,30 +239,29 @@ def polynomial(gram, a, b, c):
     return a * identity + b * gram + c * (gram @ gram)
 
 
-def move(params, neurons, stack, lr, weight_decay, apply, split):
-    """Decay the weights and move them along the stack (n, out, in), rows evened out (NorMuon).
+def row_scales(directions, running, lr, apply, rows):
+    """NorMuon: what each output neuron's row of the directions (n, out, in) is multiplied by.
 
-    Row i, an output neuron, is divided by the running root mean square of its updates; then all
-    rows of a part of the split are scaled by one number that gives back the part's norm. A step is
-    lr * sqrt(max(1, out / in)) long in the spectral norm: one lr serves every width.
+    Row i is divided by the running root mean square of its updates; then all rows of a part (rows:
+    the heights of the parts) are scaled by one number that gives back the part's norm. A step is
+    lr * sqrt(max(1, out / in)) long in the spectral norm: one lr serves every width. Returns the
+    new running mean squares and the factors, both (n, out, 1).
     """
-    sizes = [len(as_stack(p)) for p in params]
-    rows = list(split or stack.shape[1:2])
-    # 1) the running mean square of every output neuron
-    square = stack.to(neurons[0].dtype).square().mean(-1, keepdim=True)      # (n, out, 1)
-    running = torch.cat([as_stack(neuron) for neuron in neurons])
+    square = directions.to(running.dtype).square().mean(-1, keepdim=True)
     running = running.lerp(square, (1 - NEURON_BETA) * apply)
     inverse_rms = running.clamp_min(1e-10).rsqrt()
-    # 2) what each row is multiplied by, part by part
     scales = []
     for part_square, part_inverse in zip(square.split(rows, 1), inverse_rms.split(rows, 1)):
         evened = part_square * part_inverse.square()     # the mean squares after the division
         norm = part_square.sum(1, keepdim=True) / evened.sum(1, keepdim=True).clamp_min(1e-10)
-        width = math.sqrt(max(1, part_square.shape[1] / stack.shape[2]))
+        width = math.sqrt(max(1, part_square.shape[1] / directions.shape[2]))
         scales.append(part_inverse * norm.sqrt() * width)
-    scale = torch.cat(scales, dim=1) * (lr * apply)
-    # 3) the move
-    for neuron, new in zip(neurons, running.split(sizes)):
-        as_stack(neuron).copy_(new)
-    for p, matrices, row_scale in zip(params, stack.split(sizes), scale.split(sizes)):
-        as_stack(p).mul_(1 - lr * weight_decay * apply).sub_(matrices.to(p.dtype) * row_scale)
+    return running, torch.cat(scales, dim=1) * (lr * apply)
+
+
+def move(params, directions, scale, lr, weight_decay, apply):
+    """Decay the weights and move them along their directions (n, out, in), row by row scaled."""
+    sizes = [len(as_stack(p)) for p in params]
+    for p, direction, factor in zip(params, directions.split(sizes), scale.split(sizes)):
+        p = as_stack(p)
+        p.mul_(1 - lr * weight_decay * apply).sub_(direction.to(p.dtype) * factor)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train
-from minillm import checkpoint
+from minillm import checkpoint, muon
 from minillm.muon import Muon
 from support.training_runs import (MOE, TINY, Run, assert_same_run, die_at, finish, newest, numbers,
                                    on_step, ranks, refused)
@@ -63,18 +63,23 @@ def test_ranks_share_the_work_and_agree(data, tmp_path):
             inner = Muon._start
 
             def start(self, group, params):
-                direction = self._direction
+                look_ahead = self._look_ahead
 
-                def noted(*args):
-                    part = direction(*args)
+                def noted(grads, momenta, own, outs, *rest):
                     with open(path, "a") as file:
-                        file.write(f"{len(part)}\n")
-                    return part
-                self._direction = noted
+                        file.writelines(f"{len(out)}\n" for out in outs if out is not None)
+                    return look_ahead(grads, momenta, own, outs, *rest)
+                self._look_ahead = noted
                 finish = inner(self, group, params)
-                self._direction = direction
+                self._look_ahead = look_ahead
                 return finish
             Muon._start = start
+            gather = muon._all_gather
+
+            def demanding(whole, part, **options):
+                assert part.is_contiguous()      # nccl demands it, gloo doesn't
+                return gather(whole, part, **options)
+            muon._all_gather = demanding
         return before
 
     children = ranks(4, [*argv, f"--out_dir={tmp_path}/four"], before=list(map(note_share, shares)))
