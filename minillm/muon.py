@@ -26,9 +26,9 @@ import torch.distributed as dist
 POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
                  (3.4209, -2.4158, 0.4548), (2.5115, -1.8524, 0.4388))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
-# How many parameters a compiled function takes at once. With all 12 layers', compiling takes 47 s of
-# a run's first step; with three, 23; with one, 18, but launching then slows steps of 16 rows by 30%
-# (one H200 beside slow cores)
+# How many parameters a compiled function takes at once. With all of 12 layers, compiling took 47 s
+# of a run's first step, with three 23; launching then slows a step of 16 rows by 6%. With one it
+# was 18 s and 30%. (One H200 beside slow cores; 64 rows: equally fast.)
 AT_ONCE = 3
 
 # the name since torch 2.13, and the one before
