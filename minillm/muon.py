@@ -28,7 +28,7 @@ POLAR_EXPRESS = ((7.9797, -21.4161, 14.8008), (3.8882, -2.6744, 0.4737),
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
 # How many parameters a compiled function takes at once. With all of 12 layers, compiling took 47 s
 # of a run's first step, with three 23; launching then slows a step of 16 rows by 6%. With one it
-# was 18 s and 30%. (One H200 beside slow cores; 64 rows: equally fast.)
+# was 18 s and 30%. (One H200 beside slow cores; at 64 rows even that costs nothing.)
 AT_ONCE = 3
 
 # the name since torch 2.13, and the one before
