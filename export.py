@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from minillm import export_gguf, export_hf
+from minillm import export_gguf, export_hf, stock_model
 from minillm.atomic_folder import replaced_folder
 from minillm.run_folder import read_settings
 from minillm.configurator import configure
@@ -62,6 +62,7 @@ def main():
 def to_hf(s, model, folder, dtype):
     kind = export_hf.pick_kind(model.config, s.stock)
     export_hf.import_safetensors()
+    stock_model.check(model)
     keeps_text = model.tokenizer.transformers_config()["chat_template"] == CHAT_TEMPLATE
     notes = ["raw text" if keeps_text else "control", "document", kind]
     notes += notes_on_training(s.out_dir)
@@ -77,6 +78,7 @@ def to_gguf(s, model, folder, dtype):
     if s.stock != "auto":
         raise UserError("--stock is for --format=hf")
     export_gguf.check(model.config)
+    stock_model.check(model)
     tokenizer_json = export_gguf.read_tokenizer(os.path.join(s.out_dir, "tokenizer"))
     notes = ["control", "document", "gguf", *notes_on_training(s.out_dir)]
     if export_gguf.shortest_cap(tokenizer_json) < export_gguf.LONG_RUN:

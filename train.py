@@ -39,9 +39,10 @@ from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
+from minillm.same_function import fingerprint
 from minillm.tokenizer import Tokenizer
 from minillm.validation import validation_loss
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fast_versions
 
 
 @dataclass
@@ -130,6 +131,9 @@ def check(s, world):
                         "give --device=cuda, each takes its own")
     if s.checkpoint != "newest" and s.init_from == "scratch":
         raise UserError(f"checkpoint={s.checkpoint} needs --init_from=DIR, or --init_from=resume")
+    if not fast_versions and (s.fp8 or (s.compile and world > 1)):
+        raise UserError("--fp8, and with several processes --compile, need minillm/speed, which "
+                        "was deleted: leave them out, or `git checkout minillm/speed`")
     trackers.names(s)
 
 
@@ -236,8 +240,7 @@ def main():
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
     model.to(device).use_fast(compiled)
     if s.fp8:
-        from minillm.speed.fast_versions import use_float8      # late: minillm/speed may be deleted
-        use_float8(model, device, dtype, s.batch_size * s.block_size)
+        fast_versions.use_float8(model, device, dtype, s.batch_size * s.block_size)
     if s.activation_checkpointing:
         checkpoint_blocks(model)
     optimizer = make_optimizer(model, s, compiled, s.shard and world > 1)
@@ -280,7 +283,8 @@ def main():
         if rank > 0:
             return True
         state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,
-                 "tokenizer_hash": train_data.meta["tokenizer_hash"]}
+                 "tokenizer_hash": train_data.meta["tokenizer_hash"],
+                 "fingerprint": fingerprint(model)}
         if resumable:
             state |= {"optimizer": moments, "scaler": scaler.state_dict(),
                       "best_val_loss": best_val_loss,

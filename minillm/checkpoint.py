@@ -22,6 +22,7 @@ import torch
 from minillm.atomic_folder import sync
 from minillm.errors import UserError, brief
 from minillm.export_hf import read_model
+from minillm.same_function import fingerprint, same, say
 from minillm.tokenizer import Tokenizer
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
@@ -155,6 +156,14 @@ def _first_line(error):
     return str(error).split("\n")[0][:120] or type(error).__name__
 
 
+def best_step(folder):
+    """The step of best.pt, or -1 where there is none that can be read."""
+    try:
+        return load(best_path(folder), check=False)["step"]
+    except (UserError, OSError):
+        return -1
+
+
 def load_first(paths, keys=MODEL_KEYS, report=print, **options):
     """load() of the first of `paths` that is whole; the damaged ones before it are reported.
 
@@ -266,7 +275,8 @@ class skip_init(torch.overrides.TorchFunctionMode):
 def load_weights(model, state, assign=False):
     """Copy a checkpoint's weights into `model`; assign=True: make them its own, without a copy.
 
-    Raises UserError that names the file and what doesn't fit.
+    Raises UserError that names the file and what doesn't fit; a line on stderr says where the code
+    has changed since.
     """
     weights, wanted = state["model"], model.state_dict()
     for name, tensor in wanted.items():
@@ -274,6 +284,11 @@ def load_weights(model, state, assign=False):
     if unknown := [str(name) for name in weights if name not in wanted]:
         _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
+    then, now = state.get("fingerprint"), fingerprint(model)
+    known = isinstance(then, torch.Tensor) and then.layout == torch.strided and not then.is_meta
+    if known and now is not None and not same(then, now):
+        say(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
+            "the same weights now give other answers")
 
 
 def _check_tensor(state, name, shape):

@@ -84,7 +84,7 @@ def _load_to_resume(s, steps):
         raise UserError(f"no checkpoint in {s.out_dir}: nothing to resume")
     if which != "newest" and s.init_from == "resume":
         resumed = checkpoint.load_first(checkpoint.paths_of(s.out_dir, which), keys)
-        if best_step(s.out_dir) > resumed["step"]:
+        if checkpoint.best_step(s.out_dir) > resumed["step"]:
             resumed["best_val_loss"] = math.inf  # best.pt will be set aside with the newer ones
         return resumed
     paths = [checkpoint.step_path(s.out_dir, step) for step in steps]
@@ -127,9 +127,12 @@ def _report_changes(s, resumed):
     # the shape comes from the checkpoint, not from the settings
     skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log"}
     skip |= resumed["model_config"].keys() - {"block_size", "dropout"}
-    now = asdict(s)
-    changed = [f"{key} {value!r} → {now[key]!r}" for key, value in resumed["settings"].items()
-               if key in now and now[key] != value and key not in skip]
+    changed = []
+    for key, value in asdict(s).items():
+        old = resumed["settings"].get(key, "not there")
+        # a setting newer than the checkpoint, unless it is 0, False or empty
+        if key not in skip and old != value and (value or key in resumed["settings"]):
+            changed.append(f"{key} {old!r} → {value!r}")
     if changed:
         print0(f"changed since the checkpoint: {', '.join(changed)}")
 
@@ -205,18 +208,10 @@ def _remove_temporary(folder):
 def _set_aside_newer(folder, step, rolled_back):
     """Rename the checkpoints after `step`: under their own names they would count as the newest."""
     newer = [checkpoint.step_path(folder, at) for at in checkpoint.saved_steps(folder) if at > step]
-    if rolled_back and best_step(folder) > step:
+    if rolled_back and checkpoint.best_step(folder) > step:
         newer.append(checkpoint.best_path(folder))
     for path in newer:
         os.replace(path, path + (".rolled_back" if rolled_back else ".damaged"))
-
-
-def best_step(folder):
-    """The step of best.pt, or -1 where there is none that can be read."""
-    try:
-        return checkpoint.load(checkpoint.best_path(folder), check=False)["step"]
-    except (UserError, OSError):
-        return -1
 
 
 def save(path, state, s):
@@ -286,6 +281,9 @@ def find_tokenizer(data, s):
     Raises UserError that names these places if it is in none of them.
     """
     stated, wanted = data.meta["tokenizer"], data.meta["tokenizer_hash"]
+    if s.tokenizer and _hash_of(s.tokenizer) not in (wanted, None):
+        raise UserError(f"--tokenizer={s.tokenizer} is not the one that {data.folder} was prepared "
+                        "with: prepare the data with it, or leave --tokenizer out")
     beside = os.path.dirname(os.path.abspath(data.folder))
     places = [s.tokenizer, stated, os.path.join(beside, stated),
               os.path.join(beside, os.path.basename(os.path.normpath(stated))),

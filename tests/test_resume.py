@@ -220,3 +220,18 @@ def test_other_data_are_refused_until_they_are_allowed(data, tmp_path):
     assert ("changed since the checkpoint: seed 1337 → 7, max_iters 4 → 6, "
             "weight_decay 0.1 → 0.3") in output
     assert newest(tmp_path / "out")["step"] == 6
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_is_reported(data, tmp_path):
+    """It is newer than the run: somebody has changed train.py meanwhile."""
+    argv = [*TINY, "--max_iters=4", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish(argv)
+    path = checkpoint.step_path(tmp_path / "out", 4)
+    state = torch.load(path, weights_only=True)
+    del state["settings"]["weight_decay"], state["settings"]["fp8"]
+    checkpoint.save(path, state)
+
+    output = finish([*argv, "--init_from=resume", "--max_iters=6"])
+
+    assert ("changed since the checkpoint: max_iters 4 → 6, weight_decay 'not there' → 0.1\n"
+            in output)

@@ -209,12 +209,12 @@ def test_rolling_back_repeats_the_run(data, base, tmp_path):
 def test_a_best_of_the_future_is_set_aside(data, tmp_path):
     argv = [*SHORT, "--eval_interval=5", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
     finish(argv)
-    assert run_folder.best_step(tmp_path / "out") == 10
+    assert checkpoint.best_step(tmp_path / "out") == 10
 
     finish([*argv, "--init_from=resume", "--checkpoint=5", "--max_iters=6"])
 
     assert os.path.exists(tmp_path / "out/best.pt.rolled_back")
-    assert run_folder.best_step(tmp_path / "out") in (5, 6)
+    assert checkpoint.best_step(tmp_path / "out") in (5, 6)
 
 
 @pytest.mark.parametrize("which, step", [("best", 5), ("5", 5), ("newest", 10)])
@@ -311,3 +311,15 @@ def test_a_resumed_run_that_was_killed_at_once_resumes(data, base, tmp_path):
     finish(argv)
 
     assert [r["step"] for r in numbers(tmp_path / "out")] == list(range(14))
+
+
+def test_a_tokenizer_that_the_data_are_not_made_of_is_refused(data, tmp_path):
+    """The right one would be found beside the data, and the flag would change nothing."""
+    other = shutil.copytree(os.path.join(data, "tokenizer"), tmp_path / "other")
+    with open(other / "tokenizer.json", "a") as file:
+        file.write("\n")
+
+    message = refused([*SHORT, f"--data_dir={data}", f"--tokenizer={other}",
+                       f"--out_dir={tmp_path}/out"])
+
+    assert f"--tokenizer={other} is not the one that {data} was prepared with" in message

@@ -1,6 +1,7 @@
 """Which plain function each fast version replaces, and on which device. For model.py and serve.py.
 
-Delete minillm/speed and everything still runs, slower, with the same numbers.
+Delete minillm/speed and everything still runs, slower, with the same numbers. One that no longer
+computes what its plain function does, because that was changed, is left out: agreement.py.
 """
 from functools import partial
 
@@ -8,13 +9,16 @@ import torch
 import torch.nn as nn
 
 from minillm.errors import UserError
-from minillm.generation import KVCache, decode_loop
+from minillm.generation import KVCache, decode_loop, decode_one_token
 from minillm.sampling import sample
-from minillm.speed import cuda_graph, decode_cpu
+from minillm.speed import cuda_graph, decode_cpu, decode_gpu
+from minillm.speed.agreement import (agrees, chooses_experts, decodes, has_the_loss, insist,
+                                     multiplies_experts)
 from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8 import Float8Linear
 from minillm.speed.float8_experts import float8_experts
-from minillm.speed.grouped_mm import generating_experts, grouped_experts, lay_out_for_decoding
+from minillm.speed.grouped_mm import (all_experts, generating_experts, grouped_experts,
+                                      lay_out_for_decoding)
 from minillm.speed.linear import Linear
 from minillm.speed.topk import top_experts, topk_by_parts
 
@@ -28,7 +32,9 @@ def use_for_training(model, compiled):
     if model.config.n_expert:
         use_experts(model, grouped_experts)
     if on_gpu and compiled:
-        model.cross_entropy = partial(linear_cross_entropy, plain=model.cross_entropy)
+        cross_entropy = partial(linear_cross_entropy, plain=model.cross_entropy)
+        if agrees(model, "minillm/speed/cross_entropy.py", has_the_loss, cross_entropy):
+            model.cross_entropy = cross_entropy
 
 
 def use_float8(model, device, dtype, tokens):
@@ -43,11 +49,16 @@ def use_float8(model, device, dtype, tokens):
         check_float8_gpu(device, model.config.n_expert)
     if tokens % 16:
         raise UserError(f"--fp8=True needs multiples of 16: batch_size * block_size is {tokens}")
-    layers = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    # type: a class that somebody derived from nn.Linear computes something of its own
+    layers = [layer for layer in model.blocks.modules() if type(layer) in (nn.Linear, Linear)]
     widths = {size for layer in layers for size in layer.weight.shape} | {model.config.n_inner}
     for width in sorted(widths):
         if width % 16:
             raise UserError(f"--fp8=True needs multiples of 16: a layer is {width} wide")
+    if model.config.n_expert:
+        # 8 bits err by a few percent
+        insist(model, "minillm/speed/float8_experts.py", multiplies_experts, float8_experts, 0.2,
+               advice="leave --fp8 out")
     for layer in layers:
         layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints
     if model.config.n_expert:
@@ -67,6 +78,8 @@ def check_float8_gpu(device, n_expert):
 
 def use_for_generation(model):
     """Swap in what is faster in a model that is only used: experts, and their weights' layout."""
+    if not model.wte.weight.is_cuda:
+        decodes_on_cpu(model)                        # says now, not in an answer, if it does not
     if not model.config.n_expert:
         return
     use_experts(model, generating_experts)
@@ -79,21 +92,45 @@ def use_for_generation(model):
 def use_experts(model, experts):
     """Swap in the experts' product and their choice; other devices (mps) lack the kernel."""
     device = model.wte.weight.device.type
+    fast_product = device in ("cpu", "cuda") and all(
+        agrees(model, f"{function.__name__} of minillm/speed/grouped_mm.py", multiplies_experts,
+               function) for function in (grouped_experts, all_experts))
+    fast_choice = device == "cuda" and agrees(
+        model, "top_experts of minillm/speed/topk.py", chooses_experts, top_experts)
     for block in model.blocks:
-        if device in ("cpu", "cuda"):
+        if fast_product:
             block.ffn.experts = experts
-        if device == "cuda":
+        if fast_choice:
             block.ffn.router.top_experts = top_experts
+
+
+def decodes_on_cpu(model):
+    """Whether decode_cpu.py computes what this model does."""
+    return agrees(model, "minillm/speed/decode_cpu.py", decodes, decode_cpu.decode_one_token,
+                  KVCache)
+
+
+def decodes_compiled(model, name):
+    """Whether these parts of decode_gpu.py, VECTOR or BATCH, compute what this model does."""
+    step, rows = partial(run_parts, getattr(decode_gpu, name)), {"VECTOR": 1, "BATCH": 2}[name]
+    return agrees(model, f"{name} of minillm/speed/decode_gpu.py", decodes, step,
+                  cuda_graph.GraphCache, rows)
+
+
+def run_parts(parts, model, cache, token, position, end):
+    return decode_gpu.run_parts(parts, model, cache, token, position)
 
 
 def generate_arguments(model, compile):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
+        # both: how many rows there will be is not known here
+        compile = compile and decodes_compiled(model, "VECTOR") and decodes_compiled(model, "BATCH")
         graph = partial(cuda_graph.decode_graph, compile=compile)
         return {"forward": cuda_graph.forward, "decode": graph}
     if device == "cpu":
-        token = decode_cpu.decode_one_token
+        token = decode_cpu.decode_one_token if decodes_on_cpu(model) else decode_one_token
         return {"decode": partial(decode_loop, decode_one_token=token, topk=topk_by_parts)}
     return {}
 
@@ -102,6 +139,7 @@ def for_batch_decoder(model, rows, compile=False):
     """The arguments of BatchDecoder over `rows` rows that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
+        compile = compile and decodes_compiled(model, "BATCH")
         # compiled: always all rows, so that there is one graph to compile
         fewest = rows if compile else 1
         span = partial(cuda_graph.power_of_two_rows, rows=rows, fewest=fewest)
@@ -109,7 +147,8 @@ def for_batch_decoder(model, rows, compile=False):
                 "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
                 "sample": cuda_graph.RecordedSample(rows)}
     if device == "cpu":
-        return {"decode": decode_cpu.decode_one_token,
+        token = decode_cpu.decode_one_token if decodes_on_cpu(model) else decode_one_token
+        return {"decode": token,
                 "sample": partial(sample, topk=topk_by_parts)}
     return {}
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from minillm.device import compile_for_training
+from minillm.speed.agreement import insist, runs_the_blocks
 
 
 def compile_in_parts(model, device):
@@ -19,6 +20,10 @@ def compile_in_parts(model, device):
 
     The model itself stays an ordinary module, and DDP goes around it.
     """
+    def plain_parts(copy, *arguments):
+        return trunk(copy, embed, run_block, copy.norm, *arguments)
+    insist(model, "minillm/speed/parts.py", runs_the_blocks, plain_parts,
+           advice="leave --compile out")
     parts = [compile_for_training(part, device) for part in (embed, run_block, model.norm)]
     model.trunk = partial(trunk, model, *parts)
     model.cross_entropy = compile_for_training(model.cross_entropy, device)

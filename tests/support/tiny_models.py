@@ -5,6 +5,7 @@ from dataclasses import asdict
 import torch
 
 from minillm import checkpoint
+from minillm.same_function import fingerprint
 from model import GPT, GPTConfig
 from support.tiny_tokenizer import VOCAB, make_tokenizer, tokenizer
 
@@ -50,5 +51,5 @@ def write_folder(folder, model):
     make_tokenizer(os.path.join(folder, "tokenizer"))
     checkpoint.save(checkpoint.step_path(folder, 7), {
         "model": model.state_dict(), "model_config": asdict(model.config), "step": 7,
-        "tokenizer_hash": tokenizer().hash})
+        "tokenizer_hash": tokenizer().hash, "fingerprint": fingerprint(model)})
     return folder

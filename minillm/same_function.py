@@ -1,0 +1,78 @@
+"""Do two pieces of code compute the same function? Known small weights, then compare the logits.
+
+    copy = small_copy(model)                 # of the same class and settings, 10 ms
+    same(copy(idx), other(copy, idx))
+    fingerprint(model)                       # the logits of the copy: change with the code alone
+
+Formulas of model.py and moe.py are repeated where they must be: in minillm/speed and in the
+exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the
+model must hear of each place that still computes the old one, so each of them compares.
+
+What only training does (dropout, the router's noise) is not compared.
+"""
+import contextlib
+import os
+import sys
+import zlib
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # a text for the copy
+VOCAB = 16
+
+
+def small_copy(model):
+    """A model like `model`, of another size, float64, on the CPU: the same numbers every time.
+
+    All settings stay but the sizes, so that a setting that somebody adds counts as well.
+    """
+    config = replace(model.config, vocab_size=VOCAB, block_size=len(IDS), n_inner=16, dropout=0.0,
+                     n_layer=min(model.config.n_layer, 4), n_embd=8 * model.config.n_head)
+    with torch.random.fork_rng(devices=[]):      # whoever draws next must not notice
+        copy = type(model)(config)
+    for name, parameter in copy.named_parameters():
+        parameter.data = known_numbers(name, parameter.shape)
+    for module in copy.modules():
+        if isinstance(module, nn.Embedding):
+            # small rows show the norm's eps, large ones whatever bounds the logits
+            module.weight.data *= torch.logspace(-3, 1, VOCAB, dtype=torch.float64)[:, None]
+    return copy.double().eval().requires_grad_(False)
+
+
+def known_numbers(name, shape):
+    """Pseudo-random float64 numbers that depend on a parameter's name and shape alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if len(shape) < 2:
+        return numbers + 0.5                     # of norms and biases
+    return (2 * numbers - 1) * 2 / shape[-1] ** 0.5
+
+
+@torch.no_grad()
+def fingerprint(model):
+    """The logits (T, V) of the small copy, float64: they follow from the code and its settings.
+
+    Checkpoints hold them: whatever changes them lets train.py and chat.py warn of older ones. None
+    where there is no small copy, because a changed model refuses its sizes.
+    """
+    try:
+        return small_copy(model)(torch.tensor([IDS]))[0]
+    except Exception:                            # of code that we do not know
+        return None
+
+
+def same(found, expected, tolerance=1e-4):
+    """Are two tensors equal, up to rounding? Relative to the largest number of `expected`."""
+    if found.shape != expected.shape:
+        return False
+    error = (found.double() - expected.double()).abs().max()
+    return bool(error <= tolerance * expected.abs().max())       # False for a NaN
+
+
+def say(text):
+    """A line to stderr, on rank 0: stdout belongs to the answer. A closed stderr is ignored."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""Whether a fast version still computes what the plain one does. For fast_versions.py.
+
+A change of model.py or moe.py counts at once: a fast version that computes something else is left
+out, with one line on stderr. Each check compares on a small copy of the model, in some 10 ms.
+"""
+import warnings
+
+import torch
+
+from minillm.errors import UserError
+from minillm.generation import KVCache, decode_one_token, prefill
+from minillm.same_function import IDS, same, say, small_copy
+
+STEPS = 4                            # of decoding that are compared
+TOKENS = 40                          # rows for the experts and the loss
+
+
+def agrees(model, path, check, *args):
+    """check(small copy of the model, *args); where it is False, a line says so, once per model.
+
+    path: the fast version's file, and what it is asked for.
+    """
+    verdicts = model.__dict__.setdefault("_agreements", {})
+    if path in verdicts:
+        return verdicts[path]
+    problem = disagreement(model, check, *args)
+    verdicts[path] = problem is None
+    if problem:
+        say(f"{path} {problem}: it is left out, the plain code runs instead; "
+            "make the same change there to have it back")
+    return verdicts[path]
+
+
+def insist(model, path, check, *args, advice):
+    """Raise UserError where agrees() would be False, for what has no plain version to run."""
+    if problem := disagreement(model, check, *args):
+        raise UserError(f"{path} {problem}: make the same change there, or {advice}")
+
+
+def disagreement(model, check, *args):
+    """None if the check holds, else what is wrong, as words behind the file's name."""
+    try:
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # flex_attention warns of what is not compiled
+            if check(small_copy(model), *args):
+                return None
+    except Exception as error:       # a changed model's own: a size that it refuses, another shape
+        reason = " ".join(str(error).split())[:120]
+        return f"does not fit the model ({type(error).__name__}: {reason})"
+    return "computes something else than model.py and moe.py"
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def decodes(copy, step, cache_type, rows=1):
+    """Do decode steps make the logits of generation.decode_one_token?"""
+    ids = torch.tensor([IDS] * rows)
+    fast, plain = cache_type(copy, rows), KVCache(copy, rows)
+    for cache in (fast, plain):
+        prefill(copy, cache, ids[:, :-STEPS].tolist())
+    for t in range(len(IDS) - STEPS, len(IDS)):
+        place = ids[:, t: t + 1], torch.full((rows, 1), t), t + 1
+        if not same(step(copy, fast, *place), decode_one_token(copy, plain, *place)):
+            return False
+    return True
+
+
+def multiplies_experts(copy, experts, tolerance=1e-4):
+    """Do the fast experts give what those of moe.py give, and the same gradients?"""
+    ffn = copy.blocks[0].ffn
+    x_ND = random(TOKENS, copy.config.n_embd)
+    gate_NK, expert_NK = ffn.router(x_ND)
+    results = []
+    for function in (experts, ffn.experts):
+        inputs = [x.detach().clone().requires_grad_()
+                  for x in (x_ND, gate_NK, ffn.w1_EDF, ffn.w2_EFD)]
+        x, gate, w1, w2 = inputs
+        with torch.enable_grad():
+            y = function(x, gate, expert_NK, w1, w2)
+        results.append([y, *torch.autograd.grad(y, inputs, random(*y.shape))])
+    return all(same(found, expected, tolerance) for found, expected in zip(*results))
+
+
+def chooses_experts(copy, top_experts):
+    """Does it choose the experts that moe.py's function chooses?"""
+    logits_NE, k = random(TOKENS, copy.config.n_expert), copy.config.n_expert_per_tok
+    expected = copy.blocks[0].ffn.router.top_experts(logits_NE, k)
+    return torch.equal(top_experts(logits_NE, k), expected)
+
+
+def has_the_loss(copy, cross_entropy):
+    """Does it give the loss of copy.cross_entropy, and the same gradients?"""
+    targets = torch.arange(TOKENS) % (len(copy.wte.weight) + 1) - 1
+    results = []
+    for function in (cross_entropy, copy.cross_entropy):
+        inputs = [random(TOKENS, copy.config.n_embd).requires_grad_(),
+                  copy.wte.weight.clone().requires_grad_()]
+        with torch.enable_grad():
+            loss = function(*inputs, targets)
+        results.append([loss, *torch.autograd.grad(loss, inputs)])
+    return all(same(found, expected) for found, expected in zip(*results))
+
+
+def runs_the_blocks(copy, trunk):
+    """Does trunk(model, idx, rope, attend) give what GPT.trunk gives?"""
+    seen = []
+
+    def keep(idx, rope, attend):
+        seen.append((trunk(copy, idx, rope, attend), plain(idx, rope, attend)))
+        return seen[0][1]
+    plain, copy.trunk = copy.trunk, keep
+    copy(torch.tensor([IDS]))
+    found, expected = seen[0]
+    return same(found[0], expected[0])
