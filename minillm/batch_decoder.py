@@ -272,16 +272,15 @@ class BatchDecoder:
         logits = logits[:, : self.vocab_size]
         groups = collections.defaultdict(list)   # rows of equal sampling are drawn together
         for i, row in enumerate(rows):
-            p = row.answer.params
-            groups[p.temperature, p.top_k, p.top_p, p.repetition_penalty].append(i)
-        for (temperature, top_k, top_p, penalty), places in groups.items():
+            groups[row.answer.params.without_length()].append(i)
+        for params, places in groups.items():
             group = [rows[i] for i in places]
             scores = logits if len(group) == len(rows) else logits[places]
-            if penalty != 1:
+            if params.repetition_penalty != 1:
                 seen = torch.stack([row.seen for row in group]).to(scores.device)
-                scores = penalize(scores, seen, penalty)
+                scores = penalize(scores, seen, params.repetition_penalty)
             u = torch.tensor([row.u[row.step] for row in group], device=scores.device)
-            tokens = self.sample(scores, u, temperature, top_k, top_p).tolist()
+            tokens = self.sample(scores, u, *params.for_sample()).tolist()
             for row, token in zip(group, tokens):
                 self._push(row, token)
 

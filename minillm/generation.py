@@ -152,7 +152,7 @@ def sample_next(state, logits, params, topk=torch.topk):
     if params.repetition_penalty != 1:
         logits = penalize(logits, state.seen, params.repetition_penalty)
     u = state.u.index_select(1, state.step)[:, 0]
-    token = sample(logits, u, params.temperature, params.top_k, params.top_p, topk)
+    token = sample(logits, u, *params.for_sample(), topk=topk)
     state.token.copy_(token[:, None])
     if params.repetition_penalty != 1:
         state.seen.scatter_(1, state.token, True)

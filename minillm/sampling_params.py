@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from minillm.errors import UserError
 
@@ -34,6 +34,14 @@ class SamplingParams:
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be at least 0.01 "
                             "and at most 100")
+
+    def for_sample(self):
+        """The arguments of sampling.sample after the logits and u; a new rule's belong here too."""
+        return self.temperature, self.top_k, self.top_p
+
+    def without_length(self):
+        """What two requests must share to be drawn together, or by the same CUDA graph."""
+        return replace(self, max_new_tokens=1)
 
 
 # of sample.py, chat.py, serve.py and GPT.chat; GPT.generate has those of SamplingParams, which
@@ -62,8 +70,7 @@ class GenerationSettings:
 
     def sampling(self):
         """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-        options = {name: getattr(self, name) for name in names}
+        options = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         SamplingParams(**options)
         stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
         options["stop"] = tuple(text for text in stop if text)

@@ -1,12 +1,18 @@
 """Sampling: the distribution that is drawn, the penalty, stop ids, seeds, options refused."""
 import math
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from minillm import generation
+from minillm.answer import Answer
+from minillm.batch_decoder import BatchDecoder
 from minillm.errors import UserError
 from minillm.sampling import sample
+from minillm.sampling_params import SamplingParams
+from minillm.speed import cuda_graph
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import VOCAB
 from support.uncached import GREEDY, random_ids, rows, uncached
@@ -180,3 +186,58 @@ def test_a_temperature_beyond_float32_is_greedy(temperature, options):
     logits = torch.tensor([[0.0, 5.0, 1.0, -3.0]])
 
     assert sample(logits, torch.tensor([0.3]), temperature, **options).tolist() == [1]
+
+
+# ---- a rule of one's own: a field of SamplingParams, used in for_sample()
+
+@dataclass(frozen=True)
+class WithMinP(SamplingParams):
+    min_p: float = 0.0
+
+    def for_sample(self):
+        return *super().for_sample(), self.min_p
+
+
+def at_least(noted):
+    """`sample` with one more setting, which it notes."""
+    def sample_with_min_p(logits, u, temperature, top_k, top_p, min_p, topk=torch.topk):
+        noted.append(min_p)
+        return sample(logits, u, temperature, top_k, top_p, topk)
+    return sample_with_min_p
+
+
+def test_a_new_setting_reaches_generation(monkeypatch):
+    noted = []
+    monkeypatch.setattr(generation, "sample", at_least(noted))
+
+    list(generation.generate(tiny_model(), [[5, 6, 7]], WithMinP(3, min_p=0.25)))
+
+    assert noted == [0.25] * 3
+
+
+def test_a_new_setting_parts_the_rows_of_a_server():
+    """Rows are drawn together only where every setting but the length is the same."""
+    noted, model = [], tiny_model()
+    decoder = BatchDecoder(model, model.new_cache(3), 3, sample=at_least(noted))
+    settings = [WithMinP(4, min_p=0.25), WithMinP(5, min_p=0.5), WithMinP(6, min_p=0.25)]
+    for params in settings:
+        decoder._join(Answer(model.tokenizer, lambda ids: [5, 6, 7], params))
+    for row in decoder.rows:
+        row.read = 3
+
+    decoder._choose(decoder.rows, torch.zeros(3, VOCAB))
+
+    assert sorted(noted) == [0.25, 0.5]
+
+
+def test_a_new_setting_gets_a_graph_of_its_own(monkeypatch):
+    monkeypatch.setattr(cuda_graph, "capture", lambda function: (function, function()))
+    monkeypatch.setattr(generation, "sample", at_least([]))
+    model = tiny_model()
+    cache = cuda_graph.GraphCache(model)
+    for params in WithMinP(4, min_p=0.25), WithMinP(4, min_p=0.5), WithMinP(9, min_p=0.5):
+        state = generation.DecodeState(model, 1, cache.size)
+        state.start([[5, 6, 7]], params, 1, ())
+        cuda_graph.capture_decode(model, cache, state, params, compile=False)
+
+    assert len(cache.decode_graphs) == 2

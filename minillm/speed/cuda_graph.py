@@ -112,7 +112,7 @@ def capture_decode(model, cache, state, params, compile):
 
     Warming up leaves keys and values after the prompt; they are written again before they are read.
     """
-    key = (params.temperature, params.top_k, params.top_p, params.repetition_penalty, compile)
+    key = params.without_length(), compile
     if key not in cache.decode_graphs:
         if compile:
             compiled = decode_gpu.compile_step(len(state.token), DECODE_OPTIONS)
@@ -173,9 +173,9 @@ class RecordedSample:
             self.u = u.new_zeros(self.rows)
         if settings not in self.graphs:
             if len(self.graphs) == self.MOST:
-                return sample(logits, u, *settings, topk_by_parts)
+                return sample(logits, u, *settings, topk=topk_by_parts)
             self.graphs[settings] = capture(
-                lambda: sample(self.logits, self.u, *settings, topk_by_parts))
+                lambda: sample(self.logits, self.u, *settings, topk=topk_by_parts))
         replay, tokens = self.graphs[settings]
         self.logits[:len(u)].copy_(logits)       # what the other rows hold does not matter
         self.u[:len(u)].copy_(u)
