@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from typing import Annotated, Literal
@@ -200,6 +201,8 @@ def _check_key(key, hints, inputs, kind):
         return
     near = difflib.get_close_matches(key, [name for name in hints if name not in inputs], 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help"
+    if kind != "flag":
+        hint += " (begin a name that is no setting with _)"
     raise UserError(f"unknown {kind} {'--' if kind == 'flag' else ''}{key}: {hint}")
 
 
@@ -275,7 +278,10 @@ def _read_config(path, hints, inputs):
     try:
         exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as error:     # the file is the user's program, its faults too
-        raise UserError(f"config file {path}: {type(error).__name__}: {error}") from None
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == path]
+        place = f"{path}, line {lines[-1]}" if lines else path    # a SyntaxError says it itself
+        raise UserError(f"config file {place}: {type(error).__name__}: {error}") from None
     values = {}
     for key, value in namespace.items():
         if key.startswith("_") or isinstance(value, types.ModuleType):

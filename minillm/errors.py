@@ -40,9 +40,10 @@ def run(main):
         write_nowhere(1)
         sys.exit(141)
     except OSError as error:
-        if error.errno not in MACHINE:
+        advice = _cache_advice(error)
+        if error.errno not in MACHINE and not advice:
             raise
-        sys.exit(_report(f"{_place_of(error)}: {reason(error)}"))
+        sys.exit(_report(f"{_place_of(error)}: {reason(error)}{advice}"))
 
 
 def brief(value):
@@ -128,6 +129,17 @@ def _advice(error):
     if "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:
         return f"compile=True failed ({_compiler_reason(text)}): leave compile out"
     return None
+
+
+def _cache_advice(error):
+    """What to do about an OSError in the folder where torch.compile keeps its code, or ''."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not folder or not isinstance(error.filename, str):
+        return ""
+    folder, place = os.path.abspath(folder), os.path.abspath(error.filename)
+    if os.path.commonpath((folder, place)) not in (folder, place):
+        return ""
+    return "; the environment's TORCHINDUCTOR_CACHE_DIR leads there: give another, or unset it"
 
 
 def _compiler_reason(text):

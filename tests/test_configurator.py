@@ -81,3 +81,23 @@ def test_help_shows_choices_and_what_stands_for_none():
     assert "  --dtype=auto                       {auto,float32} of the matmuls\n" in text
     assert "  --scale=auto  " in text and "None: the default" in text
     assert configure(Settings, ["--scale=2", "--scale=auto"]).scale is None
+
+
+@pytest.mark.parametrize("source, message", [
+    ("for i in range(3):\n    pass\n", "unknown key in {path}: i: see --help (begin a name that "
+                                       "is no setting with _)"),
+    ("batchsize = 8\n", "unknown key in {path}: batchsize: did you mean batch_size? (begin a name "
+                        "that is no setting with _)"),
+    ("_half = 0.5\n\nbatch_size = _half.size\n",
+     "config file {path}, line 3: AttributeError: 'float' object has no attribute 'size'"),
+    ("batch_size = [8\n",
+     "config file {path}: SyntaxError: '[' was never closed (a.py, line 1)"),
+], ids=["a loop's variable", "a typo", "code that fails", "no Python"])
+def test_a_config_file_s_fault_is_named_with_its_place(source, message, tmp_path):
+    config = tmp_path / "a.py"
+    config.write_text(source)
+
+    with pytest.raises(UserError) as error:
+        configure(Settings, [str(config)])
+
+    assert str(error.value) == message.format(path=config)

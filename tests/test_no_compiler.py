@@ -1,4 +1,4 @@
-"""--compile=True where the compiler is missing or fails: one line says so, and no traceback."""
+"""--compile=True without a compiler, or without its cache: one line says so, and no traceback."""
 import os
 import re
 import subprocess
@@ -45,3 +45,18 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, script, says):
     # torch built for CUDA warns that it finds none
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
     assert len(lines) == 1 and re.fullmatch(f"-c: {says}", lines[0])
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder)}
+
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=LIMIT)
+
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert len(lines) == 1
+    assert re.fullmatch(f"-c: {tmp_path}/file.*: (File exists|Not a directory); the environment's "
+                        "TORCHINDUCTOR_CACHE_DIR leads there: give another, or unset it", lines[0])
