@@ -5,7 +5,7 @@ import pickle
 import random
 
 import pytest
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
 import train_tokenizer
 from minillm import tokenizer as tokenizer_module
@@ -194,3 +194,26 @@ def test_a_tokenizer_that_has_changed_meanwhile_is_refused(backend, tmp_path):
 
     with pytest.raises(UserError, match="has changed meanwhile"):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("old, new", [(r"|\p{N}|", r"|\p{N}{1,3}|"), (r"\n|", r"\n+|")],
+                         ids=["digits in groups", "line ends together"])
+def test_a_changed_pre_token_pattern_is_encoded_as_it_says(old, new, monkeypatch, tmp_path):
+    changed = tokenizer_module.pre_token_pattern().replace(old, new)
+    monkeypatch.setattr(tokenizer_module, "pre_token_pattern", lambda *caps: changed)
+    text = "In 1957 and 1958, 沈琴明 was 12345 and 123 and 195 years old.\n\n"
+    backend = tokenizer_module.untrained()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator([text] * 20, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet,
+        show_progress=False))
+
+    both = open_both(backend, tmp_path / "changed")
+
+    assert_same(both, [text])
+
+
+def test_the_unchanged_pattern_is_encoded_in_batches(both):
+    _, fast = both
+
+    assert fast._is_ours

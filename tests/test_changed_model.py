@@ -250,7 +250,8 @@ def test_a_checkpoint_of_other_code_is_named(change, monkeypatch, tmp_path, caps
 
 
 @pytest.mark.parametrize("odd", [None, 7, "text", torch.zeros(3), torch.ones(12, 16).to_sparse(),
-                                 torch.full((12, 16), torch.nan)], ids=str)
+                                 torch.full((12, 16), torch.nan)],
+                         ids=["none", "a number", "text", "another shape", "sparse", "NaN"])
 def test_an_odd_fingerprint_stops_nothing(odd, tmp_path):
     path = checkpoint.step_path(write_folder(tmp_path, tiny_model()), 7)
     checkpoint.save(path, torch.load(path, weights_only=True) | {"fingerprint": odd})

@@ -21,10 +21,11 @@ import itertools
 import json
 
 import numpy as np
-from tokenizers import Regex, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, models, pre_tokenizers
 
 from minillm.speed.merge_table import MergeTable, merges_of
-from minillm.tokenizer import LONGEST, MAX_PIECE, SPECIAL_TOKENS, Tokenizer, cut, untrained
+from minillm.tokenizer import LONGEST, MAX_PIECE, SPECIAL_TOKENS, Tokenizer, cut
 
 # The kinds of characters of which pre_token_pattern() makes its runs
 UNKNOWN, SPACE, LINE, NUMBER, HAN, LETTER, OTHER, UNCLEAR = range(8)
@@ -36,6 +37,11 @@ PATTERNS = {
     LETTER: r"[[\p{L}\p{M}]&&[^\p{Han}]]",
     OTHER: r"[^\s\p{L}\p{M}\p{N}]",
 }
+# pre_token_pattern() as this file cuts: a literal, so that a change of the function is seen
+PRE_TOKEN = "|".join([
+    r"\n", r"\p{N}", r"\p{Han}{1,1024}", r" ?[[\p{L}\p{M}]&&[^\p{Han}]]{1,1024}",
+    r" ?[^\s\p{L}\p{M}\p{N}]{1,1024}", r"[^\S\n]{1,1024}(?!\S)", r"[^\S\n]{1,1024}",
+])
 POINTS = 0x110000                    # of Unicode
 LONG_WORD = 32                       # characters
 PART = 500                           # words that the library encodes as one text
@@ -239,8 +245,16 @@ def characters_first(model, token_bytes):
 
 
 def _is_ours(state):
-    """Whether all but the vocabulary is as train_tokenizer.py makes it, without --nfkc."""
-    ours = json.loads(untrained().to_str())
+    """Whether all but the vocabulary is what this file encodes: train_tokenizer.py's, no --nfkc.
+
+    Whoever changes tokenizer.py gets tokenizers of other rules, which the library encodes.
+    """
+    ours = tokenizers.Tokenizer(models.BPE())
+    ours.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PRE_TOKEN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    ours = json.loads(ours.to_str())
     same = all(state["model"][key] == value for key, value in ours["model"].items()
                if key not in ("vocab", "merges"))
     added = [token["content"] for token in state["added_tokens"]]

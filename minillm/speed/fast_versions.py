@@ -78,7 +78,7 @@ def check_float8_gpu(device, n_expert):
 
 def use_for_generation(model):
     """Swap in what is faster in a model that is only used: experts, and their weights' layout."""
-    if not model.wte.weight.is_cuda:
+    if model.wte.weight.is_cpu:
         decodes_on_cpu(model)                        # says now, not in an answer, if it does not
     if not model.config.n_expert:
         return
