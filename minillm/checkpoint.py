@@ -233,7 +233,7 @@ def model_config(state, kind):
     for key, value in config.items():
         if key not in types:
             raise UserError(f"{state['path']}: model_config has an unknown key {key!r}: "
-                            "it was written by another version or program")
+                            "open it with the code that wrote it")
         if type(value) is int and value.bit_length() > 40:
             raise UserError(f"{state['path']}: model_config has {key}={brief(value)}, "
                             "which is too large")
@@ -303,7 +303,8 @@ def _check_tensor(state, name, shape):
 
 
 def _refuse(state, why):
-    raise UserError(f"the weights in {state['path']} do not fit its own model_config: {why}")
+    raise UserError(f"the weights in {state['path']} do not fit its own model_config: {why} "
+                    "(is model.py the one that trained it?)")
 
 
 def load_tokenizer(state, folder, vocab_size):
