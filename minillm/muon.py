@@ -44,8 +44,8 @@ class Muon(torch.optim.Optimizer):
 
     A group's "split": the rows of an (out, in) matrix that belong together, such as (q, k, v); each
     part is orthogonalised on its own. Where torch.distributed is initialized, all processes must
-    call step together. compile: for a GPU. shard: the parameters that have a gradient must be the
-    same in every step.
+    call step together. compile: for a GPU. shard: every parameter that requires a gradient must
+    have one in every step.
     """
 
     def __init__(self, groups, lr, momentum=0.9, compile=False, shard=False):
@@ -107,50 +107,67 @@ class Muon(torch.optim.Optimizer):
 
         Returns a function that waits for the others' and moves the weights.
         """
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = self.own_state(p, self.new_state(p))
         one = torch.ones((), dtype=params[0].dtype, device=params[0].device)
         grad_scale = one if self.grad_scale is None else self.grad_scale
         apply = one if self.found_inf is None else one - self.found_inf      # 1, or 0 to skip
         # on the device: a Python number would be compiled into the code
         lr = torch.full_like(one, group["lr"])
-        # Without shard every rank updates all momenta, which is cheap and needs no communication.
-        # The matmuls of orthogonalising are the expensive part: each rank does its share of them
+        ahead = self._update_momenta(params, group["momentum"], grad_scale, apply)
+        rows = list(group["split"] or ahead.shape[1:2])
+        parts = [self._orthogonalise(part) for part in ahead.split(rows, dim=1)]
+        directions = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        directions, arrived = self._exchange(directions)
+
+        def finish():
+            if arrived is not None:
+                arrived.wait()
+            self._move_all(params, directions, rows, lr, group["weight_decay"], apply)
+        return finish
+
+    def _update_momenta(self, params, beta, grad_scale, apply):
+        """Update the momenta; returns this rank's matrices to orthogonalise, (share, out, in).
+
+        Without shard every rank updates all momenta, which is cheap and needs no communication. The
+        matmuls of orthogonalising are the expensive part: each rank does its share of them.
+        """
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = self.own_state(p, self.new_state(p))
         share = self._share(params)
         own = rows_of(params, self.rank * share, share)
         mine = [p for p in params if len(p[own[p]])]
         others = [] if self.shard else [p for p in params if not len(p[own[p]])]
         sizes = [len(as_stack(p[own[p]])) for p in mine]
-        stack = one.new_empty(share, *as_stack(params[0]).shape[1:], dtype=matmul_dtype(one))
+        shape = as_stack(params[0]).shape[1:]
+        stack = params[0].new_empty(share, *shape, dtype=matmul_dtype(params[0]))
         stack[sum(sizes):].zero_()               # the last ranks may have less to do
         outs = dict(zip(mine, stack[: sum(sizes)].split(sizes)))
         for some in in_groups(mine) + in_groups(others):
-            self._look_ahead([p.grad[self.own_rows[p]] for p in some],
-                             [self.state[p]["momentum"] for p in some],
-                             [slice(None) if self.shard else own[p] for p in some],
-                             [outs.get(p) for p in some], grad_scale, apply, group["momentum"])
-        rows = list(group["split"] or stack.shape[1:2])
-        parts = [self._orthogonalise(part) for part in stack.split(rows, dim=1)]
-        stack = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        arrived = None
-        if self.world > 1:
-            whole = stack.new_empty(self.world * share, *stack.shape[1:])
-            arrived = _all_gather(whole, stack.contiguous(), async_op=True)
-            stack = whole
+            grads = [p.grad[self.own_rows[p]] for p in some]
+            momenta = [self.state[p]["momentum"] for p in some]
+            # with shard, the two are already cut to what is this rank's
+            rows = [slice(None) if self.shard else own[p] for p in some]
+            self._look_ahead(grads, momenta, rows, [outs.get(p) for p in some], grad_scale, apply,
+                             beta)
+        return stack
 
-        def finish():
-            if arrived is not None:
-                arrived.wait()
-            sizes = [len(as_stack(p)) for p in params]
-            neurons = [as_stack(self.state[p]["neuron"]) for p in params]
-            directions = stack[: sum(sizes)]
-            running, scale = self._row_scales(directions, torch.cat(neurons), lr, apply, rows)
-            torch._foreach_copy_(neurons, running.split(sizes))
-            sizes = [sum(len(as_stack(p)) for p in some) for some in in_groups(params)]
-            for some, *parts in zip(in_groups(params), directions.split(sizes), scale.split(sizes)):
-                self._move(some, *parts, lr, group["weight_decay"], apply)
-        return finish
+    def _exchange(self, directions):
+        """(the directions of all ranks, what to wait for before they are read, or None)."""
+        if self.world == 1:
+            return directions, None
+        whole = directions.new_empty(self.world * len(directions), *directions.shape[1:])
+        return whole, _all_gather(whole, directions.contiguous(), async_op=True)
+
+    def _move_all(self, params, directions, rows, lr, weight_decay, apply):
+        """Move the weights along the directions (n, out, in), row by row scaled."""
+        sizes = [len(as_stack(p)) for p in params]
+        directions = directions[: sum(sizes)]    # behind them: where the last ranks had no work
+        neurons = [as_stack(self.state[p]["neuron"]) for p in params]
+        running, scale = self._row_scales(directions, torch.cat(neurons), lr, apply, rows)
+        torch._foreach_copy_(neurons, running.split(sizes))
+        sizes = [sum(len(as_stack(p)) for p in some) for some in in_groups(params)]
+        for some, *parts in zip(in_groups(params), directions.split(sizes), scale.split(sizes)):
+            self._move(some, *parts, lr, weight_decay, apply)
 
 
 def same_shapes(params):
