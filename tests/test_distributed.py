@@ -5,6 +5,7 @@ torchrun itself is in test_torchrun.py.
 """
 import functools
 import os
+import socket
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from minillm.dataloader import TokenData, batch_windows
 from model import GPT, GPTConfig
 from support.training_runs import (BLOCK, MOE, TINY, assert_same_run, die_at, finish, finish_ranks,
-                                   keep_weights, make_data, newest, numbers, ranks)
+                                   keep_weights, make_data, newest, numbers, ranks, reserve_port)
 
 ROWS = 16                        # windows in a step
 
@@ -193,3 +194,26 @@ def test_a_dead_process_ends_the_others(tmp_path, victim):
     assert children[1 - victim].wait() != 0, children[1 - victim].output
     assert "resuming at step 10" in finish_ranks(2, [*argv, "--init_from=resume"])
     assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+# ---- the tests' own jobs
+
+def test_no_two_jobs_of_a_machine_get_the_same_port():
+    """Neither another process of the tests, which may count as this one does, nor another program.
+
+    Two jobs with one port take each other's processes for their own, and wait for ever.
+    """
+    reader, writer = os.pipe()
+    with reserve_port() as mine:
+        port = mine.getsockname()[1]
+        pid = os.fork()
+        if pid == 0:
+            os.write(writer, str(reserve_port().getsockname()[1]).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+        assert int(os.read(reader, 100)) != port
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+    os.close(reader)
+    os.close(writer)

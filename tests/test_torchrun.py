@@ -50,8 +50,10 @@ class Job:
 
     def alive(self):
         """The ids of the workers that are still there."""
+        script = str(self.folder / "train.py")
         pids = (self.folder / "pids").read_text().split()
-        return [int(pid) for pid in pids if is_running(pid)]
+        # the id of one that has ended may by now be another program's
+        return [int(pid) for pid in pids if script in command_line(pid)]
 
     def end(self):
         """Leave nothing running, however the test ended."""
@@ -61,12 +63,13 @@ class Job:
             os.kill(pid, signal.SIGKILL)
 
 
-def is_running(pid):
+def command_line(pid):
+    """The arguments of a running process; none if it has ended."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read().split("\0")
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return []
 
 
 @pytest.fixture

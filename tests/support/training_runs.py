@@ -3,7 +3,6 @@
 A run of 60 tiny steps takes half a second.
 """
 import hashlib
-import itertools
 import json
 import mmap
 import os
@@ -137,22 +136,17 @@ def refused(argv, **options):
     return processes.refused("train", argv, **options)
 
 
-# Below the ports that the system hands out by itself: no other program is given one meanwhile. The
-# workers of one test run (pytest-xdist) share a parent and take turns
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_PORTS = itertools.count(20_000 + os.getppid() % 10_000 + _WORKER, _WORKERS)
+def reserve_port():
+    """A socket bound to a free port, which nobody else is given until it is closed.
 
-
-def free_port():
-    """A port of this machine that nobody listens on."""
-    for port in _PORTS:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+    The system chooses, so that all programs of the machine agree, as two test runs at once must.
+    The process of the job that listens there may bind the port, too: SO_REUSEADDR on both sides
+    allows it while nobody listens.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def ranks(world, argv, before=None, env=None):
@@ -160,13 +154,15 @@ def ranks(world, argv, before=None, env=None):
 
     before: a list of functions, one for each rank, or None.
     """
+    reserved = reserve_port()
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(free_port())} | (env or {})
+              "MASTER_PORT": str(reserved.getsockname()[1])} | (env or {})
     before = before or [None] * world
     children = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         children.append(Run(argv, before[rank], common | own))
+    children[0].port = reserved                  # held until the test lets the job go
     return children
 
 
