@@ -26,7 +26,7 @@ from minillm.attention import apply_rope, causal_attention, rope_table
 from minillm.conversation import chat
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import UserError
-from minillm.generation import KVCache, generate, round_up
+from minillm.generation import KVCache, check_attention, generate, round_up
 from minillm.sampling_params import SamplingParams
 from moe import MoE
 
@@ -178,9 +178,8 @@ class GPT(nn.Module):
         """idx: (B, T) token ids, T up to block_size. attn_mask: attention.document_mask(), or None.
 
         With targets (B, T), where -1 is no target, returns a pair: the *sum* of the cross-entropies
-        in nats, which the caller divides by the number of targets of the whole step; and None, or
-        with experts (load-balancing loss averaged over layers, load (n_layer, n_expert)). Without
-        targets: logits (B, T, V).
+        in nats, which the caller divides by the step's number of targets; and None, or with experts
+        (load-balancing loss averaged over layers, load (n_layer, n_expert)). Otherwise the logits.
         """
         x, stats = self.hidden(idx, attn_mask)
         if targets is None:
@@ -280,6 +279,7 @@ class GPT(nn.Module):
             in_float32 = "norm" in name or "router" in name
             parameter.data = parameter.data.to(device, torch.float32 if in_float32 else dtype)
         self.rope = self.rope.to(device)
+        check_attention(self)
         if fast_versions:
             fast_versions.use_for_generation(self)
         return self

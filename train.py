@@ -35,6 +35,7 @@ from minillm.device import (autocast, compile_for_training, pick_device, pick_dt
                             to_device)
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
+from minillm.generation import check_attention
 from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
@@ -238,6 +239,7 @@ def main():
         redraw_collapsed_rows(model, train_data, s.seed)
     run_folder.fill_in(s, model.config, train_data.meta)
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
+    check_attention(model, flex=s.doc_mask and compiled and device.type == "cuda")
     model.to(device).use_fast(compiled)
     if s.fp8:
         fast_versions.use_float8(model, device, dtype, s.batch_size * s.block_size)

@@ -4,8 +4,9 @@
     q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
     y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
-Training calls causal_attention, decoding calls cached_attention. Both are torch SDPA, which groups
-the query heads itself (GQA): k and v are never repeated.
+Training calls causal_attention, which has three branches, and decoding calls cached_attention: a
+change belongs into all four, and check_attention of generation.py says where it is missing. All are
+torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
 """
@@ -63,7 +64,9 @@ def _flex_document_mask(document):
     def same_document(b, h, q, k):
         return (q >= k) & (document[b, q] == document[b, k])
     B, T = document.shape
-    create = torch.compile(create_block_mask, dynamic=False)
+    create = create_block_mask
+    if document.is_cuda:
+        create = torch.compile(create_block_mask, dynamic=False)
     return create(same_document, B, None, T, T, device=document.device)
 
 

@@ -20,12 +20,16 @@ All but `generate` and `decode_loop` read nothing back from the device and have 
 that minillm/speed can record them in a CUDA graph. Its fast versions are passed as the arguments
 `forward` (for prefill) and `decode` (for decode_loop).
 """
+import warnings
+
 import torch
 
-from minillm.attention import cached_attention
+from minillm.attention import cached_attention, document_mask
 from minillm.errors import UserError
+from minillm.same_function import IDS, same, say, small_copy_or_none
 from minillm.sampling import penalize, sample
 from minillm.sampling_params import SamplingParams
+from minillm.tokenizer import END_OF_TEXT
 
 
 class KVCache:
@@ -224,6 +228,34 @@ def generate(model, prompts, params=SamplingParams(), seed=0, stop_ids=(), cache
         yield row
         if all(ended):
             return
+
+
+@torch.no_grad()
+def check_attention(model, flex=False):
+    """Say on stderr where the ways to attend differ, on a small copy of `model`.
+
+    Over a whole text without a mask, with document_mask (flex: also with the one for a GPU), and
+    over a KV cache: minillm/attention.py has a function or a branch for each.
+    """
+    copy = small_copy_or_none(model)
+    if copy is None:
+        return
+    ids = torch.tensor([[id for id in IDS if id != END_OF_TEXT]])    # one document
+    expected = copy(ids)[0]
+    found = {"with a document mask": copy(ids, attn_mask=document_mask(ids))[0]}
+    if flex:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # of torch: it is not compiled here
+            found["with flex_attention"] = copy(ids, attn_mask=document_mask(ids, flex=True))[0]
+    cache, half = KVCache(copy), ids.shape[1] // 2
+    rows = [prefill(copy, cache, ids[:, :half].tolist())]
+    for t in range(half, ids.shape[1]):
+        rows.append(decode_one_token(copy, cache, ids[:, t: t + 1], torch.tensor([[t]]), t + 1))
+    found["over a KV cache"] = torch.cat((expected[:half - 1], *rows))
+    for name, logits in found.items():
+        if not same(logits, expected):
+            say(f"minillm/attention.py: attention {name} is another function than over a whole "
+                "text: change causal_attention's branches and cached_attention alike")
 
 
 def common_length(a, b):

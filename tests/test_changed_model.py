@@ -5,108 +5,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import model as model_file
-import moe
-import train
 from minillm import checkpoint, same_function, stock_model
-from minillm.configurator import configure
 from minillm.errors import UserError
-from minillm.run_log import RunLog
-from minillm.speed import agreement, decode_cpu, decode_gpu, fast_versions, parts
+from minillm.speed import agreement, fast_versions, parts
 from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8_experts import float8_experts
 from minillm.speed.topk import top_experts
-from model import FFN, GPT, Attention, Block
+from model import FFN, GPT
+from support.model_changes import (CHANGES, EXPERTS, KINDS, gelu, other_experts, post_norm, qk_norm,
+                                   relu_squared, relu_squared_experts, scaled_embedding,
+                                   sigmoid_router, softcap)
 from support.tiny_models import tiny_model, write_folder
-from train import Settings
 
 CPU = torch.device("cpu")
-KINDS = {
-    "dense": {},
-    "bias": dict(bias=True),
-    "MoE": dict(n_expert=4, n_expert_per_tok=2),
-    "one expert per token": dict(n_expert=4, n_expert_per_tok=1),
-    "many heads and layers": dict(n_layer=6, n_head=16, n_kv_head=8, n_embd=128),
-    "one head": dict(n_head=1, n_kv_head=1),
-}
-
-
-# ---- changes that people make, each as a function of monkeypatch
-
-def relu_squared(patch):
-    def forward(self, x):
-        return self.dropout(self.down(F.relu(self.up(x)).square())), None
-    patch.setattr(FFN, "forward", forward)
-
-
-def gelu(patch):
-    """Nearly SiLU, and without a parameter that a checkpoint could miss."""
-    patch.setattr(FFN, "forward", lambda self, x: (self.down(F.gelu(self.up(x))), None))
-
-
-def qk_norm(patch):
-    def forward(self, x, rope, attend):
-        normed = lambda q, k, v: attend(F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]), v)
-        return plain(self, x, rope, normed)
-    plain = Attention.forward
-    patch.setattr(Attention, "forward", forward)
-
-
-def post_norm(patch):
-    def forward(self, x, rope, attend):
-        x = self.attn_norm(x + self.attn(x, rope, attend))
-        y, stats = self.ffn(x)
-        return self.ffn_norm(x + y), stats
-    patch.setattr(Block, "forward", forward)
-
-
-def scaled_embedding(patch):
-    def trunk(self, idx, rope, attend):
-        handle = self.wte.register_forward_hook(lambda module, args, x: 3 * x)
-        try:
-            return plain(self, idx, rope, attend)
-        finally:
-            handle.remove()
-    plain = GPT.trunk
-    patch.setattr(GPT, "trunk", trunk)
-
-
-def softcap(patch):
-    """Logits bounded by tanh, in generation and in the loss."""
-    def cross_entropy(x, weight, targets):
-        logits = 30 * (F.linear(x, weight) / 30).tanh()
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-    plain = GPT.logits
-    patch.setattr(GPT, "logits", lambda self, x: 30 * (plain(self, x) / 30).tanh())
-    patch.setattr(model_file, "cross_entropy", cross_entropy)
-
-
-def relu_squared_experts(patch):
-    def loop_over_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
-        gate_NE = gate_NK.new_zeros(len(x_ND), len(w1_EDF)).scatter(1, expert_NK, gate_NK)
-        h_ENF = F.relu(x_ND @ w1_EDF).square()
-        return (gate_NE.t()[:, :, None] * (h_ENF @ w2_EFD)).sum(0)
-    patch.setattr(moe, "loop_over_experts", loop_over_experts)
-
-
-def sigmoid_router(patch):
-    def forward(self, x_ND):
-        score_NE = (x_ND @ self.weight_DE).sigmoid()
-        expert_NK = self.top_experts(score_NE, self.k)
-        return score_NE.gather(1, expert_NK), expert_NK
-    patch.setattr(moe.Router, "forward", forward)
-
-
-def other_experts(patch):
-    patch.setattr(moe, "top_experts", lambda logits_NE, k: (-logits_NE).topk(k, dim=1).indices)
-
-
-CHANGES = {change.__name__: change for change in (
-    relu_squared, gelu, qk_norm, post_norm, scaled_embedding, softcap, relu_squared_experts,
-    sigmoid_router, other_experts)}
-EXPERTS = {relu_squared_experts, sigmoid_router, other_experts}
-GENERAL = [qk_norm, post_norm, scaled_embedding]
-FFNS = [relu_squared, gelu]
 
 
 # ---- the fast versions
@@ -294,31 +205,3 @@ def test_a_model_that_cannot_be_compared_is_not_exported(monkeypatch):
 
     with pytest.raises(UserError, match="these compute another.*KeyError.*ffn.up.weight"):
         stock_model.check(tiny_model())
-
-
-# ---- the training loop
-
-@pytest.mark.parametrize("kind", ["dense", "MoE"])
-def test_a_number_that_the_log_does_not_know_is_refused(kind):
-    """Of an MoE with one layer it was taken for the load-balancing loss."""
-    model = tiny_model(**KINDS[kind] | dict(n_layer=1))
-    log = RunLog(configure(Settings, []), model, {"tokens_per_step": 32}, CPU, 1, None,
-                 writes=False)
-    known = 2 + (1 + 4 if model.config.n_expert else 0)
-
-    log.step(0, 0.1, torch.ones(known))
-    with pytest.raises(ValueError, match=f"gives {known - 1} numbers after loss and norm"):
-        log.step(1, 0.1, torch.ones(known + 1))
-
-
-@pytest.mark.parametrize("flags, world, needs", [
-    (["--fp8"], 1, True), (["--compile"], 2, True), (["--compile"], 1, False), ([], 2, False)])
-def test_without_speed_what_needs_it_is_refused(flags, world, needs, monkeypatch):
-    monkeypatch.setattr(train, "fast_versions", None)
-    s = configure(Settings, [*flags, "--gradient_accumulation_steps=2"])
-
-    if needs:
-        with pytest.raises(UserError, match="need minillm/speed, which was deleted"):
-            train.check(s, world)
-    else:
-        train.check(s, world)

@@ -1,0 +1,99 @@
+"""A changed attention, training loop or log: what does not take part is named."""
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+import model as model_file
+import train
+from minillm import attention, generation
+from minillm.configurator import configure
+from minillm.errors import UserError
+from minillm.run_log import RunLog
+from support.model_changes import KINDS
+from support.tiny_models import tiny_model
+from train import Settings
+
+CPU = torch.device("cpu")
+
+
+# ---- attention, whose formula has four places
+
+def windowed(q, k, v, mask=None):
+    """A sliding window of 4 tokens, in training alone."""
+    near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(-3)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+
+
+def softer(plain):
+    """`plain` attention at another temperature."""
+    return lambda q, *args: plain(q / 2, *args)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unchanged_attention_is_one_function(kind, capsys):
+    generation.check_attention(tiny_model(**KINDS[kind]), flex=True)
+
+    assert capsys.readouterr().err == ""
+
+
+def test_a_window_that_generation_lacks_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(model_file, "causal_attention", windowed)
+
+    tiny_model().for_generation(CPU, torch.float32)
+
+    err = capsys.readouterr().err
+    assert "attention over a KV cache is another function" in err and "document mask" not in err
+
+
+def test_a_change_that_generation_alone_has_is_named(monkeypatch, capsys):
+    changed = softer(attention.cached_attention)
+    # generation.cached_forward has it as its default
+    defaults = (*generation.cached_forward.__defaults__[:-1], changed)
+    monkeypatch.setattr(generation.cached_forward, "__defaults__", defaults)
+
+    generation.check_attention(tiny_model())
+
+    assert capsys.readouterr().err.count("over a KV cache is another function") == 1
+
+
+@pytest.mark.parametrize("flex, named", [(False, "with a document mask"),
+                                         (True, "with flex_attention")])
+def test_a_branch_that_lacks_a_change_is_named(flex, named, monkeypatch, capsys):
+    def causal_attention(q, k, v, mask=None):
+        unchanged = isinstance(mask, BlockMask) if flex else isinstance(mask, torch.Tensor)
+        return (plain if unchanged else softer(plain))(q, k, v, mask)
+    plain = attention.causal_attention
+    monkeypatch.setattr(model_file, "causal_attention", causal_attention)
+
+    generation.check_attention(tiny_model(), flex=True)
+
+    assert f"attention {named} is another function" in capsys.readouterr().err
+
+
+# ---- the training loop
+
+@pytest.mark.parametrize("kind", ["dense", "MoE"])
+def test_a_number_that_the_log_does_not_know_is_refused(kind):
+    """Of an MoE with one layer it was taken for the load-balancing loss."""
+    model = tiny_model(**KINDS[kind] | dict(n_layer=1))
+    log = RunLog(configure(Settings, []), model, {"tokens_per_step": 32}, CPU, 1, None,
+                 writes=False)
+    known = 2 + (1 + 4 if model.config.n_expert else 0)
+
+    log.step(0, 0.1, torch.ones(known))
+    with pytest.raises(ValueError, match=f"gives {known - 1} numbers after loss and norm"):
+        log.step(1, 0.1, torch.ones(known + 1))
+
+
+@pytest.mark.parametrize("flags, world, needs", [
+    (["--fp8"], 1, True), (["--compile"], 2, True), (["--compile"], 1, False), ([], 2, False)])
+def test_without_speed_what_needs_it_is_refused(flags, world, needs, monkeypatch):
+    monkeypatch.setattr(train, "fast_versions", None)
+    s = configure(Settings, [*flags, "--gradient_accumulation_steps=2"])
+
+    if needs:
+        with pytest.raises(UserError, match="need minillm/speed, which was deleted"):
+            train.check(s, world)
+    else:
+        train.check(s, world)
