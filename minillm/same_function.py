@@ -50,23 +50,17 @@ def known_numbers(name, shape):
     return (2 * numbers - 1) * 2 / shape[-1] ** 0.5
 
 
-def small_copy_or_none(model):
-    """None where a changed model refuses the copy's sizes."""
-    try:
-        return small_copy(model)
-    except Exception:                            # of code that we do not know
-        return None
-
-
 @torch.no_grad()
 def fingerprint(model):
     """The logits (T, V) of the small copy, float64: they follow from the code and its settings.
 
     Checkpoints hold them: whatever changes them lets train.py and chat.py warn of older ones. None
-    without a copy.
+    where there are none: a changed model may refuse the copy's sizes, or need a GPU.
     """
-    copy = small_copy_or_none(model)
-    return None if copy is None else copy(torch.tensor([IDS]))[0]
+    try:
+        return small_copy(model)(torch.tensor([IDS]))[0]
+    except Exception:                            # of code that we do not know
+        return None
 
 
 def same(found, expected, tolerance=1e-4):

@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import model as model_file
 import train
-from minillm import attention, generation
+from minillm import attention, generation, same_function
 from minillm.configurator import configure
 from minillm.errors import UserError
 from minillm.run_log import RunLog
@@ -69,6 +69,29 @@ def test_a_branch_that_lacks_a_change_is_named(flex, named, monkeypatch, capsys)
     generation.check_attention(tiny_model(), flex=True)
 
     assert f"attention {named} is another function" in capsys.readouterr().err
+
+
+def test_attention_that_needs_a_gpu_stops_nothing(monkeypatch, capsys):
+    """Training saves without a fingerprint, and a line says that nothing was compared."""
+    def causal_attention(q, k, v, mask=None):
+        raise RuntimeError("this kernel needs a GPU")
+    monkeypatch.setattr(model_file, "causal_attention", causal_attention)
+    model = tiny_model()
+
+    generation.check_attention(model)
+
+    assert same_function.fingerprint(model) is None
+    assert "not compared with itself: RuntimeError: this kernel" in capsys.readouterr().err
+
+
+def test_attention_is_compared_under_deterministic_algorithms(capsys):
+    torch.use_deterministic_algorithms(True)
+    try:
+        generation.check_attention(tiny_model(), flex=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert capsys.readouterr().err == ""
 
 
 # ---- the training loop
