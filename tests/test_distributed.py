@@ -203,17 +203,21 @@ def test_no_two_jobs_of_a_machine_get_the_same_port():
 
     Two jobs with one port take each other's processes for their own, and wait for ever.
     """
-    reader, writer = os.pipe()
+    begun, begin = os.pipe()
+    answer, answers = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.read(begun, 1)
+        os.write(answers, str(reserve_port().getsockname()[1]).encode())
+        os._exit(0)
+
     with reserve_port() as mine:
         port = mine.getsockname()[1]
-        pid = os.fork()
-        if pid == 0:
-            os.write(writer, str(reserve_port().getsockname()[1]).encode())
-            os._exit(0)
+        os.write(begin, b"!")
         os.waitpid(pid, 0)
 
-        assert int(os.read(reader, 100)) != port
+        assert int(os.read(answer, 100)) != port
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
-    os.close(reader)
-    os.close(writer)
+    for end in (begun, begin, answer, answers):
+        os.close(end)
