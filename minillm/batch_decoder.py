@@ -272,7 +272,7 @@ class BatchDecoder:
         logits = logits[:, : self.vocab_size]
         groups = collections.defaultdict(list)   # rows of equal sampling are drawn together
         for i, row in enumerate(rows):
-            groups[row.answer.params.without_length()].append(i)
+            groups[row.answer.params.without_length].append(i)
         for params, places in groups.items():
             group = [rows[i] for i in places]
             scores = logits if len(group) == len(rows) else logits[places]

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from minillm.errors import UserError
 
@@ -39,6 +40,7 @@ class SamplingParams:
         """The arguments of sampling.sample after the logits and u; a new rule's belong here too."""
         return self.temperature, self.top_k, self.top_p
 
+    @cached_property                     # asked for every row in every step of a server
     def without_length(self):
         """What two requests must share to be drawn together, or by the same CUDA graph."""
         return replace(self, max_new_tokens=1)

@@ -112,7 +112,7 @@ def capture_decode(model, cache, state, params, compile):
 
     Warming up leaves keys and values after the prompt; they are written again before they are read.
     """
-    key = params.without_length(), compile
+    key = params.without_length, compile
     if key not in cache.decode_graphs:
         if compile:
             compiled = decode_gpu.compile_step(len(state.token), DECODE_OPTIONS)
