@@ -26,7 +26,8 @@ from minillm.attention import apply_rope, causal_attention, rope_table
 from minillm.conversation import chat
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import UserError
-from minillm.generation import KVCache, check_attention, generate, round_up
+from minillm.generation import KVCache, generate, round_up
+from minillm.same_function import check_attention
 from minillm.sampling_params import SamplingParams
 from moe import MoE
 
@@ -161,8 +162,7 @@ class GPT(nn.Module):
         # not trained and not saved: it follows from the config
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.cross_entropy = cross_entropy
-        self.tokenizer = self.step = None        # from_checkpoint sets them
-        self._chat_cache = None                  # of the last `chat`
+        self.tokenizer = self.step = self._chat_cache = None     # for from_checkpoint and chat
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.init_std)
@@ -307,8 +307,8 @@ class GPT(nn.Module):
         # cache sizes in steps of 256: each new size costs a CUDA graph, and compiling
         longest = max(map(len, prompts)) + max_new_tokens
         cache = cache or self.new_cache(len(prompts), round_up(longest, 256))
-        fast = fast_versions.generate_arguments(self, compile) if fast_versions else {}
-        for row in generate(self, prompts, params, seed, stop_ids, cache, **fast):
+        fast = fast_versions and fast_versions.generate_arguments(self, compile, len(prompts))
+        for row in generate(self, prompts, params, seed, stop_ids, cache, **fast or {}):
             yield row[0] if single else row
 
     def chat(self, messages, stream=False, **options):

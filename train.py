@@ -35,12 +35,11 @@ from minillm.device import (autocast, compile_for_training, pick_device, pick_dt
                             to_device)
 from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
-from minillm.generation import check_attention
 from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
 from minillm.run_log import RunLog, bad_steps_message, describe_run
-from minillm.same_function import fingerprint
+from minillm.same_function import check_attention, fingerprint
 from minillm.tokenizer import Tokenizer
 from minillm.validation import validation_loss
 from model import GPT, GPTConfig, fast_versions

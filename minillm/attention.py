@@ -5,8 +5,8 @@
     y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
 Training calls causal_attention, which has three branches, and decoding calls cached_attention: a
-change belongs into all four, and check_attention of generation.py says where it is missing. All are
-torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
+change belongs in all four, and check_attention of same_function.py says where it is missing. All
+are torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
 """

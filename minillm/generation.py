@@ -20,16 +20,12 @@ All but `generate` and `decode_loop` read nothing back from the device and have 
 that minillm/speed can record them in a CUDA graph. Its fast versions are passed as the arguments
 `forward` (for prefill) and `decode` (for decode_loop).
 """
-import warnings
-
 import torch
 
-from minillm.attention import cached_attention, document_mask
+from minillm.attention import cached_attention
 from minillm.errors import UserError
-from minillm.same_function import IDS, same, say, small_copy
 from minillm.sampling import penalize, sample
 from minillm.sampling_params import SamplingParams
-from minillm.tokenizer import END_OF_TEXT
 
 
 class KVCache:
@@ -228,43 +224,6 @@ def generate(model, prompts, params=SamplingParams(), seed=0, stop_ids=(), cache
         yield row
         if all(ended):
             return
-
-
-def check_attention(model, flex=False):
-    """Say on stderr where the ways to attend differ, on a small copy of `model`.
-
-    Over a whole text without a mask, with document_mask (flex: also with the one for a GPU), and
-    over a KV cache: minillm/attention.py has a function or a branch for each.
-    """
-    try:
-        expected, found = attend_in_all_ways(small_copy(model), flex)
-    except Exception as error:       # of code that we do not know: other sizes, a kernel for GPUs
-        say(f"minillm/attention.py was not compared with itself: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:120]}")
-        return
-    for name, logits in found.items():
-        if not same(logits, expected):
-            say(f"minillm/attention.py: attention {name} is another function than over a whole "
-                "text: change causal_attention's branches and cached_attention alike")
-
-
-@torch.no_grad()
-def attend_in_all_ways(copy, flex):
-    """(the logits (T, V) of a text, {another way to attend: its logits}), all the same."""
-    ids = torch.tensor([[id for id in IDS if id != END_OF_TEXT]])    # one document
-    expected = copy(ids)[0]
-    found = {"with a document mask": copy(ids, attn_mask=document_mask(ids))[0]}
-    if flex:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")          # of torch: it is not compiled here
-            mask = document_mask(ids, flex=True)
-            found["with flex_attention"] = copy(ids, attn_mask=mask)[0]
-    cache, half = KVCache(copy), ids.shape[1] // 2
-    rows = [prefill(copy, cache, ids[:, :half].tolist())]
-    for t in range(half, ids.shape[1]):
-        rows.append(decode_one_token(copy, cache, ids[:, t: t + 1], torch.tensor([[t]]), t + 1))
-    found["over a KV cache"] = torch.cat((expected[:half - 1], *rows))
-    return expected, found
 
 
 def common_length(a, b):

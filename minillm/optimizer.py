@@ -57,13 +57,14 @@ def make_optimizer(model, s, compile=False, shard=False):
 def parameters_by_role(model):
     """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}.
 
-    matrices: of the blocks, qkv apart; vectors: norms and biases.
+    matrices: of the blocks, qkv apart; embedding: all that lie outside them, also an output layer
+    that somebody adds; vectors: norms and biases.
     """
     roles = {"matrices": [], "qkv": [], "embedding": [], "routers": [], "vectors": []}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             role = "vectors"
-        elif name.startswith("wte."):
+        elif not name.startswith("blocks."):
             role = "embedding"
         elif "router" in name:
             role = "routers"

@@ -3,6 +3,7 @@
     copy = small_copy(model)                 # of the same class and settings, 10 ms
     same(copy(idx), other(copy, idx))
     fingerprint(model)                       # the logits of the copy: change with the code alone
+    check_attention(model)                   # its four branches are one function, or a line says so
 
 Formulas of model.py and moe.py are repeated where they must be: in minillm/speed and in the
 exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the
@@ -13,11 +14,16 @@ What only training does (dropout, the router's noise) is not compared.
 import contextlib
 import os
 import sys
+import warnings
 import zlib
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
+
+from minillm.attention import document_mask
+from minillm.generation import KVCache, decode_one_token, prefill
+from minillm.tokenizer import END_OF_TEXT
 
 IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # a text for the copy
 VOCAB = 16
@@ -61,6 +67,43 @@ def fingerprint(model):
         return small_copy(model)(torch.tensor([IDS]))[0]
     except Exception:                            # of code that we do not know
         return None
+
+
+def check_attention(model, flex=False):
+    """Say on stderr where the ways to attend differ, on a small copy of `model`.
+
+    Over a whole text without a mask, with document_mask (flex: also with the one for a GPU), and
+    over a KV cache: minillm/attention.py has a function or a branch for each.
+    """
+    try:
+        expected, found = attend_in_all_ways(small_copy(model), flex)
+    except Exception as error:       # of code that we do not know: other sizes, a kernel for GPUs
+        say(f"minillm/attention.py was not compared with itself: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:120]}")
+        return
+    for name, logits in found.items():
+        if not same(logits, expected):
+            say(f"minillm/attention.py: attention {name} is another function than over a whole "
+                "text: change causal_attention's branches and cached_attention alike")
+
+
+@torch.no_grad()
+def attend_in_all_ways(copy, flex):
+    """(the logits (T, V) of a text, {another way to attend: its logits}), all the same."""
+    ids = torch.tensor([[id for id in IDS if id != END_OF_TEXT]])    # one document
+    expected = copy(ids)[0]
+    found = {"with a document mask": copy(ids, attn_mask=document_mask(ids))[0]}
+    if flex:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # of torch: it is not compiled here
+            mask = document_mask(ids, flex=True)
+            found["with flex_attention"] = copy(ids, attn_mask=mask)[0]
+    cache, half = KVCache(copy), ids.shape[1] // 2
+    rows = [prefill(copy, cache, ids[:, :half].tolist())]
+    for t in range(half, ids.shape[1]):
+        rows.append(decode_one_token(copy, cache, ids[:, t: t + 1], torch.tensor([[t]]), t + 1))
+    found["over a KV cache"] = torch.cat((expected[:half - 1], *rows))
+    return expected, found
 
 
 def same(found, expected, tolerance=1e-4):

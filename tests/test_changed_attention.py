@@ -32,7 +32,7 @@ def softer(plain):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_unchanged_attention_is_one_function(kind, capsys):
-    generation.check_attention(tiny_model(**KINDS[kind]), flex=True)
+    same_function.check_attention(tiny_model(**KINDS[kind]), flex=True)
 
     assert capsys.readouterr().err == ""
 
@@ -52,7 +52,7 @@ def test_a_change_that_generation_alone_has_is_named(monkeypatch, capsys):
     defaults = (*generation.cached_forward.__defaults__[:-1], changed)
     monkeypatch.setattr(generation.cached_forward, "__defaults__", defaults)
 
-    generation.check_attention(tiny_model())
+    same_function.check_attention(tiny_model())
 
     assert capsys.readouterr().err.count("over a KV cache is another function") == 1
 
@@ -66,7 +66,7 @@ def test_a_branch_that_lacks_a_change_is_named(flex, named, monkeypatch, capsys)
     plain = attention.causal_attention
     monkeypatch.setattr(model_file, "causal_attention", causal_attention)
 
-    generation.check_attention(tiny_model(), flex=True)
+    same_function.check_attention(tiny_model(), flex=True)
 
     assert f"attention {named} is another function" in capsys.readouterr().err
 
@@ -78,7 +78,7 @@ def test_attention_that_needs_a_gpu_stops_nothing(monkeypatch, capsys):
     monkeypatch.setattr(model_file, "causal_attention", causal_attention)
     model = tiny_model()
 
-    generation.check_attention(model)
+    same_function.check_attention(model)
 
     assert same_function.fingerprint(model) is None
     assert "not compared with itself: RuntimeError: this kernel" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_attention_that_needs_a_gpu_stops_nothing(monkeypatch, capsys):
 def test_attention_is_compared_under_deterministic_algorithms(capsys):
     torch.use_deterministic_algorithms(True)
     try:
-        generation.check_attention(tiny_model(), flex=True)
+        same_function.check_attention(tiny_model(), flex=True)
     finally:
         torch.use_deterministic_algorithms(False)
 

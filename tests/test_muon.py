@@ -117,6 +117,17 @@ def test_every_parameter_has_one_role_and_its_rate(n_expert):
     assert len(roles["matrices"]) == 2 * 3 and len(roles["routers"]) == (4 if n_expert else 0)
 
 
+def test_a_matrix_outside_the_blocks_is_trained_like_the_embedding():
+    """Muon would move an output layer that somebody adds like a layer in between."""
+    model = tiny_model()
+    model.head = torch.nn.Linear(model.config.n_embd, model.config.vocab_size, bias=False)
+
+    optimizer = whole_optimizer(model)
+
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups[model.head.weight] is groups[model.wte.weight]
+
+
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_clipping_equals_smaller_gradients(kind):
     a, b = tiny_model(), tiny_model()

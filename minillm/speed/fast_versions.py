@@ -121,12 +121,11 @@ def run_parts(parts, model, cache, token, position, end):
     return decode_gpu.run_parts(parts, model, cache, token, position)
 
 
-def generate_arguments(model, compile):
+def generate_arguments(model, compile, rows):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
-        # both: how many rows there will be is not known here
-        compile = compile and decodes_compiled(model, "VECTOR") and decodes_compiled(model, "BATCH")
+        compile = compile and decodes_compiled(model, "VECTOR" if rows == 1 else "BATCH")
         graph = partial(cuda_graph.decode_graph, compile=compile)
         return {"forward": cuda_graph.forward, "decode": graph}
     if device == "cpu":
