@@ -115,7 +115,8 @@ class Muon(torch.optim.Optimizer):
         ahead = self._update_momenta(params, group["momentum"], grad_scale, apply)
         rows = list(group["split"] or ahead.shape[1:2])
         parts = [self._orthogonalise(part) for part in ahead.split(rows, dim=1)]
-        directions = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        # contiguous: tall matrices come back transposed; nccl and what follows want rows in memory
+        directions = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
         directions, arrived = self._exchange(directions)
 
         def finish():
@@ -156,7 +157,7 @@ class Muon(torch.optim.Optimizer):
         if self.world == 1:
             return directions, None
         whole = directions.new_empty(self.world * len(directions), *directions.shape[1:])
-        return whole, _all_gather(whole, directions.contiguous(), async_op=True)
+        return whole, _all_gather(whole, directions, async_op=True)
 
     def _move_all(self, params, directions, rows, lr, weight_decay, apply):
         """Move the weights along the directions (n, out, in), row by row scaled."""
