@@ -284,9 +284,11 @@ def load_weights(model, state, assign=False):
     if unknown := [str(name) for name in weights if name not in wanted]:
         _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
-    then, now = state.get("fingerprint"), fingerprint(model)
-    known = isinstance(then, torch.Tensor) and then.layout == torch.strided and not then.is_meta
-    if known and now is not None and not same(then, now):
+    then = state.get("fingerprint")
+    if not isinstance(then, torch.Tensor) or then.layout != torch.strided or then.is_meta:
+        return
+    now = fingerprint(model)
+    if now is not None and not same(then, now):
         say(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
             "the same weights now give other answers")
 

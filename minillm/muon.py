@@ -136,8 +136,8 @@ class Muon(torch.optim.Optimizer):
                 self.state[p] = self.own_state(p, self.new_state(p))
         share = self._share(params)
         own = rows_of(params, self.rank * share, share)
-        mine = [p for p in params if len(p[own[p]])]
-        others = [] if self.shard else [p for p in params if not len(p[own[p]])]
+        mine = [p for p in params if own[p].start < own[p].stop]
+        others = [] if self.shard else [p for p in params if own[p].start == own[p].stop]
         sizes = [len(as_stack(p[own[p]])) for p in mine]
         shape = as_stack(params[0]).shape[1:]
         stack = params[0].new_empty(share, *shape, dtype=matmul_dtype(params[0]))

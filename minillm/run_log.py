@@ -123,8 +123,6 @@ class RunLog:
         self.seconds_before = _count(resumed, "seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.monotonic()
-        c = model.config
-        self.moe_numbers = 1 + c.n_layer * c.n_expert if c.n_expert else 0
         self.waiting = self.last_step = None
         self.validated = None
         self.has_begun = False
@@ -198,9 +196,11 @@ class RunLog:
         if arrived:
             arrived.synchronize()
         loss, norm, *moe = numbers.tolist()
-        if len(moe) != self.moe_numbers:         # a further number would be taken for an expert's
+        c = self.config
+        known = 1 + c.n_layer * c.n_expert if c.n_expert else 0
+        if len(moe) != known:                    # a further number would be taken for an expert's
             raise ValueError(f"train.py gives {len(moe)} numbers after loss and norm, RunLog takes "
-                             f"{self.moe_numbers}: read a new one here, before *moe")
+                             f"{known}: read a new one here, before *moe")
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.bad_in_all += not finite

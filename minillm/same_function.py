@@ -78,8 +78,7 @@ def check_attention(model, flex=False):
     try:
         expected, found = attend_in_all_ways(small_copy(model), flex)
     except Exception as error:       # of code that we do not know: other sizes, a kernel for GPUs
-        say(f"minillm/attention.py was not compared with itself: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:120]}")
+        say(f"minillm/attention.py was not compared with itself: {in_a_line(error)}")
         return
     for name, logits in found.items():
         if not same(logits, expected):
@@ -112,6 +111,11 @@ def same(found, expected, tolerance=1e-4):
         return False
     error = (found.double() - expected.double()).abs().max()
     return bool(error <= tolerance * expected.abs().max())       # False for a NaN
+
+
+def in_a_line(error):
+    """An exception's type and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def say(text):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minillm.errors import UserError
 from minillm.export_hf import pick_kind, to_transformers, transformers_config
-from minillm.same_function import IDS, VOCAB, same, small_copy
+from minillm.same_function import IDS, VOCAB, in_a_line, same, small_copy
 
 
 def check(model):
@@ -24,7 +24,7 @@ def check(model):
             return
         why = ""
     except Exception as error:                   # of code that we do not know: other names, sizes
-        why = f" ({type(error).__name__}: {error})"
+        why = f" ({in_a_line(error)})"
     raise UserError("the formats hold the function of the original model.py and moe.py, and these "
                     f"compute another{why}: change minillm/export_hf.py, export_gguf.py and "
                     "stock_model.py as well, or use the model with chat.py and serve.py")

@@ -9,7 +9,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_one_token, prefill
-from minillm.same_function import IDS, same, say, small_copy
+from minillm.same_function import IDS, in_a_line, same, say, small_copy
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
@@ -45,8 +45,7 @@ def disagreement(model, check, *args):
             if check(small_copy(model), *args):
                 return None
     except Exception as error:       # a changed model's own: a size that it refuses, another shape
-        reason = " ".join(str(error).split())[:120]
-        return f"does not fit the model ({type(error).__name__}: {reason})"
+        return f"does not fit the model ({in_a_line(error)})"
     return "computes something else than model.py and moe.py"
 
 
