@@ -43,7 +43,7 @@ class Settings:
     activation_checkpointing: bool = False   # blocks computed again in the backward pass
     card: NonNegativeFloat = 0.0      # GiB that the process is held to; 0: all that the GPU has
     world: Positive = 1               # as rank 0 of so many processes
-    shard: bool = False               # its share of the optimizer's state
+    shard: bool = False               # AdamW's state in shares, too
     # the measurement
     seconds: Positive = 420           # no entry of the table is tried later than that
     device: str = "auto"              # auto, cuda; cpu: tiny models, to try the program

@@ -79,10 +79,10 @@ def sum_over_ranks(group, *numbers):
 
 
 def gather_rows(state, device):
-    """{name: {key: tensor}} of all ranks as one, on the CPU of rank 0; {} on the others.
+    """{name: {key: tensor}} of all ranks as one, on rank 0; {} on the others.
 
     Ranks that hold the same name and key hold rows of one tensor, in the order of the ranks. One
-    tensor at a time is on its way.
+    tensor at a time is on its way. On the CPU, except for what rank 0 holds whole.
     """
     rank, held = dist.get_rank(), [None] * dist.get_world_size()
     own = {(name, key): tensor for name, tensors in state.items()
@@ -92,12 +92,14 @@ def gather_rows(state, device):
     for source, tensors in enumerate(held):
         for where, like in tensors.items():
             tensor = own[where] if rank == source else torch.empty_like(like, device=device)
-            dist.broadcast(tensor, source)
+            if source > 0:
+                dist.broadcast(tensor, source)
             if rank == 0:
-                rows.setdefault(where, []).append(tensor.cpu())
+                rows.setdefault(where, []).append(tensor.cpu() if source > 0 else tensor)
     whole = {}
     for (name, key), parts in rows.items():
-        whole.setdefault(name, {})[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensor = parts[0] if len(parts) == 1 else torch.cat([part.cpu() for part in parts])
+        whole.setdefault(name, {})[key] = tensor
     return whole
 
 

@@ -8,9 +8,8 @@ the gradient rarely shows learn as fast as the common ones. NorMuon then evens o
 output neuron that keeps getting large updates gets smaller ones.
 
 Guarantees: a step whose gradient is not finite changes nothing, without a GPU sync. Any number of
-processes computes what one computes; each orthogonalises its share, and with shard=True it keeps
-the momentum of that share alone (ZeRO-1), with the same bits. Gradients are not reduced over
-processes here: DDP has done that.
+processes computes what one computes: each keeps the momentum of its share of the matrices (ZeRO-1)
+and orthogonalises it. Gradients are not reduced over processes here: DDP has done that.
 
 Muon: kellerjordan.github.io/posts/muon. Polar Express: arXiv 2505.16932. NorMuon: 2510.05491.
 """
@@ -43,22 +42,21 @@ class Muon(torch.optim.Optimizer):
     rows evened out).
 
     A group's "split": the rows of an (out, in) matrix that belong together, such as (q, k, v); each
-    part is orthogonalised on its own. Where torch.distributed is initialized, all processes must
-    call step together. compile: for a GPU. shard: every parameter that requires a gradient must
-    have one in every step.
+    part is orthogonalised on its own. compile: for a GPU. Where torch.distributed is initialized,
+    all processes must call step together, and every parameter that requires a gradient must have
+    one in every step.
     """
 
-    def __init__(self, groups, lr, momentum=0.9, compile=False, shard=False):
+    def __init__(self, groups, lr, momentum=0.9, compile=False):
         defaults = {"lr": lr, "weight_decay": 0.0, "split": None, "momentum": momentum}
         super().__init__(groups, defaults)
         self.grad_scale = self.found_inf = None
-        self.shard = shard
         self.world, self.rank = 1, 0
         if dist.is_initialized():
             self.world, self.rank = dist.get_world_size(), dist.get_rank()
         # the rows of a matrix, or the experts, whose momentum this rank keeps
         self.own_rows = {p: slice(None) for group in self.param_groups for p in group["params"]}
-        for group in self.param_groups if shard else []:
+        for group in self.param_groups if self.world > 1 else []:
             for stack in same_shapes(p for p in group["params"] if p.requires_grad):
                 share = self._share(stack)
                 self.own_rows |= rows_of(stack, self.rank * share, share)
@@ -79,7 +77,7 @@ class Muon(torch.optim.Optimizer):
 
     def own_state(self, p, state):
         """This rank's part of the whole state of a parameter. All ranks keep its "neuron"."""
-        if not self.shard:
+        if self.world == 1:
             return state
         return state | {"momentum": state["momentum"][self.own_rows[p]].clone()}
 
@@ -126,30 +124,20 @@ class Muon(torch.optim.Optimizer):
         return finish
 
     def _update_momenta(self, params, beta, grad_scale, apply):
-        """Update the momenta; returns this rank's matrices to orthogonalise, (share, out, in).
-
-        Without shard every rank updates all momenta, which is cheap and needs no communication. The
-        matmuls of orthogonalising are the expensive part: each rank does its share of them.
-        """
+        """Update this rank's momenta; returns its matrices to orthogonalise, (share, out, in)."""
         for p in params:
             if not self.state[p]:
                 self.state[p] = self.own_state(p, self.new_state(p))
-        share = self._share(params)
-        own = rows_of(params, self.rank * share, share)
-        mine = [p for p in params if own[p].start < own[p].stop]
-        others = [] if self.shard else [p for p in params if own[p].start == own[p].stop]
-        sizes = [len(as_stack(p[own[p]])) for p in mine]
+        mine = [p for p in params if len(self.state[p]["momentum"])]
+        sizes = [len(as_stack(self.state[p]["momentum"])) for p in mine]
         shape = as_stack(params[0]).shape[1:]
-        stack = params[0].new_empty(share, *shape, dtype=matmul_dtype(params[0]))
+        stack = params[0].new_empty(self._share(params), *shape, dtype=matmul_dtype(params[0]))
         stack[sum(sizes):].zero_()               # the last ranks may have less to do
         outs = dict(zip(mine, stack[: sum(sizes)].split(sizes)))
-        for some in in_groups(mine) + in_groups(others):
+        for some in in_groups(mine):
             grads = [p.grad[self.own_rows[p]] for p in some]
             momenta = [self.state[p]["momentum"] for p in some]
-            # with shard, the two are already cut to what is this rank's
-            rows = [slice(None) if self.shard else own[p] for p in some]
-            self._look_ahead(grads, momenta, rows, [outs.get(p) for p in some], grad_scale, apply,
-                             beta)
+            self._look_ahead(grads, momenta, [outs[p] for p in some], grad_scale, apply, beta)
         return stack
 
     def _exchange(self, directions):
@@ -210,17 +198,15 @@ def neuron_means(square):
     return square.mean(1, keepdim=True)          # in (out, in) and in (E, in, out) inputs are dim 1
 
 
-def look_ahead(grads, momenta, own, outs, grad_scale, apply, beta):
+def look_ahead(grads, momenta, outs, grad_scale, apply, beta):
     """Update the momenta; write what is to be orthogonalised (Nesterov) to outs (n, out, in).
 
-    own: the rows or experts of each parameter that go to its out, which may be None. In a skipped
-    step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
+    In a skipped step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
     """
-    for grad, momentum, rows, out in zip(grads, momenta, own, outs):
+    for grad, momentum, out in zip(grads, momenta, outs):
         grad = torch.where(apply > 0, grad / grad_scale, 0)
         momentum.lerp_(grad, (1 - beta) * apply)
-        if out is not None:
-            out.copy_(as_stack(grad.lerp(momentum, beta)[rows]))
+        out.copy_(as_stack(grad.lerp(momentum, beta)))
 
 
 def matmul_dtype(x):

@@ -20,7 +20,7 @@ from minillm.muon import Muon
 def make_optimizer(model, s, compile=False, shard=False):
     """The optimizer of a training run. s: the Settings of train.py.
 
-    shard: each of several processes keeps its share of the state (ZeRO-1).
+    shard: each of several processes keeps its share of AdamW's state, too (ZeRO-1).
     """
     # fused: one kernel, which can also skip a step by itself
     fused = model.wte.weight.device.type in ("cpu", "cuda")
@@ -44,7 +44,7 @@ def make_optimizer(model, s, compile=False, shard=False):
     q_k_v = tuple(count * attention.head_dim for count in heads)
     muon = Muon([{"params": by_role["matrices"], **decayed},
                  {"params": by_role["qkv"], "split": q_k_v, **decayed}],
-                lr=s.learning_rate, compile=compile, shard=shard)
+                lr=s.learning_rate, compile=compile)
     groups = [{"params": by_role["embedding"], "lr_scale": s.embedding_rate,
                "weight_decay": s.weight_decay},
               {"params": by_role["routers"], "lr_scale": s.vector_rate,
@@ -124,15 +124,16 @@ class Optimizer:
     def state_dict(self):
         """{name of a parameter: {name of a moment: tensor}}; {} before the first step.
 
-        With shard all ranks must call it together, and rank 0 gets the state of all.
+        All ranks must call it together, and rank 0 gets the state of all.
         """
         state = {self.names[parameter]: dict(moments)
                  for keeper in self.keepers for parameter, moments in keeper.state.items()}
-        if not self.shard:
+        if not dist.is_initialized():
             return state
-        if dist.get_rank() > 0:
-            for moments in state.values():
-                moments.pop("neuron", None)      # every rank keeps all of it
+        if dist.get_rank() > 0:                  # of what every rank keeps whole, one is enough
+            shares = ("momentum", "step", "exp_avg", "exp_avg_sq") if self.shard else ("momentum",)
+            state = {name: {key: moments[key] for key in shares if key in moments}
+                     for name, moments in state.items()}
         return gather_rows(state, next(iter(self.names)).device)
 
     def load_state_dict(self, saved):

@@ -1,4 +1,4 @@
-"""--shard=True: every rank keeps a part of the optimizer's state, and nothing else changes.
+"""Every rank keeps a part of Muon's state, with --shard=True of AdamW's; nothing else changes.
 
 Two runs "are the same" where they logged the same numbers and left the same bits.
 """
@@ -132,9 +132,10 @@ def bytes_of_ranks(world, argv, folder):
     return [json.loads(open(path).read()) for path in paths]
 
 
-@pytest.mark.parametrize("world, resumed", [(2, False), (4, False), (2, True)])
-def test_every_rank_keeps_its_part_alone(data, tmp_path, world, resumed):
-    """Muon's momenta in equal parts; AdamW's moments of a parameter on one rank. None twice."""
+@pytest.mark.parametrize("world, resumed, shard", [(2, False, True), (4, False, True),
+                                                   (2, True, True), (4, False, False)])
+def test_every_rank_keeps_its_part_alone(data, tmp_path, world, resumed, shard):
+    """Muon's momenta in equal parts; with shard AdamW's moments of a parameter on one rank."""
     argv = arguments(data, *MUON, *MOE, "--n_layer=4", "--max_iters=6", "--eval_interval=0",
                      "--checkpoint_interval=3", f"--out_dir={tmp_path}/out", world=world)
     if resumed:
@@ -144,13 +145,16 @@ def test_every_rank_keeps_its_part_alone(data, tmp_path, world, resumed):
     else:
         argv.append("--overwrite=True")
 
-    parts = bytes_of_ranks(world, [*argv, SHARD], tmp_path)
+    parts = bytes_of_ranks(world, [*argv, f"--shard={shard}"], tmp_path)
 
     whole, = bytes_of_ranks(1, [*argv[:-1], "--overwrite=True"], tmp_path)
     for part in parts:
         assert part["momentum"] == whole["momentum"] / world
         assert part["neuron"] == whole["neuron"]
     for key in ("exp_avg", "exp_avg_sq"):
+        if not shard:
+            assert all(part[key] == whole[key] for part in parts)
+            continue
         assert sum(part.get(key, 0) for part in parts) == whole[key]
         assert max(part.get(key, 0) for part in parts) < whole[key]
 
