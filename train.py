@@ -111,7 +111,7 @@ class Settings:
     compile: bool = False                   # torch.compile: slower to start, faster to run
     fp8: bool = False                       # 8-bit matmuls in the blocks: Ada, Hopper; MoE: Hopper
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
-    shard: bool = False                     # a share of the optimizer's state on each GPU (ZeRO-1)
+    shard: bool = False                     # AdamW's state in shares, as Muon's always is (ZeRO-1)
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
@@ -211,7 +211,7 @@ def main():
     check(s, world)
     device = pick_device(s.device, local_rank, world)
     dtype = pick_dtype(s.dtype, device)
-    prepare(device, s.deterministic)
+    prepare(device, s.deterministic, s.compile)
     host_group = join(device, rank, world)
 
     # ---- data and model
@@ -303,6 +303,8 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
+    # validation computes what training does if that has no noise: then one graph is compiled
+    one_graph = compiled and not (model.config.n_expert or model.config.dropout or s.fp8)
     step, last_save_worked = first_step, True
     batches, n_local = read_batches(step) if step < s.steps else ([], 0)
     model.train()
@@ -320,8 +322,9 @@ def main():
         if step > first_step or last:
             begin_writing()
         if evaluating:
-            model.eval()
-            val_loss = validation_loss(forward, val_data, s, device, rank, world, stop)
+            model.train(one_graph)
+            with torch.set_grad_enabled(one_graph):
+                val_loss = validation_loss(forward, val_data, s, device, rank, world, stop)
             model.train()
             last = last or val_loss is None          # stopped half-way: resuming evaluates first
             if val_loss is not None:

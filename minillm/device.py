@@ -72,9 +72,19 @@ def _best_dtype(device):
     return torch.bfloat16 if has_bf16() else torch.float32
 
 
-def prepare(device, deterministic):
+def start_compiler():
+    """Start the processes that compile for a GPU, which first import torch, some seconds long."""
+    with contextlib.suppress(ImportError):       # it is not a public function
+        # late: a run that compiles nothing does not wait for the compiler
+        from torch._inductor.async_compile import maybe_warm_pool
+        maybe_warm_pool()
+
+
+def prepare(device, deterministic, compiled=False):
     """Set what a training process needs: its GPU, fast float32 matmuls, deterministic kernels."""
     if device.type == "cuda":
+        if compiled:
+            start_compiler()                     # before the GPU: both take time to get ready
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

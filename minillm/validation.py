@@ -15,9 +15,11 @@ from minillm.device import autocast, to_device
 from minillm.errors import UserError
 
 
-@torch.no_grad()
 def validation_loss(forward, data, s, device, rank, world, stop):
-    """Mean language loss per supervised token, always over the same windows; None if cut short."""
+    """Mean language loss per supervised token, always over the same windows; None if cut short.
+
+    It needs no gradients, but does not turn them off: the caller may have a reason to keep them.
+    """
     n = min(s.eval_iters * s.batch_size, data.n_windows)
     windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
     # sums in float64, which mps does not have
@@ -31,7 +33,7 @@ def validation_loss(forward, data, s, device, rank, world, stop):
         x, y = data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
         y[len(rows):] = -1
         x, y = to_device((x, y), device)
-        loss, _ = forward(x, y)
+        loss = forward(x, y)[0].detach()         # activations are not kept until the next batch
         sums[:2] += torch.stack((loss.to(sums.device).double(), (y >= 0).sum().to(sums.device)))
     if world > 1:
         dist.all_reduce(sums)

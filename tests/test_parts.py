@@ -1,12 +1,14 @@
 """A model compiled in parts, as several processes train it, computes what the plain one does."""
+from functools import partial
+
 import pytest
 import torch
 
 from minillm.attention import document_mask
 from minillm.speed import parts
 from model import GPT, GPTConfig
-from support.compiled import count_graphs
-from support.training_runs import TINY, finish, finish_ranks, make_data, numbers
+from support.compiled import call_with_graphs, count_graphs
+from support.training_runs import MOE, TINY, finish, finish_ranks, make_data, numbers
 
 SHAPE = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, block_size=32, vocab_size=300)
 EXPERTS = dict(n_expert=4, n_expert_per_tok=2, n_inner=48)
@@ -56,4 +58,27 @@ def test_two_processes_compile_sft_and_learn_what_one_learns(tmp_path):
 
     plain, compiled = numbers(tmp_path / "plain"), numbers(tmp_path / "compiled")
     assert [r["step"] for r in compiled] == [r["step"] for r in plain]
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def note_graphs(path):
+    """In the child: write a line to `path` for every graph that is compiled."""
+    def note(graph):
+        with open(path, "a") as file:
+            file.write("graph\n")
+    call_with_graphs(pytest.MonkeyPatch(), note)
+
+
+@pytest.mark.parametrize("flags, count", [(["--dropout=0"], 1), ([], 2), (["--dropout=0", *MOE], 2)],
+                         ids=["no noise", "dropout", "router noise"])
+def test_validation_compiles_only_what_training_does_not_compute(data, tmp_path, flags, count):
+    """Without noise it is the training step's graph; with noise it computes without."""
+    argv = [*TINY, *flags, "--max_iters=4", "--eval_interval=2", f"--data_dir={data}"]
+    finish([*argv, f"--out_dir={tmp_path}/plain"])
+
+    finish([*argv, "--compile=True", f"--out_dir={tmp_path}/compiled"],
+           before=partial(note_graphs, f"{tmp_path}/graphs"))
+
+    assert open(f"{tmp_path}/graphs").read() == "graph\n" * count
+    plain, compiled = numbers(tmp_path / "plain"), numbers(tmp_path / "compiled")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
