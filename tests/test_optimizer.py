@@ -57,6 +57,8 @@ def test_ranks_share_the_work_and_agree(data, tmp_path):
             "--gradient_accumulation_steps=4", f"--data_dir={data}"]
     finish([*argv, f"--out_dir={tmp_path}/one"])
     shares = [f"{tmp_path}/share_{rank}" for rank in range(4)]
+    for path in shares:
+        open(path, "w").close()
 
     def note_share(path):
         def before():
@@ -65,10 +67,10 @@ def test_ranks_share_the_work_and_agree(data, tmp_path):
             def start(self, group, params):
                 look_ahead = self._look_ahead
 
-                def noted(grads, momenta, own, outs, *rest):
+                def noted(grads, momenta, outs, *rest):
                     with open(path, "a") as file:
-                        file.writelines(f"{len(out)}\n" for out in outs if out is not None)
-                    return look_ahead(grads, momenta, own, outs, *rest)
+                        file.writelines(f"{len(out)}\n" for out in outs)
+                    return look_ahead(grads, momenta, outs, *rest)
                 self._look_ahead = noted
                 finish = inner(self, group, params)
                 self._look_ahead = look_ahead

@@ -69,8 +69,9 @@ def note_graphs(path):
     call_with_graphs(pytest.MonkeyPatch(), note)
 
 
-@pytest.mark.parametrize("flags, count", [(["--dropout=0"], 1), ([], 2), (["--dropout=0", *MOE], 2)],
-                         ids=["no noise", "dropout", "router noise"])
+@pytest.mark.parametrize("flags, count", [
+    (["--dropout=0"], 1), ([], 2), (["--dropout=0", *MOE], 2)],
+    ids=["no noise", "dropout", "router noise"])
 def test_validation_compiles_only_what_training_does_not_compute(data, tmp_path, flags, count):
     """Without noise it is the training step's graph; with noise it computes without."""
     argv = [*TINY, *flags, "--max_iters=4", "--eval_interval=2", f"--data_dir={data}"]
