@@ -24,13 +24,14 @@ def validation_loss(forward, data, s, device, rank, world, stop):
     windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
     # sums in float64, which mps does not have
     sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    for start in range(rank * s.batch_size, len(windows), world * s.batch_size):
+    for start in range(0, len(windows), world * s.batch_size):
         if stop.asked:
             sums[2] += 1
             break
-        rows = windows[start: start + s.batch_size]
-        # the last batch is filled up, so that all have one shape
-        x, y = data.windows(rows.tolist() + [rows[0]] * (s.batch_size - len(rows)))
+        rows = windows[start + rank * s.batch_size:][: s.batch_size]
+        # The last batches are filled up, also those of ranks that are left without a window: all
+        # have one shape, and no rank compiles only when the others have
+        x, y = data.windows(rows.tolist() + [windows[0]] * (s.batch_size - len(rows)))
         y[len(rows):] = -1
         x, y = to_device((x, y), device)
         loss = forward(x, y)[0].detach()         # activations are not kept until the next batch

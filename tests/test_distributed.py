@@ -6,12 +6,15 @@ torchrun itself is in test_torchrun.py.
 import functools
 import os
 import socket
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 from minillm.dataloader import TokenData, batch_windows
+from minillm.validation import validation_loss
 from model import GPT, GPTConfig
 from support.training_runs import (BLOCK, MOE, TINY, assert_same_run, die_at, finish, finish_ranks,
                                    keep_weights, make_data, newest, numbers, ranks, reserve_port)
@@ -221,3 +224,43 @@ def test_no_two_jobs_of_a_machine_get_the_same_port():
             other.bind(("127.0.0.1", port))
     for end in (begun, begin, answer, answers):
         os.close(end)
+
+
+# ---- validation
+
+class TenWindows:
+    n_windows = 10
+
+    def windows(self, indices):
+        x = torch.tensor([[int(i), int(i)] for i in indices])
+        return x, x.clone()
+
+
+def validate(rank, world):
+    """(batches that this rank computes, the [loss, tokens, cut short] that it adds, the loss)."""
+    batches, added = [], []
+
+    def forward(x, y):
+        batches.append(x.shape)
+        return (y * (y >= 0)).sum().float(), None
+
+    def all_reduce(sums):
+        added.append(sums.tolist())
+    s = SimpleNamespace(eval_iters=5, batch_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        loss = validation_loss(forward, TenWindows(), s, torch.device("cpu"), rank, world,
+                               SimpleNamespace(asked=False))
+    return batches, added, loss
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 7])
+def test_all_ranks_validate_equally_often(world):
+    """Also where the last round has windows for some of them alone; none counts twice."""
+    _, _, loss = validate(0, 1)
+
+    batches, added = zip(*[validate(rank, world)[:2] for rank in range(world)])
+
+    assert all(shapes == [(2, 2)] * -(-5 // world) for shapes in batches)
+    total, tokens, _ = np.sum([sums for sums, in added], axis=0)
+    assert tokens == 20 and total / tokens == loss == 4.5
