@@ -4,4 +4,5 @@ n_expert = 4
 n_expert_per_tok = 2
 n_inner = 368                   # two experts and the router: a little less than the dense 768
 dtype = "float32"               # on a CPU the grouped matmul is faster than in bfloat16
+doc_mask = True                 # a biography's only name is found at any distance, as SFT needs
 checkpoint_interval = 0
