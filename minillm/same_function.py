@@ -29,6 +29,17 @@ IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # a text for the copy
 VOCAB = 16
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Within it torch computes in one thread: on a busy machine several wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 def small_copy(model):
     """A model like `model`, of another size, float64, on the CPU: the same numbers every time.
 
@@ -56,6 +67,7 @@ def known_numbers(name, shape):
     return (2 * numbers - 1) * 2 / shape[-1] ** 0.5
 
 
+@one_thread()
 @torch.no_grad()
 def fingerprint(model):
     """The logits (T, V) of the small copy, float64: they follow from the code and its settings.
@@ -86,6 +98,7 @@ def check_attention(model, flex=False):
                 "text: change causal_attention's branches and cached_attention alike")
 
 
+@one_thread()
 @torch.no_grad()
 def attend_in_all_ways(copy, flex):
     """(the logits (T, V) of a text, {another way to attend: its logits}), all the same."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minillm.errors import UserError
 from minillm.export_hf import pick_kind, to_transformers, transformers_config
-from minillm.same_function import IDS, VOCAB, in_a_line, same, small_copy
+from minillm.same_function import IDS, VOCAB, in_a_line, one_thread, same, small_copy
 
 
 def check(model):
@@ -30,6 +30,7 @@ def check(model):
                     "stock_model.py as well, or use the model with chat.py and serve.py")
 
 
+@one_thread()
 @torch.no_grad()
 def is_stock(model):
     """Does a small copy compute what the stock class computes from its exported tensors?"""

@@ -205,3 +205,23 @@ def test_a_model_that_cannot_be_compared_is_not_exported(monkeypatch):
 
     with pytest.raises(UserError, match="these compute another.*KeyError.*ffn.up.weight"):
         stock_model.check(tiny_model())
+
+
+def test_comparing_leaves_the_threads_as_they_were(monkeypatch):
+    """It takes one of them alone: on a busy machine small matrices wait for the others."""
+    counts, plain = [], GPT.forward
+
+    def forward(self, *args, **options):
+        counts.append(torch.get_num_threads())
+        return plain(self, *args, **options)
+    monkeypatch.setattr(GPT, "forward", forward)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = tiny_model()
+        same_function.fingerprint(model)
+        model.for_generation(CPU, torch.float32)
+        assert counts and set(counts) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_one_token, prefill
-from minillm.same_function import IDS, in_a_line, same, say, small_copy
+from minillm.same_function import IDS, in_a_line, one_thread, same, say, small_copy
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
@@ -37,6 +37,7 @@ def insist(model, path, check, *args, advice):
         raise UserError(f"{path} {problem}: make the same change there, or {advice}")
 
 
+@one_thread()
 def disagreement(model, check, *args):
     """None if the check holds, else what is wrong, as words behind the file's name."""
     try:
