@@ -303,7 +303,8 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
-    # validation computes what training does if that has no noise: then one graph is compiled
+    # validation computes what training does if that has no noise (name yours here, if you add
+    # some): then one graph is compiled
     one_graph = compiled and not (model.config.n_expert or model.config.dropout or s.fp8)
     step, last_save_worked = first_step, True
     batches, n_local = read_batches(step) if step < s.steps else ([], 0)

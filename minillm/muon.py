@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             self.world, self.rank = dist.get_world_size(), dist.get_rank()
         # the rows of a matrix, or the experts, whose momentum this rank keeps
         self.own_rows = {p: slice(None) for group in self.param_groups for p in group["params"]}
-        for group in self.param_groups if self.world > 1 else []:
+        for group in self.param_groups:
             for stack in same_shapes(p for p in group["params"] if p.requires_grad):
                 share = self._share(stack)
                 self.own_rows |= rows_of(stack, self.rank * share, share)
