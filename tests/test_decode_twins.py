@@ -136,7 +136,7 @@ def test_a_step_compiled_in_parts_makes_the_tokens_of_the_plain_one(batch, kind)
     """With three layers, which share a part."""
     model = model_for_decoding(torch.float32, n_layer=3, **kind)
     prompts = [random_ids(4 + 7 * b, seed=b) for b in range(batch)]
-    compiled = decode_gpu.compile_step(batch, options=None)
+    compiled = decode_gpu.compile_step(batch, options=None, tuned=None)
 
     made = tokens_of(model, compiled, prompts)
 

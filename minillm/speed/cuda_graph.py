@@ -14,10 +14,15 @@ from minillm.speed import decode_gpu
 from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
 from minillm.speed.topk import topk_by_parts
 
-# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads
-DECODE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True,
-                  "combo_kernels_pointwise_only": True, "realize_acc_reads_threshold": 1000,
-                  "use_fast_math": True}
+# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads.
+# use_static_cuda_launcher: what that takes from torch's caches, torch before 2.13 tunes once more
+DECODE_OPTIONS = {"combo_kernels": True, "combo_kernels_pointwise_only": True,
+                  "realize_acc_reads_threshold": 1000, "use_fast_math": True,
+                  "use_static_cuda_launcher": False}
+# of what reads the weights; for a single row, each kernel starts before the one ahead of it has
+# ended, fetches weights, then waits for the rest of its input (programmatic dependent launch)
+BATCH_OPTIONS = DECODE_OPTIONS | {"coordinate_descent_tuning": True}
+VECTOR_OPTIONS = BATCH_OPTIONS | {"triton.enable_pdl": True}
 
 
 class GraphCache(KVCache):
@@ -115,7 +120,9 @@ def capture_decode(model, cache, state, params, compile):
     key = params.without_length, compile
     if key not in cache.decode_graphs:
         if compile:
-            compiled = decode_gpu.compile_step(len(state.token), DECODE_OPTIONS)
+            rows = len(state.token)
+            tuned = VECTOR_OPTIONS if rows == 1 else BATCH_OPTIONS
+            compiled = decode_gpu.compile_step(rows, DECODE_OPTIONS, tuned)
             step = partial(compiled, model, cache, state, params)
         else:
             step = partial(decode_step, model, cache, state, params, cache.size,
@@ -144,7 +151,7 @@ def decode_rows(model, cache, token, position, end, compile=False):
         buffers = torch.zeros_like(token, device=device), torch.zeros_like(position, device=device)
         buffers[1].fill_(cache.size)             # padding: warming up writes nothing that is read
         if compile:
-            parts = decode_gpu.compile_parts(decode_gpu.BATCH, DECODE_OPTIONS)
+            parts = decode_gpu.compile_parts(decode_gpu.BATCH, BATCH_OPTIONS)
             step = partial(decode_gpu.run_parts, parts, model, cache, *buffers)
         else:
             step = partial(decode_one_token, model, cache, *buffers, cache.size)

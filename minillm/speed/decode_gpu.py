@@ -1,8 +1,8 @@
 """Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
 
 For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the
-MoE nine. 3,418 tokens/s at 171M, where the modules in a CUDA graph made 815 (H200,
-`python -m bench.decode`).
+MoE nine. 2,930 to 3,518 tokens/s at 171M, as the compiler's tuner draws, where the modules in a
+CUDA graph made 815 (H200, `python -m bench.decode`).
 """
 import math
 
@@ -26,12 +26,13 @@ def run_parts(parts, model, cache, token, position):
     return finish(model, cache, x, place, position, new)
 
 
-def compile_step(batch, options):
-    """Fast version of generation.decode_step for `batch` rows, compiled in three parts.
+def compile_step(batch, options, tuned):
+    """Fast version of generation.decode_step for `batch` rows, compiled in four parts.
 
-    All layers share one compiled part: with 12 layers the first token comes after 57 s instead of
-    113 (sample.py --compile=True, H200 beside slow cores, nothing cached). A CUDA graph that
-    records the step leaves nothing but its kernels.
+    All layers share one compiled part. options: for torch.compile; tuned: of the parts that read
+    the weights. With the draw tuned as well, the first answer came after 37 s instead of 21, at the
+    same speed (H200, `python -m bench.decode`, nothing cached). A CUDA graph that records the step
+    leaves nothing but its kernels.
     """
     embed, layer, finish = VECTOR if batch == 1 else BATCH
 
@@ -41,16 +42,16 @@ def compile_step(batch, options):
         x, place = embed(model, cache, state.token, position)
         return x, place, position
 
-    def end(model, cache, state, params, x, place, position, new):
-        logits = finish(model, cache, x, place, position, new)
+    def draw(state, logits, params):
         sample_next(state, logits, params, topk_compiled)
 
-    begin, layer, end = compile_parts((begin, layer, end), options)
+    begin, draw = compile_parts((begin, draw), options)
+    layer, finish = compile_parts((layer, finish), tuned)
 
     def step(model, cache, state, params):
         x, place, position = begin(model, cache, state)
         x, new = run_layers(layer, model, cache, x, place, position)
-        end(model, cache, state, params, x, place, position, new)
+        draw(state, finish(model, cache, x, place, position, new), params)
     return step
 
 

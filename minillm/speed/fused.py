@@ -35,8 +35,10 @@ def matvec(weight, x, norm=None):
     if norm is None:
         return row_terms(weight, x).sum(-1)
     x = x.float()
+    # the weights come first: a GPU may fetch them before x is there
+    product = row_terms(weight, x * norm.weight).sum(-1)
     mean_square = row_terms(x.expand(weight.shape), x).sum(-1) / len(x)
-    return row_terms(weight, x * norm.weight).sum(-1) * (mean_square + norm.eps).rsqrt()
+    return product * (mean_square + norm.eps).rsqrt()
 
 
 def realize(x):
