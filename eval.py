@@ -22,13 +22,14 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from minillm import exact_match, multiple_choice, validation
+from minillm import checkpoint, exact_match, multiple_choice, validation
 from minillm.atomic_folder import replaced_file
 from minillm.configurator import NonNegative, Positive, configure
 from minillm.dataloader import TokenData
 from minillm.device import describe, pick_device, pick_dtype
 from minillm.errors import UserError, run
 from minillm.run_folder import read_settings
+from minillm.token_files import fingerprint
 from model import GPT
 
 # what meta.json says of the demo's conversations, now and in older versions
@@ -75,6 +76,8 @@ def main():
     results = {"step": model.step}
     if data:
         results["data_dir"] = s.data_dir
+        if is_prepared_anew(s, data):
+            results["prepared_anew"] = True
         results |= validation.score(model, data, doc_mask, s.batch_size, s.eval_iters,
                                     device, dtype)
         results["perplexity"] = math.exp(min(results["loss"], 700))
@@ -114,6 +117,21 @@ def open_data(s, model):
                         f"{s.out_dir} has")
     validation.check_counts(data.meta)
     return data, trained.get("doc_mask", data.meta["kind"] == "sft")
+
+
+def is_prepared_anew(s, data):
+    """Was the model trained on this folder when other data were in it? Then a line says so."""
+    saved = checkpoint.load_for_inference(s.out_dir, s.checkpoint)
+    identity, settings = saved.get("identity"), os.path.join(s.out_dir, "config.py")
+    if not isinstance(identity, dict) or not os.path.exists(settings):
+        return False
+    trained = read_settings(s.out_dir, data_dir=str)["data_dir"]
+    same_folder = os.path.realpath(trained) == os.path.realpath(s.data_dir)
+    if not same_folder or identity.get("data") == fingerprint(data.meta):
+        return False
+    print(f"eval.py: {s.data_dir} was prepared again after this model was trained: what is "
+          "validation data now may be what it was trained on", file=sys.stderr)
+    return True
 
 
 def open_questions(s, data, report):

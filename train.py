@@ -285,11 +285,11 @@ def main():
             return True
         state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,
                  "tokenizer_hash": train_data.meta["tokenizer_hash"],
+                 "identity": run_folder.data_identity(s, train_data),
                  "fingerprint": fingerprint(model)}
         if resumable:
             state |= {"optimizer": moments, "scaler": scaler.state_dict(),
                       "best_val_loss": best_val_loss,
-                      "identity": run_folder.data_identity(s, train_data),
                       "settings": asdict(s) | {"job": run_folder.launch_id()}} | log.state(step)
         begin_writing()
         log.metrics.sync()

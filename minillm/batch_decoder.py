@@ -27,6 +27,7 @@ import torch
 from minillm.answer import Answer
 from minillm.conversation import SEGMENT_SEED, STOP_IDS
 from minillm.generation import cached_forward, common_length, decode_one_token, prefill
+from minillm.report import counted
 from minillm.sampling import penalize, sample
 from minillm.tokenizer import END_OF_TEXT
 
@@ -37,9 +38,9 @@ NEWS_PER_SECOND = 1000           # to all readers together: sending costs more t
 class Busy(Exception):
     """No row is free and no place in the queue. retry_after: seconds until one probably is."""
 
-    def __init__(self, active, waiting, retry_after):
-        super().__init__(f"the model is busy: {active} requests are running and {waiting} are "
-                         f"waiting; try again in {retry_after} s")
+    def __init__(self, requests, retry_after):
+        super().__init__(f"the model is busy with {counted(requests, 'answers')}; "
+                         f"try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -148,7 +149,7 @@ class BatchDecoder:
         places = len(self.rows) + self.max_waiting - self.active - len(self.waiting)
         if count > places:
             seconds = self.mean_seconds * (1 + len(self.waiting) / len(self.rows))
-            raise Busy(self.active, len(self.waiting), min(max(math.ceil(seconds), 1), 60))
+            raise Busy(self.active + len(self.waiting), min(max(math.ceil(seconds), 1), 60))
 
     def cancel(self, answer):
         """Stop `answer`; if it has ended already, nothing changes."""

@@ -153,7 +153,8 @@ def _fits(key, value, kind):
 
 
 def _first_line(error):
-    return str(error).split("\n")[0][:120] or type(error).__name__
+    line = str(error).split("\n")[0] or type(error).__name__
+    return line if len(line) <= 120 else line[:119] + "…"
 
 
 def best_step(folder):

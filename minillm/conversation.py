@@ -245,7 +245,9 @@ class Conversation:
             ids = self.generation_prompt + ids + self.tokenizer.suffix
             self.turns.append(Turn("assistant", text, ids))
             last["seconds"] = time.perf_counter() - start
-            last["context_tokens"] = len(self.prompt()) - len(self.generation_prompt)
+            # what the next prompt begins with; the answer's end may find no room any more
+            history = len(self.prompt()) - len(self.generation_prompt)
+            last["context_tokens"] = min(history, self.context)
 
     def _ids(self, role, content):
         return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]

@@ -60,7 +60,8 @@ class TokenData:
         if self.n_windows < 1:
             hint = ""
             if split == "val":
-                hint = ": train with --eval_interval=0, or prepare with a larger --val_fraction"
+                hint = (": prepare with a larger --val_fraction, or leave validation out, with "
+                        "train.py --eval_interval=0, eval.py --data_dir=none")
             raise UserError(f"{holds}, fewer than one window of {block_size + 1}{hint}")
         # a bad id would index past the embedding; every batch is checked too, see windows()
         for start in range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20):

@@ -105,7 +105,7 @@ def make_job(kind, fields, service, prompts):
     except UserError as error:
         param = "messages" if kind == "chat" else "prompt"
         raise ApiError(400, str(error), param, "context_length_exceeded") from None
-    return Job(kind, service, answers, stream, include_usage)
+    return Job(kind, service, answers, count, stream, include_usage)
 
 
 def read_messages(messages):
@@ -178,10 +178,10 @@ NOT_ENDED = {"finish_reason": None}
 
 
 class Job:
-    """A request that was understood, and the JSON of its response."""
+    """A request that was understood, and the JSON of its response. There are n answers a prompt."""
 
-    def __init__(self, kind, service, answers, stream, include_usage):
-        self.kind, self.service, self.answers = kind, service, answers
+    def __init__(self, kind, service, answers, n, stream, include_usage):
+        self.kind, self.service, self.answers, self.n = kind, service, answers, n
         self.stream, self.include_usage = stream, include_usage
         prefix = "chatcmpl-" if kind == "chat" else "cmpl-"
         self.head = {"id": prefix + secrets.token_hex(12), "object": "",
@@ -229,9 +229,10 @@ class Job:
         return chunk
 
     def usage(self):
-        prompt = sum(answer.prompt_tokens for answer in self.answers)
+        # a prompt counts once, however many answers it got
+        prompt = sum(answer.prompt_tokens for answer in self.answers[::self.n])
         completion = sum(answer.tokens for answer in self.answers)
-        cached = sum(answer.cached_tokens for answer in self.answers)
+        cached = sum(answer.cached_tokens for answer in self.answers[::self.n])
         return {"prompt_tokens": prompt, "completion_tokens": completion,
                 "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": cached}}

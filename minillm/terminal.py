@@ -16,6 +16,7 @@ from minillm.configurator import configure
 from minillm.conversation import Conversation
 from minillm.device import describe
 from minillm.errors import UserError
+from minillm.report import counted
 from minillm.tab_completion import completions
 
 if sys.flags.utf8_mode:
@@ -285,7 +286,7 @@ class Terminal:
         self.dim(f"{self.stats_line(last)[1:-1]}"
                  f" · first token after {last['first_token_seconds']:.2f} s,"
                  f" {last['prompt_tokens']} prompt tokens computed · seed {last['seed']}")
-        self.dim(f"session: {totals['answers']} answers · {totals['tokens']} tokens"
+        self.dim(f"session: {counted(totals['answers'], 'answers')} · {totals['tokens']} tokens"
                  f" · {totals['tokens'] / totals['seconds']:.1f} tokens/s · {n_messages} messages,"
                  f" the model sees the last {n_messages - self.conversation.first}")
 

@@ -231,6 +231,30 @@ def test_validation_may_be_left_out(run_folder, tmp_path):
     assert results["multiple_choice"]["chance"] == 0.25
 
 
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_data_that_were_prepared_again_are_named(run_folder, tmp_path, which):
+    """With a larger validation split, which takes texts that the model was trained on."""
+    out, data = run_folder
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(data, tmp_path / "data")
+    settings = (out / "config.py").read_text(encoding="utf-8")
+    settings = settings.replace(str(data), str(tmp_path / "data"))
+    (tmp_path / "out/config.py").write_text(settings, encoding="utf-8")
+    argv = [f"--checkpoint={which}"]
+
+    unchanged, said = evaluate(tmp_path / "out", *argv)
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta["splits"]["train"]["documents"] -= 1
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    changed, said_then = evaluate(tmp_path / "out", *argv)
+    elsewhere, _ = evaluate(tmp_path / "out", *argv, f"--data_dir={data}")
+
+    line = "was prepared again after this model was trained"
+    assert line not in said and "prepared_anew" not in unchanged
+    assert line in said_then and changed["prepared_anew"]
+    assert "prepared_anew" not in elsewhere
+
+
 def test_best_alone_is_scored_as_the_whole_folder(run_folder, tmp_path):
     """best.pt and the tokenizer, copied to share the model: there is no config.py."""
     out, data = run_folder

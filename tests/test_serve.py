@@ -101,6 +101,8 @@ def test_choices_draw_from_seeds_that_follow_each_other(server):
 
     texts = [choice.message.content for choice in response.choices]
     assert texts == [alone(server, seed=seed) for seed in (5, 6, 7)]
+    ids, _ = server.model.tokenizer.encode_chat(HELLO, add_generation_prompt=True)
+    assert response.usage.prompt_tokens == len(ids)      # once, as OpenAI counts
 
 
 @pytest.mark.parametrize("stream", [False, True])
