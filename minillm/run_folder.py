@@ -194,7 +194,8 @@ def _begin(s, resumed, tokenizer, facts):
     else:
         _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
     copy_tokenizer(tokenizer, s.out_dir)
-    write_settings(s.out_dir, s, facts)
+    if resumed is None or resumed < s.steps:     # else nothing is trained with these settings
+        write_settings(s.out_dir, s, facts)
 
 
 def _remove_temporary(folder):

@@ -3,6 +3,7 @@
 That the bits are the same after any kill is in test_kills.py.
 """
 import os
+import shutil
 import signal
 from typing import NamedTuple
 
@@ -39,6 +40,19 @@ def test_sigterm_ends_and_resume_is_exact_with_compile(data, tmp_path):
     assert checkpoint.saved_steps(tmp_path / "parted") == [4]
     finish([*argv, "--init_from=resume"])
     assert_same_run(tmp_path / "straight", tmp_path / "parted")
+
+
+def test_config_stays_where_resuming_trains_nothing(four_steps, tmp_path):
+    argv, out = four_steps
+    shutil.copytree(out, tmp_path / "out")
+    argv = [*argv, f"--out_dir={tmp_path}/out", "--init_from=resume", "--learning_rate=0.5"]
+
+    assert "done at step 4" in finish(argv)
+    after_nothing = (tmp_path / "out/config.py").read_text()
+    finish([*argv, "--max_iters=5"])
+
+    assert after_nothing == (out / "config.py").read_text()
+    assert run_folder.read_settings(tmp_path / "out")["learning_rate"] == 0.5
 
 
 class Again(NamedTuple):
