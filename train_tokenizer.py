@@ -163,13 +163,21 @@ def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BY
     pattern = tokenizer_module.pre_token_pattern(han_run, WORD, OTHER)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     apart = re.compile("|".join(map(re.escape, special))) if special else None
-    counts, look = Counter(), limit // 100
-    for text in texts:
+
+    def pieces(text):
         if normalizer:
             text = normalizer.normalize_str(text)
         for part in apart.split(text) if apart else [text]:
-            for piece_of_text in tokenizer_module.cut(part):
-                counts.update(piece for piece, _ in split.pre_tokenize_str(piece_of_text))
+            for short_text in tokenizer_module.cut(part):
+                yield from (piece for piece, _ in split.pre_tokenize_str(short_text))
+    return add_up(map(pieces, texts), limit)
+
+
+def add_up(parts, limit):
+    """The Counter of all parts, which are pieces or Counters of them, in bounded memory."""
+    counts, look = Counter(), limit // 100
+    for part in parts:
+        counts.update(part)
         if len(counts) > look:
             halve_rare(counts, limit)
             look = 1.1 * len(counts)
@@ -284,23 +292,19 @@ class PieceCounter:
 
 def count_sample(sample, source, s, special):
     """The Counter of the pieces of a sample."""
-    counts, look = Counter(), PIECES_BYTES // 100
     size = source.size if source else 0
     large = min(size, s.max_bytes) > LARGE
     batch, limit = (LARGE_BATCH, PIECES_BYTES // 2) if large else (BATCH, PIECES_BYTES)
     counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special, limit)
     # the fifth would wait for this process, which adds up what they find
     processes = s.processes or min(4, default_processes(size))
-    with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-        for found in encode_ahead(counter, in_batches(sample, batch), processes):
-            for piece, count in found.items():
-                counts[piece] += count
-            if len(counts) > look:
-                halve_rare(counts, PIECES_BYTES)
-                look = 1.1 * len(counts)
-            bar.update((source.position if source else sample.bytes) - bar.n)
-    halve_rare(counts, PIECES_BYTES)
-    return counts
+
+    def counted():
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            for counts in encode_ahead(counter, in_batches(sample, batch), processes):
+                yield counts
+                bar.update((source.position if source else sample.bytes) - bar.n)
+    return add_up(counted(), PIECES_BYTES)
 
 
 def in_batches(texts, size):
