@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from minillm.configurator import configure
 from minillm.conversation import Conversation
 from minillm.errors import UserError, run
-from minillm.sampling_params import GenerationSettings, read_prompt
+from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main():
     s = configure(Settings)
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
-    s.check_folder()
+    check_folder(s.out_dir)
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if in_terminal and not s.prompt:
         from minillm.terminal import Terminal    # late: it imports torch

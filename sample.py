@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass
 
 from minillm.configurator import configure
-from minillm.errors import UserError, run
 from minillm.conversation import STOP_IDS
-from minillm.sampling_params import GenerationSettings, read_prompt
+from minillm.errors import UserError, run
+from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
 from minillm.text_stream import TextStream
 from minillm.tokenizer import END_OF_TEXT
 
@@ -41,7 +41,7 @@ def main():
     if not 1 <= s.num_samples <= 10_000:
         raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: "
                         "they are made in one batch")
-    s.check_folder()
+    check_folder(s.out_dir)
     prompt = read_prompt(s.prompt)
     # late: torch takes a second, and wrong flags are reported before
     from model import GPT
@@ -58,7 +58,9 @@ def main():
     seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
     stop = options.pop("stop")
     streams = [TextStream(model.tokenizer, stop) for _ in range(s.num_samples)]
-    texts, counts, finish = [""] * s.num_samples, [0] * s.num_samples, ["length"] * s.num_samples
+    texts = [""] * s.num_samples
+    counts = [0] * s.num_samples
+    finish = ["length"] * s.num_samples
 
     def add(row, piece):
         texts[row] += piece
@@ -74,10 +76,9 @@ def main():
             if token is None or streams[row].stopped:
                 continue
             counts[row] += 1
-            if token in STOP_IDS:
-                finish[row] = "stop"
             add(row, streams[row].push(token))
-            finish[row] = "stop" if streams[row].stopped else finish[row]
+            if token in STOP_IDS or streams[row].stopped:
+                finish[row] = "stop"
         if all(stream.stopped for stream in streams):
             break
     seconds = time.perf_counter() - start
@@ -89,8 +90,8 @@ def main():
             record = dict(prompt=prompt, text=texts[row], tokens=counts[row],
                           finish=finish[row], seed=seed + row)
             print(json.dumps(record, ensure_ascii=False))
-        else:
-            print(("\n---------------\n" + prompt + texts[row] if row else ""), end="")
+        elif row > 0:
+            print("\n---------------\n" + prompt + texts[row], end="")
     if not s.json:
         print()
     if sys.stderr.isatty():

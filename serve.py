@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.errors import UserError, run
-from minillm.sampling_params import DEFAULTS, SamplingParams
+from minillm.sampling_params import DEFAULTS, SamplingParams, check_folder
 
 
 @dataclass
@@ -124,8 +124,7 @@ def main():
     end_on_signals()
     defaults = s.defaults()
     api_key = read_api_key(s.api_key)
-    if not os.path.isdir(s.out_dir):
-        raise UserError(f"no model in {s.out_dir}: `make demo`, or train.py, makes one")
+    check_folder(s.out_dir)
     try:
         import uvicorn                       # optional: requirements-serve.txt
         import starlette                     # noqa: F401  optional too

@@ -38,11 +38,7 @@ def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
     cache = model._chat_cache or model.new_cache()
     model._chat_cache = None
     conversation = Conversation(model, cache=cache)
-    if messages[0]["role"] == "system":
-        conversation.set_system(messages[0]["content"])
-        messages = messages[1:]
-    for message in messages[:-1]:
-        conversation.add(message["role"], message["content"])
+    conversation.load(messages[:-1])
     if isinstance(stop, str):
         stop = (stop,)
     question = messages[-1]["content"]

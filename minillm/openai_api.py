@@ -145,11 +145,7 @@ class ChatPrompt:
 
     def __init__(self, service, messages):
         self.conversation = Conversation(service.model, cache=service.cache)
-        if messages[0]["role"] == "system":
-            self.conversation.set_system(messages[0]["content"])
-            messages = messages[1:]
-        for message in messages:
-            self.conversation.add(message["role"], message["content"])
+        self.conversation.load(messages)
 
     def __call__(self, ids):
         return self.conversation.next_prompt(ids)

@@ -72,6 +72,8 @@ class GenerationSettings:
 
     def sampling(self):
         """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""
+        if self.truncate_ctx < 0:
+            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
         options = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         SamplingParams(**options)
         stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
@@ -79,21 +81,20 @@ class GenerationSettings:
         options["compile"] = self.compile
         return options
 
-    def check_folder(self):
-        """Raise UserError if there is no model in out_dir, and say which command makes it."""
-        if self.truncate_ctx < 0:
-            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
-        if os.path.isdir(self.out_dir):
-            return
-        name = os.path.basename(os.path.normpath(self.out_dir))
-        command = "train.py"
-        if os.path.exists(f"config/{name}.py"):
-            command = f"`python train.py config/{name}.py`"
-        if name == "demo_pretrain":
-            command = "`make demo`, or `python train.py`,"
-        if name == "demo_sft":
-            command = "`make demo`, or `python train.py config/demo_sft.py`,"
-        raise UserError(f"no model in {self.out_dir}: {command} makes it")
+
+def check_folder(out_dir):
+    """Raise UserError if there is no folder out_dir of a model; it says which command makes it."""
+    if os.path.isdir(out_dir):
+        return
+    name = os.path.basename(os.path.normpath(out_dir))
+    command = "train.py"
+    if os.path.exists(f"config/{name}.py"):
+        command = f"`python train.py config/{name}.py`"
+    if name == "demo_pretrain":
+        command = "`make demo`, or `python train.py`,"
+    if name == "demo_sft":
+        command = "`make demo`, or `python train.py config/demo_sft.py`,"
+    raise UserError(f"no model in {out_dir}: {command} makes it")
 
 
 def _read_stdin():
