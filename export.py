@@ -21,10 +21,10 @@ import torch
 
 from minillm import export_gguf, export_hf, stock_model
 from minillm.atomic_folder import replaced_folder
-from minillm.run_folder import read_settings
 from minillm.configurator import configure
 from minillm.errors import UserError, run
 from minillm.model_card import write_card
+from minillm.run_folder import read_settings
 from minillm.tokenizer import CHAT_TEMPLATE
 from model import GPT
 

@@ -59,13 +59,12 @@ class Router(nn.Module):
 def balance_loss(gate_NK, expert_NK, n_expert):
     """The load-balancing loss, KL(uniform ‖ mean gate over the tokens), a scalar.
 
-    train.py weighs it (aux_loss_weight).
-
-    0 when every expert carries the same gate weight. A statistic of the batch, not of a token. It
-    is neither Shazeer's CV² of the gates (a variance) nor Switch's f·P (share of tokens times mean
-    gate): -log grows steeply as an expert's mean gate nears 0, so one that is about to be left
-    without tokens is pulled back the hardest. One that no token chose has a mean gate of 0; the
-    floor of 1e-6 keeps its term finite (then the pressure comes from the experts that were chosen).
+    It is 0 when every expert carries the same gate weight; train.py weighs it (aux_loss_weight). A
+    statistic of the batch, not of a token. It is neither Shazeer's CV² of the gates (a variance)
+    nor Switch's f·P (share of tokens times mean gate): -log grows steeply as an expert's mean gate
+    nears 0, so one that is about to be left without tokens is pulled back the hardest. One that no
+    token chose has a mean gate of 0; the floor of 1e-6 keeps its term finite (then the pressure
+    comes from the experts that were chosen).
     """
     one_hot_NKE = F.one_hot(expert_NK, n_expert).to(gate_NK.dtype)
     mean_E = (gate_NK[:, :, None] * one_hot_NKE).sum(1).mean(0)

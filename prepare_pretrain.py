@@ -15,7 +15,6 @@ until the end. The old files stay until the new ones are complete.
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 import os
-import struct
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +32,7 @@ from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
 from minillm.text_reader import block_documents
 from minillm.token_files import check_splits, print_summary, write_meta
-from minillm.tokenizer import END_OF_TEXT, Tokenizer
+from minillm.tokenizer import END_OF_TEXT, Tokenizer, pack_ids
 
 try:
     from minillm.speed.batch_tokenizer import BatchTokenizer
@@ -111,7 +110,7 @@ def progress(source):
     return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
 
 
-_END = struct.pack("<H", END_OF_TEXT)
+_END = pack_ids([END_OF_TEXT])
 
 
 @dataclass

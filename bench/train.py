@@ -22,7 +22,7 @@ from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.dataloader import TokenData, batch_windows
-from minillm.device import autocast, peak_flops, pick_device, pick_dtype, to_device
+from minillm.device import autocast, peak_flops, pick_device, pick_dtype, prepare, to_device
 from minillm.errors import UserError, run
 from minillm.optimizer import make_optimizer
 from minillm.speed.fast_versions import use_float8
@@ -116,8 +116,8 @@ def training_step(s, model, device, dtype, parallel=None, shard=False):
 def main():
     # 1) what is measured, and where
     s = configure(Settings)
-    torch.backends.cuda.matmul.allow_tf32 = True
     device = pick_device(s.device)
+    prepare(device, deterministic=False)
     on_gpu = device.type == "cuda"
     if not on_gpu:
         for key, value in DEMO.items():

@@ -92,8 +92,7 @@ def configure(cls, argv=None):
     `argv` defaults to sys.argv[1:]. Positional arguments that end in .py are config files; the
     others go to the field made with `positional()`. Raises UserError on an unknown key (naming the
     nearest), a value of the wrong type or out of bounds, or an unreadable config file. `--help`
-    prints and exits 0.
-    `.given` of the result is the set of keys that config files and flags set.
+    prints and exits 0. `.given` of the result is the set of keys that config files and flags set.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -201,9 +200,9 @@ def _check_key(key, hints, inputs, kind):
         return
     near = difflib.get_close_matches(key, [name for name in hints if name not in inputs], 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help"
-    if kind != "flag":
-        hint += " (begin a name that is no setting with _)"
-    raise UserError(f"unknown {kind} {'--' if kind == 'flag' else ''}{key}: {hint}")
+    if kind == "flag":
+        raise UserError(f"unknown flag --{key}: {hint}")
+    raise UserError(f"unknown {kind} {key}: {hint} (begin a name that is no setting with _)")
 
 
 def _parts(hint):

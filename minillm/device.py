@@ -23,7 +23,9 @@ def pick_device(name="auto", local_rank=0, world=1):
     """
     mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
+        name = "mps" if mps and world == 1 else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     if name == "cuda" and world > 1:
         name = f"cuda:{local_rank}"
     try:

@@ -18,8 +18,9 @@ def rank_and_world():
     Raises UserError if only some of the variables are set: a container or a batch system may set
     WORLD_SIZE for itself.
     """
-    rank, local_rank, world = (_number(key, default) for key, default in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank = _number("RANK", 0)
+    local_rank = _number("LOCAL_RANK", 0)
+    world = _number("WORLD_SIZE", 1)
     if world > 1:
         for key in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(key):

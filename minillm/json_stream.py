@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 
+from minillm.chat_names import CONTENT_KEYS, ROLE_KEYS
 from minillm.encodings import guess_encoding
 from minillm.errors import UserError
 
@@ -25,8 +26,8 @@ _lenient = json.JSONDecoder(strict=False).raw_decode # a raw tab or NUL inside a
 def is_message(value):
     """Whether a value looks like one turn of a conversation."""
     return (isinstance(value, dict)
-            and not value.keys().isdisjoint(("from", "role", "speaker", "sender"))
-            and not value.keys().isdisjoint(("value", "content", "text", "utterance", "message")))
+            and not value.keys().isdisjoint(ROLE_KEYS)
+            and not value.keys().isdisjoint(CONTENT_KEYS))
 
 
 def form_of(head, whole):

@@ -16,6 +16,8 @@ from minillm.distributed import gather_rows
 from minillm.errors import UserError
 from minillm.muon import Muon
 
+ADAMW_MOMENTS = ("step", "exp_avg", "exp_avg_sq")        # as torch names them
+
 
 def make_optimizer(model, s, compile=False, shard=False):
     """The optimizer of a training run. s: the Settings of train.py.
@@ -131,7 +133,7 @@ class Optimizer:
         if not dist.is_initialized():
             return state
         if dist.get_rank() > 0:                  # of what every rank keeps whole, one is enough
-            shares = ("momentum", "step", "exp_avg", "exp_avg_sq") if self.shard else ("momentum",)
+            shares = ("momentum", *ADAMW_MOMENTS) if self.shard else ("momentum",)
             state = {name: {key: moments[key] for key in shares if key in moments}
                      for name, moments in state.items()}
         return gather_rows(state, next(iter(self.names)).device)
@@ -182,4 +184,4 @@ def _moment_shapes(part, parameter):
     """{name of a moment: its shape} that an optimizer keeps of a parameter, over all ranks."""
     if isinstance(part, Muon):
         return {key: value.shape for key, value in part.new_state(parameter).items()}
-    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return dict.fromkeys(ADAMW_MOMENTS, parameter.shape) | {"step": torch.Size()}

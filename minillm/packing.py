@@ -10,7 +10,7 @@ import struct
 
 import numpy as np
 
-from minillm.tokenizer import END_OF_TEXT
+from minillm.tokenizer import END_OF_TEXT, pack_ids
 
 # keys in meta.json; tokens: with the padding; learned: supervised
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
@@ -18,7 +18,7 @@ POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
 ROWS_WRITTEN = 1000                  # at once
 # in a payload before tokens and mask: UTF-8 bytes of the supervised contents
 _SUPERVISED_BYTES = struct.Struct("<Q")
-_END = struct.pack("<H", END_OF_TEXT)
+_END = pack_ids([END_OF_TEXT])
 
 
 def to_payload(tokens, masks, supervised_bytes):

@@ -115,11 +115,12 @@ class RunLog:
         self.s, self.config, self.writes = s, model.config, writes
         self.flops = model.flops_per_token(s.block_size)
         self.peak = world * (peak_flops(device) or 0)    # FLOP/s of all devices; 0: unknown
-        self.tokens_per_step = tokens_per_step = facts["tokens_per_step"]
-        self.parameters = dict(zip(("parameters", "active_parameters"), model.n_params()))
+        self.tokens_per_step = facts["tokens_per_step"]
+        total, active = model.n_params()
+        self.parameters = {"parameters": total, "active_parameters": active}
         self.first_step = resumed.get("step", 0)
         # old checkpoints don't count tokens and seconds
-        self.tokens_before = _count(resumed, "tokens", self.first_step * tokens_per_step)
+        self.tokens_before = _count(resumed, "tokens", self.first_step * self.tokens_per_step)
         self.seconds_before = _count(resumed, "seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.monotonic()

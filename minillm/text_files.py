@@ -67,7 +67,8 @@ class Source:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
         self.position = 0                # set by the thread that reads; others only look at it
 
-    def has_txt(self):
+    def first_txt(self):
+        """The path of the first .txt, or None."""
         return next((path for path in self.files if kind_of(path) == "txt"), None)
 
     def blocks(self, size=BLOCK):

@@ -40,7 +40,7 @@ def conversations(source, names=NAMES):
 
 def refuse_txt(source):
     """UserError if conversations are asked of a .txt."""
-    path = source.has_txt()
+    path = source.first_txt()
     if path:
         raise UserError(f"{path}: conversations come as JSON or parquet, not as .txt")
 

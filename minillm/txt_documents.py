@@ -6,7 +6,7 @@ from minillm.json_stream import MAX_LINE
 
 TXT_DOCUMENT = 32 << 10      # bytes; a .txt is cut at the first line end after this many
 SENTENCE_ENDS = ("。", "！", "？", ". ", "! ", "? ")
-END_OF_TEXT = b"<|endoftext|>"
+END_LINE = b"<|endoftext|>"
 
 
 def txt_documents(name, stream, encoding, document, report):
@@ -17,7 +17,7 @@ def txt_documents(name, stream, encoding, document, report):
     """
     pending, size, start = [], 0, None
     for number, line, text in _lines(name, stream, encoding, report):
-        ends = line.rstrip() == END_OF_TEXT
+        ends = line.rstrip() == END_LINE
         if document == "paragraph" and not text.strip():
             ends = True
         if not ends:

@@ -147,8 +147,7 @@ def for_batch_decoder(model, rows, compile=False):
                 "sample": cuda_graph.RecordedSample(rows)}
     if device == "cpu":
         token = decode_cpu.decode_one_token if decodes_on_cpu(model) else decode_one_token
-        return {"decode": token,
-                "sample": partial(sample, topk=topk_by_parts)}
+        return {"decode": token, "sample": partial(sample, topk=topk_by_parts)}
     return {}
 
 
