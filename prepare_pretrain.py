@@ -77,13 +77,14 @@ def main():
         shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
             "duplicate of a document before", place))
         split = ValidationSplit(s.val_fraction, may_cut=True)
-        characters = 0
+        characters, encoded = 0, 0               # of all documents, duplicates too
         with progress(source) as bar:
             for documents, length, block_report in encode_ahead(encoder, blocks, processes):
                 report.merge(block_report)
+                characters += length
+                encoded += sum(map(len, documents.payloads)) // 2
                 shuffle.add(documents)
                 split.count(documents)
-                characters += length
                 bar.update((source.position if source else characters) - bar.n)
         # 2) read the buckets, and write the files
         split.decide()
@@ -94,9 +95,8 @@ def main():
         write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
     print_summary(s.out_dir, splits, report, s.encoding)
     seconds = time.perf_counter() - begun
-    tokens = splits["train"]["tokens"] + splits["val"]["tokens"]
     size = splits["train"]["bytes"] + splits["val"]["bytes"]
-    print(f"  {characters / tokens:.3f} characters per token, {seconds:.1f} s "
+    print(f"  {characters / encoded:.3f} characters per token, {seconds:.1f} s "
           f"({size / seconds / 1e6:.2f} MB/s)")
 
 

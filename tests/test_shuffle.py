@@ -1,4 +1,6 @@
 """The shuffle of preparation: an order of the seed alone, duplicates dropped, bounded memory."""
+import re
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,18 @@ def test_dedup_keeps_the_first_copy_of_a_document(small_corpus, tmp_path):
     assert "duplicate" in reason and entry["count"] == 22 and "skipped 22: duplicate" in output
     _, first_line = entry["first"].rsplit(":", 1)
     assert int(first_line) > 50
+
+
+def test_characters_per_token_do_not_depend_on_copies(small_corpus, tmp_path):
+    """What is printed tells how well the tokenizer fits the text, whatever dedup drops of it."""
+    once = write_texts(tmp_path / "once.jsonl", texts(50))
+    thrice = write_texts(tmp_path / "thrice.jsonl", texts(50) * 3)
+
+    plain, _ = small_corpus.pretrain(tmp_path / "plain", files=[once])
+    deduplicated, _ = small_corpus.pretrain(tmp_path / "deduplicated", "--dedup", files=[thrice])
+
+    ratio = r"[0-9.]+(?= characters per token)"
+    assert re.findall(ratio, plain) == re.findall(ratio, deduplicated) != []
 
 
 def test_dedup_of_conversations(small_corpus, tmp_path):
