@@ -121,6 +121,8 @@ def _check_identity(s, data, resumed):
         if old != value and not s.allow_other_data:
             raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
                             f"now it is {value}; --allow_other_data=True goes on all the same")
+        if old != value and key in ("data", "block_size"):
+            resumed["best_val_loss"] = math.inf  # of other windows: not comparable
 
 
 def _report_changes(s, resumed):
@@ -147,8 +149,7 @@ def lock(folder):
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        reason = error.strerror
-        raise UserError(f"cannot make the folder {folder!r} for out_dir: {reason}") from None
+        raise UserError(f"out_dir={folder!r} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"no permission to write to {folder}")
     return hold(os.path.join(folder, ".lock"), f"another run is at work in {folder}")

@@ -130,7 +130,7 @@ CASES = [
          "--allow_other_data=True"),
     Case("out_dir is a file", TRAIN + "--out_dir=corpus.jsonl", "corpus.jsonl"),
     Case("out_dir below a file", TRAIN + "--out_dir=corpus.jsonl/out",
-         "cannot make the folder 'corpus.jsonl/out' for out_dir: Not a directory"),
+         "out_dir='corpus.jsonl/out' cannot be made: Not a directory"),
     Case("empty out_dir", TRAIN + "--out_dir=", "out_dir"),
 ]
 

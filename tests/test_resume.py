@@ -237,6 +237,23 @@ def test_other_data_are_refused_until_they_are_allowed(data, tmp_path):
     assert newest(tmp_path / "out")["step"] == 6
 
 
+@pytest.mark.parametrize("what", ["the data", "block_size"])
+def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what):
+    """Losses on other windows can't be compared: an old low one would keep best.pt for ever."""
+    argv = [*TINY, f"--out_dir={tmp_path}/out", f"--data_dir={data}", "--learning_rate=0"]
+    finish([*argv, "--max_iters=4", "--eval_interval=2"])
+    path = checkpoint.step_path(tmp_path / "out", 4)
+    checkpoint.save(path, torch.load(path, weights_only=True) | {"best_val_loss": 0.5})
+    other = make_data(tmp_path / "other", train=5000)
+    changes = {"the data": f"--data_dir={other}", "block_size": "--block_size=16"}
+    argv += ["--max_iters=6", "--eval_interval=2", "--init_from=resume", "--allow_other_data"]
+
+    finish([*argv, changes[what]])
+
+    assert checkpoint.best_step(tmp_path / "out") == 4
+    assert newest(tmp_path / "out")["best_val_loss"] > 0.5
+
+
 def test_a_setting_that_the_checkpoint_does_not_know_is_reported(data, tmp_path):
     """It is newer than the run: somebody has changed train.py meanwhile."""
     argv = [*TINY, "--max_iters=4", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
