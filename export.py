@@ -66,7 +66,7 @@ def to_hf(s, model, folder, dtype):
     keeps_text = model.tokenizer.transformers_config()["chat_template"] == CHAT_TEMPLATE
     notes = ["raw text" if keeps_text else "control", "document", kind]
     notes += notes_on_training(s.out_dir)
-    with replaced_folder(folder, {*export_hf.FILES, "README.md"}) as new:
+    with replaced_folder(folder, {*export_hf.FILES, "README.md"}, "--export_dir") as new:
         vocab_size = model.tokenizer.vocab_size
         export_hf.write_model(new, model.config, model.state_dict(), vocab_size, kind, dtype)
         tokenizer_dir = os.path.join(s.out_dir, "tokenizer")
@@ -83,7 +83,7 @@ def to_gguf(s, model, folder, dtype):
     notes = ["control", "document", "gguf", *notes_on_training(s.out_dir)]
     if export_gguf.shortest_cap(tokenizer_json) < export_gguf.LONG_RUN:
         notes.append("runs")
-    with replaced_folder(folder, {*export_gguf.FILES, "README.md"}) as new:
+    with replaced_folder(folder, {*export_gguf.FILES, "README.md"}, "--export_dir") as new:
         name = os.path.basename(os.path.abspath(s.out_dir))
         export_gguf.write_model(new, model.config, model.state_dict(), tokenizer_json, dtype, name)
         write_card(new, model, "gguf", folder, s.dtype, notes)

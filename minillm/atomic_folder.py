@@ -34,11 +34,12 @@ def replaced_file(path):
 
 
 @contextlib.contextmanager
-def replaced_folder(path, names):
+def replaced_folder(path, names, flag="--out_dir"):
     """Yield an empty folder that takes the place of `path` at the end of the block.
 
     `names` are the files that the new folder will hold. Because the old folder goes as a whole, a
     `path` that holds anything else is refused (UserError), as is a second run at the same time.
+    `flag`: the one that chose `path`, for messages.
     """
     path = os.path.realpath(path)
     parent, name = os.path.split(path)
@@ -49,11 +50,11 @@ def replaced_folder(path, names):
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
     if strangers:
         raise UserError(f"{path} holds other things ({', '.join(strangers[:3])}): "
-                        "give --out_dir a folder of its own")
+                        f"give {flag} a folder of its own")
     if os.path.ismount(path):
         raise UserError(f"{path} is a mount point, which cannot be replaced: "
-                        "give --out_dir a folder below it")
-    with _locked(os.path.join(parent, f".{name}.lock"), path):
+                        f"give {flag} a folder below it")
+    with _locked(os.path.join(parent, f".{name}.lock"), path, flag):
         fresh = os.path.join(parent, f".{name}.partial")
         _bring_back(fresh + ".old", path)
         shutil.rmtree(fresh, ignore_errors=True)
@@ -72,8 +73,8 @@ def replaced_folder(path, names):
 
 
 @contextlib.contextmanager
-def _locked(lock, path):
-    held = hold(lock, f"another run is writing {path}")
+def _locked(lock, path, flag):
+    held = hold(lock, f"another run is writing {path}", flag)
     try:
         yield
     finally:
@@ -84,7 +85,7 @@ def _locked(lock, path):
         held.release()
 
 
-def hold(lock, busy):
+def hold(lock, busy, flag="--out_dir"):
     """Hold the lock file `lock` until release() or the end of this process; returns the lock.
 
     Raises UserError that begins with `busy` if another process holds it.
@@ -93,7 +94,7 @@ def hold(lock, busy):
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
-        raise UserError(f"{busy}: wait for it, or choose another --out_dir") from None
+        raise UserError(f"{busy}: wait for it, or choose another {flag}") from None
     except NotImplementedError:
         pass                                     # a file system without locks
     except OSError as error:

@@ -97,9 +97,9 @@ def check_splits(splits, val_fraction, report, encoding="utf-8"):
         reason = f" ({skipped})" if skipped else ""
         raise UserError(f"the input holds no document{reason}")
     reason = f"{skipped}; " if skipped else ""
-    raise UserError(f"{reason}all {val:,} documents, or copies of one, fall into validation by "
-                    f"--val_fraction={val_fraction}: bring more, or choose a smaller fraction "
-                    "(0: no validation)")
+    raise UserError(f"{reason}nothing is left for training: {counted(val, 'documents')}, or copies "
+                    f"of one, went into validation by --val_fraction={val_fraction}: bring more, "
+                    "or choose a smaller fraction (0: no validation)")
 
 
 def advice(report, encoding="utf-8"):
