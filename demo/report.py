@@ -37,11 +37,12 @@ def read_run(folder):
     return last
 
 
-def exact_match(folder):
-    """The share of right answers, empty for a folder that was not evaluated."""
+def exact_match(folder, step):
+    """The share of right answers, empty for a folder that was not evaluated at this step."""
     try:
         with open(os.path.join(folder, "eval.json"), encoding="utf-8") as file:
-            return f"{json.load(file)['exact_match']:.1%}"
+            results = json.load(file)
+        return f"{results['exact_match']:.1%}" if results["step"] == step else ""
     except (OSError, KeyError):
         return ""
 
@@ -54,7 +55,7 @@ def main():
     for stage, last in runs.items():
         print(ROW.format(TITLES[stage], f"{last['active_parameters']:,}", f"{last['tokens']:,}",
                          f"{last['seconds']:.0f}", f"{last['loss']:.4f}", f"{last['val_loss']:.4f}",
-                         exact_match(f"out/{name}_{stage}")))
+                         exact_match(f"out/{name}_{stage}", last["step"])))
     print(END.format(name=name))
 
 

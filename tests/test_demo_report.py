@@ -18,7 +18,8 @@ def demo(tmp_path):
         records = [*STEPS, {"step": 10, "val_loss": 1.25}, END]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for stage, share in (("sft", 0.987), ("control", 0.02)):
-        (tmp_path / f"out/demo_{stage}/eval.json").write_text(json.dumps({"exact_match": share}))
+        results = {"step": 10, "exact_match": share}
+        (tmp_path / f"out/demo_{stage}/eval.json").write_text(json.dumps(results))
     return tmp_path
 
 
@@ -28,6 +29,16 @@ def test_a_row_for_each_run(demo):
     assert ["pretraining", "70", "5,120", "61", "1.5000", "1.2500"] in rows
     assert ["SFT", "70", "5,120", "61", "1.5000", "1.2500", "98.7%"] in rows
     assert ["control:", "SFT", "alone", "70", "5,120", "61", "1.5000", "1.2500", "2.0%"] in rows
+
+
+def test_an_evaluation_of_another_step_is_not_shown(demo):
+    """The run was resumed, and not evaluated again."""
+    old = json.dumps({"step": 9, "exact_match": 0.987})
+    (demo / "out/demo_sft/eval.json").write_text(old)
+
+    output = finish("demo.report", ["demo"], folder=demo)
+
+    assert "98.7%" not in output and "2.0%" in output
 
 
 def test_a_demo_that_has_not_ended(demo):
