@@ -191,7 +191,8 @@ def paths_of(folder, which="newest"):
     if os.path.isfile(folder):
         return [folder]
     if not os.path.isdir(folder):
-        raise UserError(f"no model in {folder}: there is no such folder; train.py makes one")
+        kind = "file" if str(folder).endswith(".pt") else "folder"
+        raise UserError(f"no model in {folder}: there is no such {kind}; train.py makes one")
     steps, best = saved_steps(folder), best_path(folder)
     if which == "newest":
         found = [step_path(folder, step) for step in steps]

@@ -221,15 +221,19 @@ class RunLog:
         rate = (step + 1 - self.clock_step) * self.tokens_per_step / elapsed
         self.restart_clock(step + 1)
         left = (s.steps - step - 1) * self.tokens_per_step / max(rate, 1e-9)
-        record |= {"tokens": self.tokens(step + 1), "tokens_per_s": rate, "mfu": None}
+        timed = step > self.first_step or not s.compile      # else most of it was compiling
+        record |= {"tokens": self.tokens(step + 1), "tokens_per_s": rate if timed else None,
+                   "mfu": rate * self.flops / self.peak if timed and self.peak else None}
         parts = [f"step {step:>6}/{s.steps}", f"loss {loss:.4f}", f"lr {lr:.2e}",
-                 f"norm {norm:.2f}", f"{rate:,.0f} tok/s"]
-        if self.peak:
-            record["mfu"] = rate * self.flops / self.peak
+                 f"norm {norm:.2f}"]
+        if timed:
+            parts.append(f"{rate:,.0f} tok/s")
+        if record["mfu"]:
             parts.append(f"MFU {record['mfu']:.1%}")
         if moe:
             parts.append(f"load {record['load_min']:.2f}–{record['load_max']:.2f}")
-        parts.append(f"{duration(left)} left")
+        if timed:
+            parts.append(f"{duration(left)} left")
         if not finite:
             parts.append(f"not finite, update skipped ({self.bad_in_all} so far)")
         print0(" · ".join(parts))
@@ -289,9 +293,14 @@ def describe_run(s, model, data, device, dtype, world, first_step):
     if s.shard and world == 1:
         print0("shard=True changes nothing with one process: it keeps all of the optimizer's state")
     resuming = f" · resuming at step {first_step}" if first_step else ""
+    if first_step > s.steps:
+        resuming += ", which is beyond them: nothing is left to train"
     print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {counted(data.n_windows, 'windows')} · "
            f"{counted(s.steps, 'steps')} of {counted(global_batch, 'windows')}, "
            f"{epochs:.2f} epochs{resuming}")
+    if s.warmup_iters > s.steps:
+        print0(f"warmup_iters={s.warmup_iters} is more than these steps: the learning rate stays "
+               f"under {s.learning_rate:g}")
     return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
             "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
             "device_name": describe(device), "number_type": number_type, "processes": world}

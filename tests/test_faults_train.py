@@ -110,6 +110,8 @@ CASES = [
     Case("unknown dtype", TRAIN + "--dtype=int4", "unknown dtype 'int4': auto, float32"),
     Case("wandb is not there", TRAIN + "--wandb_log", "pip install wandb", no_wandb),
     Case("start from nowhere", TRAIN + "--init_from=nowhere", "no model in nowhere"),
+    Case("start from a missing file", TRAIN + "--init_from=nowhere/best.pt",
+         "no model in nowhere/best.pt: there is no such file"),
     Case("start from a folder without a model", TRAIN + "--init_from=pre",
          "no newest checkpoint in pre"),
     Case("resume from an empty folder", TRAIN + "--init_from=resume --out_dir=empty",

@@ -31,7 +31,9 @@ def test_sigterm_ends_and_resume_is_exact_with_compile(data, tmp_path):
     """Compiled, in parts: stopped by a signal and resumed in a process that compiles anew."""
     argv = [*TINY, "--compile", "--n_layer=1", "--max_iters=12", "--eval_interval=0",
             f"--data_dir={data}"]
-    finish([*argv, f"--out_dir={tmp_path}/straight"])
+    lines = finish([*argv, f"--out_dir={tmp_path}/straight"]).splitlines()
+    with_speed = [" tok/s" in line for line in lines if line.startswith("step ")]
+    assert with_speed == [False] + 11 * [True]           # the first step was spent on compiling
 
     argv.append(f"--out_dir={tmp_path}/parted")
     child = Run(argv, before=lambda: on_phase("optimizer", 4, lambda: send_itself(signal.SIGTERM)))
@@ -53,6 +55,17 @@ def test_config_stays_where_resuming_trains_nothing(four_steps, tmp_path):
 
     assert after_nothing == (out / "config.py").read_text()
     assert run_folder.read_settings(tmp_path / "out")["learning_rate"] == 0.5
+
+
+def test_steps_that_cannot_be_as_asked_are_named(four_steps, tmp_path):
+    argv, out = four_steps
+    shutil.copytree(out, tmp_path / "out")
+    argv = [*argv, f"--out_dir={tmp_path}/out", "--init_from=resume"]
+
+    assert "step 4, which is beyond them: nothing is left" in finish([*argv, "--max_iters=3"])
+    output = finish([*argv, "--max_iters=5", "--warmup_iters=6"])
+    assert "warmup_iters=6 is more than these steps: the learning rate stays under 0.01" in output
+    assert "warmup_iters=5 is more" not in finish([*argv, "--max_iters=6"])
 
 
 class Again(NamedTuple):
