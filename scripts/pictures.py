@@ -166,7 +166,7 @@ def routing(say):
         for expert in range(8):
             picture.rect(142 + expert * 62, y, 56, 26, "panel", line="line", round=5)
         for gate, expert in zip(gates[t].tolist(), experts[t].tolist()):
-            x, opacity = 142 + expert * 62, 0.15 + gate * 0.8
+            x, opacity = 142 + expert * 62, round(0.15 + gate * 0.8, 3)
             picture.rect(x, y, 56, 26, "green", line="green", round=5, opacity=opacity)
             picture.text(x + 28, y + 18, f"{gate:.2f}", size=12, anchor="middle", mono=True)
     picture.note(30, 286, say("numbers: gates, the softmax over the chosen four; they sum to 1",
