@@ -64,5 +64,10 @@ class Names:
             return "assistant"
         return self.role(key)
 
+    def place_in_pair(self, key):
+        """Sorts the keys of a pair as they are said, also where a file has them sorted by name."""
+        order = ("system", "user", "assistant", "tool")
+        return order.index(self.role_of_key(key)), key == "input"
+
 
 NAMES = Names()

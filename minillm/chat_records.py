@@ -62,10 +62,11 @@ def _all_turns(record, names, left_out, report):
         before = len(made)
         for turn in turns:
             made += _turns_in(turn, names, left_out, report)
-        _check_unused(record, made, keys, left_out)
+        _check_unused(record, made, (*keys["user"], "input", *keys["assistant"]), left_out)
         made = _with_flags_of(record, made, before, left_out)
     elif not record.keys().isdisjoint(names.answer_keys):
         turns = _question_and_answer(record, keys, left_out)
+        _check_unused(record, turns, keys["assistant"], left_out)
         made += _with_flags_of(record, turns, 0, left_out)
     else:
         raise _Skip("no conversation")
@@ -108,7 +109,7 @@ def _question_and_answer(record, keys, left_out):
         said = zip(parts[::2], parts[1::2])
         turns = [(NAMES.role(name), text.strip(), True) for name, text in said]
         return turns[:-1] + [("assistant", answer, True)]
-    return [("user", "\n".join(question), True), ("assistant", answer, True)]
+    return [("user", "\n".join(question) or None, True), ("assistant", answer, True)]
 
 
 def _history(value, names, left_out):
@@ -143,8 +144,8 @@ def _turns_in(turn, names, left_out, report):
         name = _filled(turn, keys["role"])
     supervised = _supervised(turn, left_out)
     if name is None:
-        pairs = [(names.role_of_key(key), value) for key, value in turn.items()]
-        pairs = [(role, value) for role, value in pairs if role]
+        ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
+        pairs = [(names.role_of_key(key), turn[key]) for key in ordered]
         if not pairs:
             raise _Skip("unknown role")
         return [(role, _text(value, left_out), supervised) for role, value in pairs]
@@ -241,9 +242,9 @@ def _with_flags_of(record, turns, start, left_out):
 
 
 def _check_unused(record, turns, keys, left_out):
-    """Report texts under the keys of pairs that a list of turns, which is used, does not have."""
+    """Report texts under these keys that none of the turns has."""
     said = {text for _, text, _ in turns}
-    for key in (*keys["user"], "input", *keys["assistant"]):
+    for key in keys:
         value = record.get(key)
         if isinstance(value, str) and value.strip() and value not in said:
             left_out.add(key)

@@ -12,6 +12,7 @@ block_conversations() in other processes.
 import json
 import re
 
+from minillm.chat_names import ANSWERS, MESSAGES, QUESTIONS
 from minillm.chat_records import NAMES, clean_conversation, mend
 from minillm.errors import UserError
 from minillm.json_stream import WRAPPERS, is_message
@@ -23,6 +24,8 @@ __all__ = ["Report", "Source", "documents", "conversations", "block_documents",
 
 _decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
+# what has one of these is a record itself, though a list of {"data": […]} stands beside it
+OWN_KEYS = {"text", "content", *QUESTIONS, *ANSWERS, *MESSAGES} - set(WRAPPERS)
 
 
 def documents(source, text_key="text"):
@@ -188,12 +191,13 @@ def _records(value):
 
 
 def _wrapped(record):
-    """The list of records of {"data": […]}; None if this is a record itself."""
-    if len(record) > 3:
+    """The records in the lists of {"data": […]}; None if this is a record itself."""
+    if len(record) > 3 or not record.keys().isdisjoint(OWN_KEYS):
         return None
-    for key in WRAPPERS:
-        value = record.get(key)
-        if isinstance(value, list) and value and not any(map(is_message, value)):
-            if all(isinstance(element, (dict, list)) for element in value):
-                return value
-    return None
+    lists = [record[key] for key in WRAPPERS if _holds_records(record.get(key))]
+    return [element for records in lists for element in records] or None
+
+
+def _holds_records(value):
+    return (isinstance(value, list) and not any(map(is_message, value))
+            and all(isinstance(element, (dict, list)) for element in value))

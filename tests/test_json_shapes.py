@@ -26,6 +26,9 @@ SHAPES = {
     "wrapped": json.dumps({"data": RECORDS}),
     "wrapped, pretty": json.dumps({"data": RECORDS}, indent=2),
     "wrapped, after another key": json.dumps({"version": 1, "data": RECORDS}),
+    "wrapped in two lists": json.dumps({"version": 1, "data": RECORDS[:1], "train": RECORDS[1:]}),
+    "a list of the same kind beside a text": "\n".join(json.dumps(
+        {**record, "examples": [{"text": "例"}]}, ensure_ascii=False) for record in RECORDS),
     "CRLF": "\r\n".join(VALUES),
 }
 
