@@ -25,8 +25,7 @@ from minillm.distributed import print0
 from minillm.errors import UserError
 from minillm.token_files import fingerprint
 
-# settings of one command: config.py leaves them out
-NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")
+NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
 # settings that a resumed run keeps where its command does not repeat them, and their old values
 KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
 
@@ -121,8 +120,9 @@ def _check_identity(s, data, resumed):
         if old != value and not s.allow_other_data:
             raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
                             f"now it is {value}; --allow_other_data=True goes on all the same")
-        if old != value and key in ("data", "block_size"):
-            resumed["best_val_loss"] = math.inf  # of other windows: not comparable
+    old, now = resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
+    if any(old.get(key) != now[key] for key in ("data", "block_size", "batch_size", "eval_iters")):
+        resumed["best_val_loss"] = math.inf      # of other windows: not comparable
 
 
 def _report_changes(s, resumed):
@@ -189,9 +189,9 @@ def begin(s, log, resumed_at, tokenizer, facts):
 def _begin(s, resumed, tokenizer, facts):
     _remove_temporary(s.out_dir)
     if resumed is None:
-        for step in checkpoint.saved_steps(s.out_dir):
-            checkpoint.remove(checkpoint.step_path(s.out_dir, step))
-        checkpoint.remove(checkpoint.best_path(s.out_dir))
+        old = [checkpoint.step_path(s.out_dir, step) for step in checkpoint.saved_steps(s.out_dir)]
+        for path in (*old, checkpoint.best_path(s.out_dir), os.path.join(s.out_dir, "eval.json")):
+            checkpoint.remove(path)
     else:
         _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
     copy_tokenizer(tokenizer, s.out_dir)

@@ -301,6 +301,8 @@ def describe_run(s, model, data, device, dtype, world, first_step):
     if s.warmup_iters > s.steps:
         print0(f"warmup_iters={s.warmup_iters} is more than these steps: the learning rate stays "
                f"under {s.learning_rate:g}")
+    if s.min_lr > s.learning_rate:
+        print0(f"min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: it rises to that")
     return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
             "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
             "device_name": describe(device), "number_type": number_type, "processes": world}

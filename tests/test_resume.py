@@ -66,6 +66,20 @@ def test_steps_that_cannot_be_as_asked_are_named(four_steps, tmp_path):
     output = finish([*argv, "--max_iters=5", "--warmup_iters=6"])
     assert "warmup_iters=6 is more than these steps: the learning rate stays under 0.01" in output
     assert "warmup_iters=5 is more" not in finish([*argv, "--max_iters=6"])
+    output = finish([*argv, "--max_iters=7", "--learning_rate=1e-5"])
+    assert "min_lr=0.0004 is above learning_rate=1e-05: it rises to that" in output
+
+
+def test_a_new_run_removes_the_score_of_the_old_one(four_steps, tmp_path):
+    argv, out = four_steps
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/eval.json").write_text("{}")
+
+    finish([*argv, f"--out_dir={tmp_path}/out", "--init_from=resume", "--max_iters=5"])
+    assert (tmp_path / "out/eval.json").exists()
+    finish([*argv, f"--out_dir={tmp_path}/out", "--overwrite"])
+
+    assert not (tmp_path / "out/eval.json").exists()
 
 
 class Again(NamedTuple):
@@ -250,7 +264,7 @@ def test_other_data_are_refused_until_they_are_allowed(data, tmp_path):
     assert newest(tmp_path / "out")["step"] == 6
 
 
-@pytest.mark.parametrize("what", ["the data", "block_size"])
+@pytest.mark.parametrize("what", ["the data", "block_size", "batch_size", "eval_iters"])
 def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what):
     """Losses on other windows can't be compared: an old low one would keep best.pt for ever."""
     argv = [*TINY, f"--out_dir={tmp_path}/out", f"--data_dir={data}", "--learning_rate=0"]
@@ -258,10 +272,12 @@ def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what
     path = checkpoint.step_path(tmp_path / "out", 4)
     checkpoint.save(path, torch.load(path, weights_only=True) | {"best_val_loss": 0.5})
     other = make_data(tmp_path / "other", train=5000)
-    changes = {"the data": f"--data_dir={other}", "block_size": "--block_size=16"}
+    changes = {"the data": [f"--data_dir={other}"], "block_size": ["--block_size=16"],
+               "batch_size": ["--batch_size=4", "--gradient_accumulation_steps=1"],
+               "eval_iters": ["--eval_iters=2"]}
     argv += ["--max_iters=6", "--eval_interval=2", "--init_from=resume", "--allow_other_data"]
 
-    finish([*argv, changes[what]])
+    finish([*argv, *changes[what]])
 
     assert checkpoint.best_step(tmp_path / "out") == 4
     assert newest(tmp_path / "out")["best_val_loss"] > 0.5
