@@ -28,6 +28,7 @@ from minillm.configurator import NonNegative, Positive, configure
 from minillm.dataloader import TokenData
 from minillm.device import describe, pick_device, pick_dtype
 from minillm.errors import UserError, run
+from minillm.report import counted
 from minillm.run_folder import read_settings
 from minillm.token_files import fingerprint
 from model import GPT
@@ -53,7 +54,7 @@ class Settings:
     show: NonNegative = 3                 # wrong answers to print
     json: bool = False                    # print the results as one line of JSON, and nothing else
     device: str = "auto"                  # auto, cpu, mps, cuda, cuda:N
-    dtype: str = "auto"                   # of the matmuls: auto, float32, bfloat16
+    dtype: str = "auto"                   # auto, float32, bfloat16, float16; answers: float32
 
 
 def main():
@@ -86,7 +87,7 @@ def main():
         write_results(s, results)
     if questions:
         answers = exact_match.answer_all(model, questions, s.batch_size, s.max_new_tokens)
-        results |= report_answers(s, questions, answers, report)
+        results |= report_answers(s, questions, answers, model.tokenizer, report)
         write_results(s, results)
     if choices:
         scores, chosen = multiple_choice.score(model, choices, s.answer_by, s.template,
@@ -180,7 +181,7 @@ def report_validation(results, report):
             report(f"{layer:>5}  " + "".join(f"{share * n_expert:7.2f}" for share in row))
 
 
-def report_answers(s, questions, answers, report):
+def report_answers(s, questions, answers, tokenizer, report):
     """Say how many answers are right; returns the numbers."""
     right, shown = 0, 0
     for question, answer in zip(questions, answers):
@@ -194,9 +195,13 @@ def report_answers(s, questions, answers, report):
             report(f"  wrong: {question.messages[-1]['content']} → {made} "
                    f"(right: {question.expected})")
     count = len(questions)
+    expected = [tokenizer.encode(question.expected) for question in questions]
     report(f"{s.questions}: {right} of {count} questions answered exactly, {right / count:.1%}")
-    return {"questions": count, "right": right, "exact_match": right / count,
-            "too_long": answers.count(None)}
+    if longer := sum(len(tokens) > s.max_new_tokens for tokens in expected):
+        report(f"  {counted(longer, 'right answers')} of more than max_new_tokens="
+               f"{s.max_new_tokens}: no answer can match")
+    return {"questions_file": s.questions, "questions": count, "right": right,
+            "exact_match": right / count, "too_long": answers.count(None)}
 
 
 def report_choices(s, questions, chosen, scores, report):

@@ -218,7 +218,7 @@ class GPT(nn.Module):
         return x, (torch.stack(balance_loss).mean(), torch.stack(load))
 
     def logits(self, x):
-        """(…, D) → (…, V), for use. The loss of training multiplies by itself: cross_entropy."""
+        """(…, D) → (…, V). Training does not call it: cross_entropy has this product inside."""
         return F.linear(x, self.wte.weight)
 
     def use_fast(self, compiled=False):

@@ -63,8 +63,8 @@ def balance_loss(gate_NK, expert_NK, n_expert):
     statistic of the batch, not of a token. It is neither Shazeer's CV² of the gates (a variance)
     nor Switch's f·P (share of tokens times mean gate): -log grows steeply as an expert's mean gate
     nears 0, so one that is about to be left without tokens is pulled back the hardest. One that no
-    token chose has a mean gate of 0; the floor of 1e-6 keeps its term finite (then the pressure
-    comes from the experts that were chosen).
+    token chose has a mean gate of 0 and gets no gradient: only the router's noise brings it back.
+    The floor of 1e-6 keeps its term finite.
     """
     one_hot_NKE = F.one_hot(expert_NK, n_expert).to(gate_NK.dtype)
     mean_E = (gate_NK[:, :, None] * one_hot_NKE).sum(1).mean(0)

@@ -1,4 +1,4 @@
-"""Pretrain the dense model, 171 M parameters, on seq-monkey.
+"""Pretrain the dense model, 171M parameters, on seq-monkey.
 
     python train.py config/pretrain.py                                          # one GPU
     torchrun --standalone --nproc_per_node=8 train.py config/pretrain.py      # eight

@@ -38,11 +38,12 @@ def read_run(folder):
 
 
 def exact_match(folder, step):
-    """The share of right answers, empty for a folder that was not evaluated at this step."""
+    """The share of right answers, empty without an evaluation of it on the demo."""
     try:
         with open(os.path.join(folder, "eval.json"), encoding="utf-8") as file:
             results = json.load(file)
-        return f"{results['exact_match']:.1%}" if results["step"] == step else ""
+        is_this = results["step"] == step and results["questions_file"] == "demo"
+        return f"{results['exact_match']:.1%}" if is_this else ""
     except (OSError, KeyError):
         return ""
 

@@ -52,7 +52,7 @@ def available_cores():
 
 def encode_ahead(encode, blocks, processes=1):
     """Yield encode(block) for every block, in order, reading and encoding ahead."""
-    reader = in_background(blocks, depth=2)
+    reader = in_background(blocks)
     with _pool(encode, processes) as (submit, workers), contextlib.closing(reader):
         futures, late_error = collections.deque(), None
         try:
@@ -170,9 +170,9 @@ def _encode_in_worker(block):
     return _encode(block)
 
 
-def in_background(iterable, depth=4):
-    """Iterate `iterable` on another thread, `depth` items ahead; its exceptions are raised here."""
-    items, stop = queue.Queue(depth), threading.Event()
+def in_background(iterable):
+    """Iterate `iterable` on another thread, two items ahead; its exceptions are raised here."""
+    items, stop = queue.Queue(2), threading.Event()
 
     def put(item):
         while not stop.is_set():

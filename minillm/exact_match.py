@@ -4,12 +4,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from minillm.chat_records import clean_conversation
+from minillm.conversation import STOP_IDS
 from minillm.errors import UserError
 from minillm.generation import round_up
 from minillm.report import Report
 from minillm.text_files import Source
 from minillm.text_reader import conversations
-from minillm.tokenizer import IM_END
 
 
 class Question(NamedTuple):
@@ -66,9 +66,9 @@ def answer(model, prompts, max_new_tokens, cache):
     """Greedy answers to a batch of prompts: a list of texts."""
     cache.tokens = [[] for _ in prompts]         # an answer does not depend on the batch before
     ids = [[] for _ in prompts]
-    for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=(IM_END,),
+    for row in model.generate(prompts, max_new_tokens, temperature=0, stop_ids=STOP_IDS,
                               cache=cache):
         for made, token in zip(ids, row):
-            if token is not None and token != IM_END:
+            if token is not None:            # special tokens have no text
                 made.append(token)
     return [model.tokenizer.decode(made) for made in ids]

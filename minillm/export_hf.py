@@ -39,7 +39,7 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "training
 def pick_kind(config, stock="auto"):
     """The key of ARCHITECTURES for a model. UserError where `stock` doesn't fit it."""
     if config.n_expert and stock == "llama":
-        raise UserError("--stock=llama is for dense models: a MoE model is exported as Mixtral")
+        raise UserError("--stock=llama is for dense models: an MoE model is exported as Mixtral")
     if config.n_expert and config.n_expert_per_tok == 1:
         raise UserError("n_expert_per_tok=1 can't be exported: Mixtral gives a single expert "
                         "the weight 1, GPT its probability")

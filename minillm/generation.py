@@ -113,7 +113,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
     """Make the cache hold exactly `prompts` (lists of ids, one per row).
 
     What a row shares with the cache's tokens is kept and not computed again. Returns the logits (B,
-    V) of the token after each prompt. Raises UserError where they are no numbers.
+    V) of the token after each prompt. Raises UserError where they are not finite.
     """
     # 1) what is new: all tokens after the common beginning, and at least the last one
     starts = [common_length(prompt[:-1], old) for prompt, old in zip(prompts, cache.tokens)]

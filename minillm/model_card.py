@@ -38,7 +38,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 """, "gguf": """```
 llama-cli -m {name}/model.gguf
-ollama create town -f {name}/Modelfile && ollama run town
+ollama create my-model -f {name}/Modelfile && ollama run my-model
 ```
 """}
 

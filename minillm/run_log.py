@@ -269,7 +269,8 @@ class RunLog:
         for tracker in self.trackers:
             tracker.close()
         done = step >= self.s.steps
-        parts = [f"{'done' if done else 'stopped'} at step {step} after {seconds:.0f} s"]
+        verb = "done" if done else "stopped"
+        parts = [f"{verb} at step {step} after {seconds:.0f} s"]
         if self.validated:
             parts.append(self.validated)
         parts.append(self.s.out_dir)

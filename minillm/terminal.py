@@ -73,9 +73,9 @@ class Terminal:
     def banner(self):
         model = self.model
         c, (total, active) = model.config, model.n_params()
-        kind = f"{total / 1e6:.1f} M parameters"
+        kind = f"{total / 1e6:.1f}M parameters"
         if c.n_expert:
-            kind += f" ({c.n_expert} experts, {active / 1e6:.1f} M active)"
+            kind += f" ({c.n_expert} experts, {active / 1e6:.1f}M active)"
         weight = model.wte.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         return (f"{self.settings.out_dir} step {model.step} · {kind}"

@@ -108,7 +108,8 @@ def advice(report, encoding="utf-8"):
     if report.undecodable:
         fits = guess_encoding(report.undecodable)
         if fits and fits != encoding:
-            lines.append(f"  what is not {encoding} looks like {fits}: try --encoding={fits}")
+            lines.append(f"  what is not {encoding} looks like {fits}: try --encoding={fits} "
+                         "if all of the input is, else convert those files")
     if report.keys_seen:
         lines.append(f"  the keys of the first record that was not understood: "
                      f"{', '.join(report.keys_seen)}")

@@ -47,7 +47,7 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
     """Predict every supervised token of a TokenData, or of its first `batches` batches (0: all).
 
     Returns a dict: loss (nats per supervised token), accuracy, tokens (how many were supervised),
-    and for a MoE model load, the share of tokens per expert, (n_layer, n_expert).
+    and for an MoE model load, the share of tokens per expert, (n_layer, n_expert).
     """
     loss, correct, n_supervised = 0.0, 0, 0
     load, seen = 0.0, 0

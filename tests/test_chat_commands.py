@@ -22,7 +22,7 @@ def session(program):
 
 
 def test_banner_names_model_and_machine(program):
-    says = (r"tiny step 7 · 0\.0 M parameters · CPU, 1 threads? · (bfloat16|float32)"
+    says = (r"tiny step 7 · 0\.0M parameters · CPU, 1 threads? · (bfloat16|float32)"
             r" · context 2000 · /help\n")
     assert re.match(says, program.screen)
 

@@ -18,7 +18,7 @@ def demo(tmp_path):
         records = [*STEPS, {"step": 10, "val_loss": 1.25}, END]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for stage, share in (("sft", 0.987), ("control", 0.02)):
-        results = {"step": 10, "exact_match": share}
+        results = {"step": 10, "questions_file": "demo", "exact_match": share}
         (tmp_path / f"out/demo_{stage}/eval.json").write_text(json.dumps(results))
     return tmp_path
 
@@ -31,10 +31,12 @@ def test_a_row_for_each_run(demo):
     assert ["control:", "SFT", "alone", "70", "5,120", "61", "1.5000", "1.2500", "2.0%"] in rows
 
 
-def test_an_evaluation_of_another_step_is_not_shown(demo):
-    """The run was resumed, and not evaluated again."""
-    old = json.dumps({"step": 9, "exact_match": 0.987})
-    (demo / "out/demo_sft/eval.json").write_text(old)
+@pytest.mark.parametrize("change", [
+    {"step": 9},                                     # the run was resumed, and not evaluated again
+    {"questions_file": "mine.jsonl"}])
+def test_another_evaluation_is_not_shown(demo, change):
+    path = demo / "out/demo_sft/eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
     output = finish("demo.report", ["demo"], folder=demo)
 

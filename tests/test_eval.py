@@ -62,6 +62,16 @@ def test_two_evaluations_agree_to_the_bit(run_folder, tmp_path):
         assert json.load(file)["multiple_choice"] == first["multiple_choice"]
 
 
+def test_right_answers_that_are_too_long_are_counted(run_folder, tmp_path):
+    folder, _ = run_folder
+    questions = write_lines(tmp_path / "q.jsonl", [chat("问", "好" * 40), chat("问", "好")])
+
+    output = processes.finish("eval", [f"--out_dir={folder}", "--data_dir=none", *FLAGS,
+                                       "--max_new_tokens=3", f"--questions={questions}"])
+
+    assert "1 right answer of more than max_new_tokens=3: no answer can match" in output
+
+
 def test_bits_per_byte_are_those_of_transformers(run_folder):
     """On the exported model, to 1e-3: the same windows, with transformers' own loss."""
     transformers = pytest.importorskip("transformers")
