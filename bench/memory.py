@@ -171,6 +171,8 @@ def print_table(rows, results):
 
 def main():
     s = configure(Settings)
+    if pick_device(s.device).type != "cuda" and "device" not in s.given:
+        raise UserError("this needs a GPU; --device=cpu measures tiny models, to try the program")
     if s.batch_size:
         if s.model == "all":
             raise UserError("--batch_size needs --model=dense, moe or sft")

@@ -86,11 +86,11 @@ def causal_attention(q, k, v, mask=None):
     return flex_attention(q, k.contiguous(), v, block_mask=mask, enable_gqa=True)
 
 
-def cached_attention(q, k, v, visible, position):
+def cached_attention(q, k, v, visible):
     """Attention of n new tokens over a KV cache that already holds their k and v.
 
     q: (B, n_head, n, head_dim), k and v: (B, n_kv_head, slots, head_dim), visible: (B, 1, n,
-    slots), True where a token sees a slot, position: (B, n). Returns (B, n_head, n, head_dim).
+    slots), True where a token sees a slot. Returns (B, n_head, n, head_dim).
     """
     if q.shape[2] > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)

@@ -88,7 +88,7 @@ class DecodeState:
         self.prompt_length.copy_(torch.tensor([[len(prompt)] for prompt in prompts]))
 
 
-def cached_forward(model, cache, idx, position, end, attention=cached_attention):
+def cached_forward(model, cache, idx, position, end):
     """Run the model over new tokens, which see the cache's slots below `end`.
 
     idx, position: (B, n), where each token stands (cache.size: padding). Returns (B, n, n_embd).
@@ -105,7 +105,7 @@ def cached_forward(model, cache, idx, position, end, attention=cached_attention)
         keys, values = cache.k[layer], cache.v[layer]
         keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
         values[row, :, position] = v.transpose(1, 2).to(values.dtype)
-        return attention(q, keys[:, :, :end], values[:, :, :end], visible, position)
+        return cached_attention(q, keys[:, :, :end], values[:, :, :end], visible)
     return model.trunk(idx, rope, attend)[0]
 
 

@@ -2,10 +2,12 @@
 import re
 
 import pytest
+import torch
 
 from bench.memory import CARDS, DRIVER, Row, fill_row
 from minillm.errors import UserError
 from support.preparation_runs import command
+from support.processes import refused
 
 
 class Memory:
@@ -73,6 +75,12 @@ def test_what_was_predicted_of_a_smaller_card_stays_a_prediction():
 def test_a_gpu_that_is_too_small_for_the_table_is_refused():
     with pytest.raises(UserError, match="moe with --batch_size=32 does not fit this GPU"):
         fill_row(Row("moe", False), lambda *entry: None, lambda: True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures here")
+@pytest.mark.parametrize("flags", [[], ["--model=dense", "--batch_size=1"]], ids=str)
+def test_without_a_gpu_it_is_refused(flags):
+    assert "needs a GPU; --device=cpu measures tiny models" in refused("bench.memory", flags)
 
 
 @pytest.mark.parametrize("flags", [[], ["--world=8", "--shard=True"],

@@ -48,9 +48,7 @@ def test_a_window_that_generation_lacks_is_named(monkeypatch, capsys):
 
 def test_a_change_that_generation_alone_has_is_named(monkeypatch, capsys):
     changed = softer(attention.cached_attention)
-    # generation.cached_forward has it as its default
-    defaults = (*generation.cached_forward.__defaults__[:-1], changed)
-    monkeypatch.setattr(generation.cached_forward, "__defaults__", defaults)
+    monkeypatch.setattr(generation, "cached_attention", changed)
 
     same_function.check_attention(tiny_model())
 

@@ -210,7 +210,7 @@ def test_compiled_attention_reads_the_filled_blocks():
         return decode_gpu.flex_cached_attention(q, k, v, position, blocks)
 
     torch.testing.assert_close(attend(q, k, v, position),
-                               attention.cached_attention(q, k, v, visible, position))
+                               attention.cached_attention(q, k, v, visible))
 
 
 def test_attention_counts_only_filled_blocks():
@@ -252,9 +252,9 @@ def test_attention_takes_any_strides_of_the_kernel(monkeypatch):
     """A GPU's kernel for several rows of float32 returns (B, heads, T, D) as a view of another."""
     q, k = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 5, 8)
     visible = torch.ones(3, 1, 1, 5, dtype=torch.bool)
-    expected = attention.cached_attention(q, k, k, visible, None)
+    expected = attention.cached_attention(q, k, k, visible)
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: kernel(
         *args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2))
 
-    torch.testing.assert_close(attention.cached_attention(q, k, k, visible, None), expected)
+    torch.testing.assert_close(attention.cached_attention(q, k, k, visible), expected)
