@@ -45,7 +45,7 @@ endef
 # train.py ends with status 0 when it is told to stop: a run has ended when its last step is saved
 define ended
 @test -e $$(printf '$(@D)/ckpt_%08d.pt' $$(sed -n 's/^# steps: //p' $(@D)/config.py)) || \
-	{ echo '$(@D) was stopped before its last step: the same make goes on with it'; exit 1; }
+	{ echo '$(@D) was stopped before its last step: the same make resumes it'; exit 1; }
 @touch $@
 endef
 

@@ -393,7 +393,7 @@ def main():
         dist.destroy_process_group()
     if not last_save_worked:
         raise UserError(f"the state at step {step} could not be saved: make room, then "
-                        "--init_from=resume goes on from the checkpoint before")
+                        "--init_from=resume continues from the checkpoint before")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def init_for_muon(model):
 
 @torch.no_grad()
 def redraw_collapsed_rows(model, data, seed):
-    """Before training goes on with other data: new embeddings for tokens never seen before.
+    """Before training continues with other data: new embeddings for tokens never seen before.
 
     A token that no text contains gets one tiny gradient, the same for all such tokens: AdamW turns
     it into full steps in one direction, weight decay removes the random start, and the rows

@@ -62,7 +62,7 @@ def open_resumed(s, data):
         if resumed is None or resumed["settings"].get("job") != launch_id():
             if steps and not s.overwrite:
                 raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
-                                "--init_from=resume goes on with it, --overwrite=True starts over")
+                                "--init_from=resume continues it, --overwrite=True starts over")
             return None
     _check_identity(s, data, resumed)
     for key, default in KEPT.items():
@@ -119,7 +119,7 @@ def _check_identity(s, data, resumed):
         old = resumed["identity"].get(key)
         if old != value and not s.allow_other_data:
             raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
-                            f"now it is {value}; --allow_other_data=True goes on all the same")
+                            f"now it is {value}; --allow_other_data=True resumes anyway")
     old, now = resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
     if any(old.get(key) != now[key] for key in ("data", "block_size", "batch_size", "eval_iters")):
         resumed["best_val_loss"] = math.inf      # of other windows: not comparable
@@ -225,7 +225,7 @@ def save(path, state, s):
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         print0(f"could not save {path}: {reason}; the checkpoints before it are untouched, "
-               "training goes on")
+               "training continues")
         return False
 
 

@@ -275,7 +275,7 @@ class RunLog:
             parts.append(self.validated)
         parts.append(self.s.out_dir)
         if not done:
-            parts.append("--init_from=resume goes on")
+            parts.append("--init_from=resume continues it")
         print0(" · ".join(parts))
         forget_lost_lines()
 

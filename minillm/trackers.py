@@ -71,7 +71,7 @@ class _Tracker:
         except Exception as error:                   # a full disk, a server that has gone
             if not self.failed:
                 reason = " ".join(str(error).split())[:160]
-                print0(f"{self.name} failed, training goes on: {reason}")
+                print0(f"{self.name} failed, training continues: {reason}")
             self.failed = True
 
 

@@ -1,4 +1,4 @@
-"""Training on a full disk: it goes on where it can, and ends with exit 2 where it cannot."""
+"""Training on a full disk: it continues where it can, and ends with exit 2 where it cannot."""
 import os
 import resource
 import signal
@@ -48,7 +48,7 @@ def test_a_save_that_finds_no_room_is_survived(data, straight, tmp_path):
 
     assert output.count("could not save") == 2
     assert "ckpt_00000010.pt: " in output and "best.pt: " in output
-    assert "the checkpoints before it are untouched, training goes on" in output
+    assert "the checkpoints before it are untouched, training continues" in output
     assert checkpoint.saved_steps(out) == [20, 15, 5]
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     assert numbers(out) == numbers(straight)

@@ -49,7 +49,7 @@ def test_the_step_is_finished_saved_and_exit_is_0(data, straight, tmp_path, numb
     output = finish(argv, before=signal_at(7, number))
 
     assert checkpoint.saved_steps(tmp_path / "out") == [8]
-    assert "stopped at step 8" in output and "--init_from=resume goes on" in output
+    assert "stopped at step 8" in output and "--init_from=resume continues it" in output
     assert "resuming at step 8" in finish([*argv, "--init_from=resume"])
     assert_same_run(straight(*LONG), tmp_path / "out")
 
