@@ -195,9 +195,10 @@ def report_answers(s, questions, answers, tokenizer, report):
             report(f"  wrong: {question.messages[-1]['content']} → {made} "
                    f"(right: {question.expected})")
     count = len(questions)
-    expected = [tokenizer.encode(question.expected) for question in questions]
     report(f"{s.questions}: {right} of {count} questions answered exactly, {right / count:.1%}")
-    if longer := sum(len(tokens) > s.max_new_tokens for tokens in expected):
+    longer = sum(len(tokenizer.encode(question.expected)) > s.max_new_tokens
+                 for question in questions)
+    if longer:
         report(f"  {counted(longer, 'right answers')} of more than max_new_tokens="
                f"{s.max_new_tokens}: no answer can match")
     return {"questions_file": s.questions, "questions": count, "right": right,

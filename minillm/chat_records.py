@@ -145,10 +145,9 @@ def _turns_in(turn, names, left_out, report):
     supervised = _supervised(turn, left_out)
     if name is None:
         ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
-        pairs = [(names.role_of_key(key), turn[key]) for key in ordered]
-        if not pairs:
+        if not ordered:
             raise _Skip("unknown role")
-        return [(role, _text(value, left_out), supervised) for role, value in pairs]
+        return [(names.role_of_key(key), _text(turn[key], left_out), supervised) for key in ordered]
     role = names.role(name)
     if role is None:
         raise _Skip("unknown role")

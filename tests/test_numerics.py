@@ -145,7 +145,7 @@ def test_all_processes_stop_together(data, tmp_path):
 def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):
     """float16: an overflow halves the scale.
 
-    The next run takes it over, and with the count of good steps since.
+    The next run takes over both it and the count of good steps since.
     """
     argv = [*TINY, "--dtype=float16", "--eval_interval=0", "--checkpoint_interval=0",
             f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
