@@ -145,18 +145,15 @@ def count_steps(s, data):
 
 
 def learning_rate(s, step):
-    """The rate of a step: linear warm-up from learning_rate / warmup_iters, then the schedule."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / s.warmup_iters
-    if s.schedule == "constant" or not s.decay_lr:
-        return s.learning_rate
-    end = s.lr_decay_iters or s.steps
-    if s.schedule == "cosine":
-        progress = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
-        left = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
+    """The rate of a step: the schedule's, or that of the linear warm-up while it is lower."""
+    end, left = s.lr_decay_iters or s.steps, 1.0
+    if s.decay_lr and s.schedule == "cosine":
+        progress = (step - s.warmup_iters) / max(1, end - s.warmup_iters)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    elif s.decay_lr and s.schedule == "linear":
         left = min(1.0, max(0.0, (end - step) / max(1, s.decay_share * end)))
-    return s.min_lr + (s.learning_rate - s.min_lr) * left
+    scheduled = s.min_lr + (s.learning_rate - s.min_lr) * left
+    return min(s.learning_rate * (step + 1) / max(1, s.warmup_iters), scheduled)
 
 
 def build_model(s, data, start):

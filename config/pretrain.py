@@ -25,7 +25,7 @@ vector_rate = 0.067             # norms and routers: 0.067 times that
 beta1 = 0.7                     # of AdamW
 weight_decay = 0.12
 schedule = "linear"             # constant, then to zero over the last decay_share of the steps
-decay_share = 1.0               # here: from the end of the warm-up
+decay_share = 1.0               # here: from the first step on; the warm-up, where lower
 min_lr = 0
 warmup_iters = 500
 

@@ -34,6 +34,17 @@ def test_schedules():
     assert constant[10:] == [1.0] * 100 == schedule(decay_lr=False)[10:]
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_a_long_warm_up_ends_where_it_meets_the_falling_rate(share):
+    """config/pretrain.py warms up for 500 steps, which a short run must not follow with a cliff."""
+    rates = schedule(schedule="linear", decay_share=share, warmup_iters=60)
+
+    top = rates.index(max(rates))
+    assert rates[:top] == [(step + 1) / 60 for step in range(top)]
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.02
+
+
 # ---- in a run
 
 @pytest.mark.parametrize("extra", [[], MOE, ["--dtype=float16"]], ids=["dense", "moe", "fp16"])
