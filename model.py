@@ -171,7 +171,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             # 2 * n_layer sub-layers add to the residual stream; dividing their std by
             # sqrt(2 * n_layer) keeps its growth independent of depth (GPT-2)
-            if name.endswith(("proj.weight", "down.weight")):
+            if name.endswith((".attn.proj.weight", ".ffn.down.weight")):
                 nn.init.normal_(parameter, std=config.init_std / (2 * config.n_layer) ** 0.5)
 
     def forward(self, idx, targets=None, attn_mask=None):

@@ -38,8 +38,8 @@ from minillm.errors import UserError, run
 from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
-from minillm.run_log import RunLog, bad_steps_message, describe_run
-from minillm.same_function import check_attention, fingerprint
+from minillm.run_log import RunLog, bad_steps_message, describe_run, report_left_behind
+from minillm.same_function import check_attention, check_loss, fingerprint, noisy_in_training
 from minillm.tokenizer import Tokenizer
 from minillm.validation import validation_loss
 from model import GPT, GPTConfig, fast_versions
@@ -54,7 +54,7 @@ class Settings:
     checkpoint: str = "newest"              # which one init_from loads: newest, best or a step
     tokenizer: str = ""                     # its folder; empty: the one data_dir was made with
     overwrite: bool = False                 # start over in an out_dir that already holds a run
-    # the model; with init_from its shape comes from the checkpoint
+    # the model; with init_from its shape, but for block_size and dropout, is the checkpoint's
     n_layer: whole(1, 10**4) = 2            # blocks
     n_head: Positive = 4                    # query heads
     n_kv_head: Positive = 2                 # key/value heads, shared by groups of query heads
@@ -152,8 +152,10 @@ def learning_rate(s, step):
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
     elif s.decay_lr and s.schedule == "linear":
         left = min(1.0, max(0.0, (end - step) / max(1, s.decay_share * end)))
-    scheduled = s.min_lr + (s.learning_rate - s.min_lr) * left
-    return min(s.learning_rate * (step + 1) / max(1, s.warmup_iters), scheduled)
+    rate = s.min_lr + (s.learning_rate - s.min_lr) * left
+    if step < s.warmup_iters:
+        rate = min(rate, s.learning_rate * (step + 1) / s.warmup_iters)
+    return rate
 
 
 def build_model(s, data, start):
@@ -232,10 +234,12 @@ def main():
         s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
     model = build_model(s, train_data, start)
     if finetuning:
+        report_left_behind(s, start)
         redraw_collapsed_rows(model, train_data, s.seed)
     run_folder.fill_in(s, model.config, train_data.meta)
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
     check_attention(model, flex=s.doc_mask and compiled and device.type == "cuda")
+    check_loss(model)
     model.to(device).use_fast(compiled)
     if s.fp8:
         fast_versions.use_float8(model, device, dtype, s.batch_size * s.block_size)
@@ -300,9 +304,8 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
-    # validation computes what training does if that has no noise (name yours here, if you add
-    # some): then one graph is compiled
-    one_graph = compiled and not (model.config.n_expert or model.config.dropout or s.fp8)
+    # where validation computes what training does, one graph is compiled
+    one_graph = compiled and not (s.dropout or s.fp8) and not noisy_in_training(model)
     step, last_save_worked = first_step, True
     batches, n_local = read_batches(step) if step < s.steps else ([], 0)
     model.train()
@@ -317,7 +320,7 @@ def main():
             log.catch_up()
         if log.bad_in_a_row >= s.max_bad_steps:
             raise UserError(bad_steps_message(s, log, train_data))
-        if step > first_step or last:
+        if step > first_step or (last and resumed_step is not None):
             begin_writing()
         if evaluating:
             model.train(one_graph)
@@ -332,7 +335,7 @@ def main():
                     is_best = save(step, checkpoint.best_path(s.out_dir), resumable=False)
                 if is_best:
                     best_val_loss = val_loss
-        if (saving or last) and step != resumed_step:
+        if (saving or last) and step > first_step:
             last_save_worked = save(step, checkpoint.step_path(s.out_dir, step), resumable=True)
         if last:
             break

@@ -16,10 +16,10 @@ def checkpoint_blocks(model):
 
     Call it before torch.compile.
     """
-    block_type = type(model.blocks[0])
-
-    class CheckpointedBlock(block_type):
-        def forward(self, x, rope, attend):
-            return checkpoint(super().forward, x, rope, attend, use_reentrant=False)
-    for block in model.blocks:
-        block.__class__ = CheckpointedBlock
+    for kind in {type(block) for block in model.blocks}:
+        class CheckpointedBlock(kind):
+            def forward(self, *args):
+                return checkpoint(super().forward, *args, use_reentrant=False)
+        for block in model.blocks:
+            if type(block) is kind:
+                block.__class__ = CheckpointedBlock

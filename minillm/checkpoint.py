@@ -189,6 +189,8 @@ def paths_of(folder, which="newest"):
     """
     which = str(which)
     if os.path.isfile(folder):
+        if which != "newest":
+            raise UserError(f"checkpoint={which} names one of a folder, and {folder} is a file")
         return [folder]
     if not os.path.isdir(folder):
         kind = "file" if str(folder).endswith(".pt") else "folder"
@@ -218,6 +220,8 @@ def load_for_inference(folder, which="newest", check=False):
     which: as in paths_of. The optimizer's tensors stay in the file.
     """
     if str(folder).startswith("hf:"):            # a folder that export.py made
+        if which != "newest":
+            raise UserError(f"checkpoint={which}: {folder} holds but one")
         return read_model(folder.removeprefix("hf:")) | {"path": folder}
     paths = paths_of(folder, which)
     state = load_first(paths, check=check)

@@ -18,8 +18,8 @@ import math
 import torch
 import torch.distributed as dist
 
-# Two halves, (a, ((b, c), …)): the Gram matrix goes through g ← b g + c g² for each pair, then a + g
-# is near its inverse square root. The first brings singular values from 0.0012 (as a share of the
+# Two halves, (a, ((b, c), …)): the Gram matrix goes through g ← b g + c g² for each pair; a + g is
+# then near its inverse square root. The first brings singular values from 0.0012 (as a share of the
 # matrix's norm) to 1 between 0.029 and 1, the second those between 0.24 and 1.37. No quadratics
 # bring them closer together; longer polynomials would, but learn no more from a token: what counts
 # is how far small values are raised. All are 0 at 0: where g is small, so is what bfloat16 loses.

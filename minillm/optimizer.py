@@ -33,8 +33,8 @@ def make_optimizer(model, s, compile=False, shard=False):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         adamw = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
     if s.optimizer == "adamw":
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        vectors = [p for p in model.parameters() if p.dim() < 2]
+        matrices = [p for _, p in trained_parameters(model) if p.dim() >= 2]
+        vectors = [p for _, p in trained_parameters(model) if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": s.weight_decay, "lr_scale": 1.0},
                   {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
         return Optimizer(model, [adamw(groups, **options)], not fused, shard)
@@ -56,14 +56,19 @@ def make_optimizer(model, s, compile=False, shard=False):
     return Optimizer(model, [muon, adamw(groups, **options)], not fused, shard)
 
 
+def trained_parameters(model):
+    """(name, parameter) of all that are not frozen, as somebody may have set requires_grad."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def parameters_by_role(model):
-    """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}.
+    """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}, without frozen ones.
 
     matrices: of the blocks, qkv apart; embedding: all that lie outside them, also an output layer
     that somebody adds; vectors: norms and biases.
     """
     roles = {"matrices": [], "qkv": [], "embedding": [], "routers": [], "vectors": []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model):
         if parameter.dim() < 2:
             role = "vectors"
         elif not name.startswith("blocks."):

@@ -82,10 +82,7 @@ def _load_to_resume(s, steps):
     if not steps:
         raise UserError(f"no checkpoint in {s.out_dir}: nothing to resume")
     if which != "newest" and s.init_from == "resume":
-        resumed = checkpoint.load_first(checkpoint.paths_of(s.out_dir, which), keys)
-        if checkpoint.best_step(s.out_dir) > resumed["step"]:
-            resumed["best_val_loss"] = math.inf  # best.pt will be set aside with the newer ones
-        return resumed
+        return checkpoint.load_first(checkpoint.paths_of(s.out_dir, which), keys)
     paths = [checkpoint.step_path(s.out_dir, step) for step in steps]
     try:
         return checkpoint.load_first(paths, keys, print0)
@@ -123,6 +120,8 @@ def _check_identity(s, data, resumed):
     old, now = resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
     if any(old.get(key) != now[key] for key in ("data", "block_size", "batch_size", "eval_iters")):
         resumed["best_val_loss"] = math.inf      # of other windows: not comparable
+    if checkpoint.best_step(s.out_dir) > resumed["step"]:
+        resumed["best_val_loss"] = math.inf      # best.pt will be set aside with what is newer
 
 
 def _report_changes(s, resumed):
@@ -210,10 +209,10 @@ def _remove_temporary(folder):
 def _set_aside_newer(folder, step, rolled_back):
     """Rename the checkpoints after `step`: under their own names they would count as the newest."""
     newer = [checkpoint.step_path(folder, at) for at in checkpoint.saved_steps(folder) if at > step]
-    if rolled_back and checkpoint.best_step(folder) > step:
-        newer.append(checkpoint.best_path(folder))
     for path in newer:
         os.replace(path, path + (".rolled_back" if rolled_back else ".damaged"))
+    if checkpoint.best_step(folder) > step:
+        os.replace(checkpoint.best_path(folder), checkpoint.best_path(folder) + ".rolled_back")
 
 
 def save(path, state, s):
@@ -267,7 +266,7 @@ def write_settings(folder, settings, facts):
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for key, value in asdict(settings).items():
             if key not in NOT_SAVED:
-                file.write(f"{key} = {value!r}  # {comments[key]}\n")
+                file.write(f"{key} = {value!r}  # {comments.get(key, '')}\n")
         file.write("\n# what came of it\n")
         for key, value in facts.items():
             file.write(f"# {key}: {value}\n")

@@ -275,7 +275,7 @@ class RunLog:
             parts.append(self.validated)
         parts.append(self.s.out_dir)
         if not done:
-            parts.append("--init_from=resume continues it")
+            parts.append("--init_from=resume continues it" if step > 0 else "nothing was written")
         print0(" · ".join(parts))
         forget_lost_lines()
 
@@ -307,6 +307,14 @@ def describe_run(s, model, data, device, dtype, world, first_step):
     return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
             "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
             "device_name": describe(device), "number_type": number_type, "processes": world}
+
+
+def report_left_behind(s, start):
+    """Say which settings of a checkpoint's model the run does not take over, if none was given."""
+    for key in ("block_size", "dropout"):
+        old, now = start["model_config"].get(key, getattr(s, key)), getattr(s, key)
+        if old != now and key not in s.given:
+            print0(f"{key}={now} from here on; the checkpoint had {old}: --{key}={old} keeps it")
 
 
 def bad_steps_message(s, log, data):

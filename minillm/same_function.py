@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from minillm.attention import document_mask
 from minillm.generation import KVCache, decode_one_token, prefill
@@ -96,6 +97,38 @@ def check_attention(model, flex=False):
         if not same(logits, expected):
             say(f"minillm/attention.py: attention {name} is another function than over a whole "
                 "text: change causal_attention's branches and cached_attention alike")
+
+
+@one_thread()
+@torch.no_grad()
+def check_loss(model):
+    """Say on stderr if training's loss is not the cross-entropy of the logits, on a small copy.
+
+    The product of the output layer stands in GPT.logits and in cross_entropy: training calls the
+    latter alone, eval.py, chat.py and the exports the former.
+    """
+    try:
+        copy, ids = small_copy(model), torch.tensor([IDS])
+        logits, loss = copy(ids)[0], copy(ids, ids)[0]
+        expected = F.cross_entropy(logits, ids[0], reduction="sum")
+    except Exception as error:
+        say(f"model.py: the loss was not compared with the logits: {in_a_line(error)}")
+        return
+    if not same(loss, expected):
+        say("model.py: the training loss is not the cross-entropy of GPT.logits: train.py and "
+            "eval.py will give different numbers; if you changed one of them, look at the other")
+
+
+@one_thread()
+@torch.no_grad()
+def noisy_in_training(model):
+    """Does the model compute something else in training than otherwise? Dropout aside."""
+    try:
+        copy, ids = small_copy(model), torch.tensor([IDS])
+        with torch.random.fork_rng(devices=[]):
+            return not torch.equal(copy(ids), copy.train()(ids))
+    except Exception:                            # of code that we do not know
+        return True
 
 
 @one_thread()

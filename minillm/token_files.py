@@ -10,6 +10,7 @@ each split, the sources, the seed, and what was skipped, repaired and left out.
 
 Version 2 (without a number: 1, whose folders still train) added `version`, `left_out` and
 `unknown_keys`, and for SFT `long`; a document may now be cut so that its end is for validation.
+`content`, the sha256 of each .bin, came later, without a new number.
 """
 import hashlib
 import json
@@ -33,6 +34,8 @@ def write_meta(folder, kind, tokenizer, settings, splits, sources, report):
         "vocab_size": tokenizer.vocab_size,
         **settings,
         "splits": splits,
+        "content": {name: sha256_of(os.path.join(folder, name)) for name in sorted(
+            os.listdir(folder)) if name.endswith(".bin")},
         "sources": sources,
         **report.summary(),
     }
@@ -81,10 +84,17 @@ def _check_meta(meta):
 
 
 def fingerprint(meta):
-    """A short hash of what was prepared: tokenizer, seed and counts. Paths do not enter."""
+    """A short hash of what was prepared: tokenizer, seed, counts, tokens. Paths do not enter."""
     parts = [meta["kind"], meta["tokenizer_hash"], meta.get("seed"), meta.get("block_size"),
              meta["splits"]]
+    if "content" in meta:                        # older folders have none
+        parts.append(meta["content"])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_splits(splits, val_fraction, report, encoding="utf-8"):

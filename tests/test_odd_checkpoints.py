@@ -86,6 +86,33 @@ def test_a_state_of_another_version_resumes(data, tmp_path, changes):
     assert "done at step 6" in finish([*argv, "--init_from=resume"])
 
 
+@pytest.mark.parametrize("which", ["best", "3", "newest"])
+def test_a_file_has_no_checkpoint_to_choose(data, tmp_path, which):
+    argv = [*SHORT, f"--data_dir={data}", "--eval_interval=0"]
+    finish([*argv, f"--out_dir={tmp_path}/out"])
+    argv += [f"--init_from={checkpoint.step_path(tmp_path / 'out', 6)}", f"--checkpoint={which}",
+             f"--out_dir={tmp_path}/new"]
+
+    if which == "newest":
+        finish(argv)
+    else:
+        assert f"checkpoint={which} names one of a folder" in refused(argv)
+
+
+def test_what_a_fine_tuning_run_does_not_take_over_is_said(data, tmp_path):
+    argv = [flag for flag in SHORT if not flag.startswith(("--block_size", "--dropout"))]
+    argv += ["--eval_interval=0", "--max_iters=1", f"--data_dir={data}"]
+    finish([*argv, "--block_size=64", "--dropout=0.2", f"--out_dir={tmp_path}/out"])
+    argv += [f"--init_from={tmp_path}/out", "--overwrite=True", f"--out_dir={tmp_path}/new"]
+
+    silent = finish([*argv, "--block_size=32", "--dropout=0"])
+    output = finish(argv)
+
+    assert "the checkpoint had" not in silent
+    assert "block_size=128 from here on; the checkpoint had 64: --block_size=64 keeps it" in output
+    assert "dropout=0.0 from here on; the checkpoint had 0.2" in output
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.py", "metrics.jsonl.tmp"])
 def test_a_folder_in_the_place_of_a_file_is_one_line(data, tmp_path, name):
     os.makedirs(tmp_path / "out" / name / "inside")

@@ -283,6 +283,20 @@ def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what
     assert newest(tmp_path / "out")["best_val_loss"] > 0.5
 
 
+def test_the_best_of_a_killed_future_is_set_aside(data, tmp_path):
+    """best.pt of step 12, the newest checkpoint of 10: the resumed run may take another way."""
+    argv = [*TINY, f"--out_dir={tmp_path}/out", f"--data_dir={data}", "--max_iters=20",
+            "--eval_interval=3", "--checkpoint_interval=10"]
+    run_until_killed(argv, 14)
+    assert checkpoint.best_step(tmp_path / "out") == 12
+
+    finish([*argv, "--init_from=resume", "--learning_rate=3"])
+
+    losses = {r["step"]: r["val_loss"] for r in numbers(tmp_path / "out") if "val_loss" in r}
+    best = checkpoint.best_step(tmp_path / "out")
+    assert best >= 12 and losses[best] == min(loss for at, loss in losses.items() if at >= 12)
+
+
 def test_a_setting_that_the_checkpoint_does_not_know_is_reported(data, tmp_path):
     """It is newer than the run: somebody has changed train.py meanwhile."""
     argv = [*TINY, "--max_iters=4", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]

@@ -102,6 +102,20 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
     assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0, 10, 12]
 
 
+def test_a_stop_before_the_first_step_leaves_the_run_before_it(data, tmp_path):
+    """--overwrite=True, and Ctrl-C in the first validation, by somebody who saw the wrong name."""
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--max_iters=3"]
+    finish([*argv, "--eval_interval=3"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+
+    child = Run([*argv, "--overwrite=True", "--eval_interval=5"],
+                before=lambda: on_phase("evaluation", 1, lambda: send_itself(signal.SIGINT)))
+
+    assert child.wait() == 0, child.output
+    assert "stopped at step 0" in child.output and "nothing was written" in child.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
+
+
 @pytest.mark.parametrize("who", [[0], [1], [0, 1]])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_every_process_stops_at_the_same_step(data, tmp_path, number, who):

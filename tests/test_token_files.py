@@ -4,6 +4,7 @@ import resource
 
 import pytest
 
+from minillm import token_files
 from support.preparation_runs import command, fingerprint, finish, read_documents, texts
 
 # Change these only if the format of the token files is meant to change: every prepared corpus is
@@ -66,6 +67,23 @@ def test_every_document_once_and_counted(small_corpus, tmp_path):
     assert made["vocab_size"] == tokenizer.vocab_size
     assert made["tokenizer_hash"] == tokenizer.hash
     assert made["skipped"] == {} and made["repaired"] == {}
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_other_tokens_with_the_same_counts_are_other_data(small_corpus, tmp_path, stage):
+    """Training is told by this mark that a folder was prepared again, and refuses to resume."""
+    name = FILES[stage][0]
+    lines = (small_corpus.folder / name).read_text().splitlines()
+    (tmp_path / name).write_text("\n".join(reversed(lines)) + "\n")
+    found = []
+    for source in (small_corpus.folder / name, small_corpus.folder / name, tmp_path / name):
+        out = tmp_path / str(len(found))
+        finish(stage, *small_corpus.argv(out, [source], "--val_fraction=0"))
+        found.append(token_files.read_meta(out))
+
+    first, again, other = map(token_files.fingerprint, found)
+    assert first == again != other
+    assert found[0]["splits"]["train"]["tokens"] == found[2]["splits"]["train"]["tokens"]
 
 
 def test_few_files_may_be_open(small_corpus, tmp_path):

@@ -1,0 +1,138 @@
+"""Small edits of a researcher count in training, evaluation and when resuming, or are reported."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import model as model_file
+import train
+from minillm import run_folder
+from minillm.activation_checkpointing import checkpoint_blocks
+from minillm.same_function import check_loss, noisy_in_training
+from model import FFN, GPT, Block
+from support.model_changes import KINDS, softcap
+from support.tiny_models import tiny_model
+from support.training_runs import TINY, finish, newest
+
+SHORT = [*TINY, "--max_iters=4", "--eval_interval=0"]
+
+
+class ParallelBlock(Block):
+    def forward(self, x, rope, attend):
+        y, stats = self.ffn(self.ffn_norm(x))
+        return x + self.attn(self.attn_norm(x), rope, attend) + y, stats
+
+
+def test_blocks_of_several_kinds_are_checkpointed_as_what_they_are():
+    model = tiny_model(n_layer=4)
+    for block in model.blocks[1::2]:
+        block.__class__ = ParallelBlock
+    idx = torch.arange(16)[None]
+    expected = model(idx, idx)[0]
+
+    checkpoint_blocks(model)
+
+    assert torch.equal(model(idx, idx)[0], expected)
+
+
+def test_a_name_that_ends_alike_is_initialised_as_all_others(monkeypatch):
+    """Only what adds to the residual stream starts smaller, not a gate_proj or an up_proj."""
+    def more_layers(self, config):
+        plain(self, config)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.slow_down = nn.Linear(config.n_embd, config.n_inner, bias=False)
+    plain = FFN.__init__
+    monkeypatch.setattr(FFN, "__init__", more_layers)
+
+    model = tiny_model(n_layer=8, n_embd=128)
+    ffn, std = model.blocks[0].ffn, 10 * model.config.init_std
+
+    for layer in (ffn.up, ffn.gate_proj, ffn.slow_down):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert ffn.down.weight.std().item() == pytest.approx(std / 4, rel=0.05)
+
+
+# ---- the loss, and the logits
+
+def label_smoothing(patch):
+    patch.setattr(model_file, "cross_entropy", lambda x, weight, targets: F.cross_entropy(
+        F.linear(x, weight), targets, ignore_index=-1, reduction="sum", label_smoothing=0.1))
+
+
+def softcap_of_the_logits_alone(patch):
+    plain = GPT.logits
+    patch.setattr(GPT, "logits", lambda self, x: 3 * (plain(self, x) / 3).tanh())
+
+
+@pytest.mark.parametrize("change", [label_smoothing, softcap_of_the_logits_alone])
+def test_a_loss_that_is_not_that_of_the_logits_is_reported(change, monkeypatch, capsys):
+    change(monkeypatch)
+
+    check_loss(tiny_model())
+
+    assert "the training loss is not the cross-entropy of GPT.logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_equal_loss_is_not_mentioned(kind, monkeypatch, capsys):
+    check_loss(tiny_model(**KINDS[kind]))
+    softcap(monkeypatch)
+    check_loss(tiny_model(**KINDS[kind]))
+
+    assert capsys.readouterr().err == ""
+
+
+def test_training_compares_its_loss(data, tmp_path):
+    def before():
+        GPT.logits = lambda self, x: 2 * F.linear(x, self.wte.weight)
+
+    output = finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
+
+    assert "the training loss is not the cross-entropy of GPT.logits" in output
+
+
+def test_noise_that_only_training_has_is_noticed(monkeypatch):
+    assert not noisy_in_training(tiny_model(dropout=0.1))        # train.py knows this one
+    assert noisy_in_training(tiny_model(n_expert=4, n_expert_per_tok=2))    # the router's
+
+    def forward(self, x):
+        y, stats = plain(self, x)
+        return F.dropout(y, 0.1, self.training), stats
+    plain = FFN.forward
+    monkeypatch.setattr(FFN, "forward", forward)
+
+    assert noisy_in_training(tiny_model())
+
+
+# ---- settings and frozen parameters
+
+@pytest.mark.parametrize("name", ["wte.weight", "blocks.0.ffn.up.weight", "norm.weight"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_frozen_parameter_stays_and_the_run_resumes(data, tmp_path, name, optimizer):
+    def before():
+        def frozen(*args, **options):
+            model.append(build(*args, **options))
+            model[0].get_parameter(name).requires_grad_(False)
+            return model[0]
+        model, build = [], train.build_model
+        train.build_model = frozen
+    argv = [*SHORT, f"--optimizer={optimizer}", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish(argv, before=before)
+    weight = newest(tmp_path / "out")["model"][name]
+
+    finish([*argv, "--init_from=resume", "--max_iters=6"], before=before)
+
+    after = newest(tmp_path / "out")
+    assert after["step"] == 6 and torch.equal(after["model"][name], weight)
+
+
+def test_a_setting_without_a_comment_is_saved(tmp_path):
+    @dataclass
+    class Settings:
+        z_loss: float = 0.5
+
+    run_folder.write_settings(str(tmp_path), Settings(), {})
+
+    assert run_folder.read_settings(str(tmp_path)) == {"z_loss": 0.5}
