@@ -2,7 +2,7 @@
 
     python train.py config/pretrain.py --fp8=True
 
-508,839 tokens/s instead of 440,547 in bfloat16 (H200, `python -m bench.train --fp8=True`, and
+508,035 tokens/s instead of 439,163 in bfloat16 (H200, `python -m bench.train --fp8=True`, and
 without the flag). The linear layers of a block compute all three of their matmuls (forward, for
 the input's gradient, for the weights') in 8 bits: activations and weights as e4m3 (3 bits of
 mantissa, up to 448), gradients as e5m2 (2 bits, up to 57,344). The experts of an MoE have their own
