@@ -21,7 +21,7 @@ import torch
 from minillm.errors import UserError
 from minillm.export_hf import NORM_EPS, split_qkv
 from minillm.sampling_params import DEFAULTS
-from minillm.tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS
+from minillm.tokenizer import END_OF_TEXT, IM_END
 
 FILES = ("model.gguf", "Modelfile")
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
@@ -123,13 +123,13 @@ def add_shape(writer, config):
 def add_tokenizer(writer, gguf, tokenizer_json):
     """Vocabulary, merges and special tokens; returns the number of tokens."""
     vocab, merges = tokenizer_json["model"]["vocab"], tokenizer_json["model"]["merges"]
-    special = {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
-    tokens = sorted(vocab | special, key=(vocab | special).get)
-    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    added = {token["content"]: token for token in tokenizer_json["added_tokens"]}
+    ids = vocab | {text: token["id"] for text, token in added.items()}
+    tokens = sorted(ids, key=ids.get)
     writer.add_tokenizer_model("gpt2")           # byte-level BPE
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
+    writer.add_token_types([token_type(gguf, added.get(token)) for token in tokens])
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(END_OF_TEXT)
     writer.add_eos_token_id(IM_END)
@@ -140,6 +140,18 @@ def add_tokenizer(writer, gguf, tokenizer_json):
     writer.add_vocab_size(len(tokens))
     writer.add_chat_template(CHAT_TEMPLATE)
     return len(tokens)
+
+
+def token_type(gguf, added):
+    """Whether llama.cpp finds a token in any text, where it is told to, or by merges alone.
+
+    added: what tokenizer.json's added_tokens say of it, or None.
+    """
+    if added is None:
+        return gguf.TokenType.NORMAL             # written in byte-level BPE
+    if added["special"]:
+        return gguf.TokenType.CONTROL
+    return gguf.TokenType.USER_DEFINED           # written as it is
 
 
 def read_tokenizer(folder):

@@ -1,5 +1,7 @@
 """export.py --format=gguf against a stock llama.cpp: log-probabilities, long text, tokens, chat."""
+import json
 import os
+import random
 import sys
 
 import pytest
@@ -11,10 +13,10 @@ from minillm.errors import UserError
 from support import ROOT
 from support.exports import LONG, export_folder, lively_model
 from support.llama_cpp import LlamaCpp
+from support.preparation_runs import finish
 from support.tiny_models import tiny_model, write_folder
 
-pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
+gguf = pytest.importorskip("gguf")
 
 MODELS = {
     "dense": LONG,
@@ -118,6 +120,52 @@ def test_llama_cpp_gives_our_tokens(tmp_path):
         for text in tried:
             for piece in (text, *text.split("\n")[::10]):
                 assert server.tokenize(piece) == ours.encode(piece), piece[:80]
+
+
+ADDED = ["<think>", "</think>", "【工具】", "café!"]
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """(a GGUF, its tokenizer with ADDED and, last, a control token that somebody added)"""
+    folder = tmp_path_factory.mktemp("thinking")
+    (folder / "c.txt").write_text("想一想<think>先数三</think>七。【工具】查\n" * 20, "utf-8")
+    finish("train_tokenizer", folder / "c.txt", f"--special_tokens={','.join(ADDED)}",
+           "--vocab_size=310", f"--out_dir={folder}/t")
+    tokenizer_json = export_gguf.read_tokenizer(folder / "t")
+    control = tokenizer_json["added_tokens"][-1] | {"content": "<控制>", "special": True}
+    control["id"] = tokenizer.Tokenizer.load(folder / "t").vocab_size
+    tokenizer_json["added_tokens"].append(control)
+    (folder / "t/tokenizer.json").write_text(json.dumps(tokenizer_json), "utf-8")
+    model = tiny_model(vocab_size=control["id"] + 1)
+    export_gguf.write_model(folder, model.config, model.state_dict(), tokenizer_json, "q8_0", "x")
+    return folder / "model.gguf", tokenizer.Tokenizer.load(folder / "t")
+
+
+def test_added_tokens_have_the_type_that_our_tokenizer_gives_them(thinking):
+    """Those of --special_tokens are found in any text, control tokens in none."""
+    path, _ = thinking
+
+    types = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+
+    kind = gguf.TokenType
+    assert types[:7] == [kind.CONTROL] * 3 + [kind.USER_DEFINED] * 4
+    assert set(types[7:-1]) == {kind.NORMAL} and types[-1] == kind.CONTROL
+
+
+def test_llama_cpp_reads_and_writes_added_tokens_as_we_do(thinking):
+    path, ours = thinking
+    rng = random.Random(0)
+    pieces = [*ADDED, "<控制>", "<|im_end|>", "<", "think>", "【", "工具", "caf", "é", "a b", "\n",
+              "😀"]
+
+    with LlamaCpp(path) as server:
+        for _ in range(300):
+            text = "".join(rng.choices(pieces, k=rng.randint(1, 9)))
+            assert server.tokenize(text) == ours.encode(text), text
+        for token in range(3, 7):
+            said = server.post("/detokenize", {"tokens": [token]})["content"]
+            assert said == ADDED[token - 3] == ours.decode([token])
 
 
 def test_chat_in_llama_cpp(tmp_path):

@@ -12,6 +12,8 @@ import sys
 import tempfile
 import urllib.request
 
+import pytest
+
 from support.processes import LIMIT
 
 SERVER = """
@@ -33,6 +35,7 @@ sys.stdin.read()
 
 class LlamaCpp:
     def __init__(self, path, context=512):
+        pytest.importorskip("xllamacpp")
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(path), str(context)], text=True,
