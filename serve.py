@@ -8,11 +8,12 @@
         -d '{"messages": [{"role": "user", "content": "你好"}], "seed": 1}'
 
 Any client of OpenAI's API works with the base URL http://127.0.0.1:8000/v1; top_k and
-repetition_penalty are extra fields. The same seed gives the same text as chat.py. Requests are
-decoded together; when all rows and the queue are taken, the answer is 429 with Retry-After. SIGTERM
-or Ctrl-C stops taking requests and finishes those that run. The key can also come from the
-environment variable MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in
-front where that matters.
+repetition_penalty are extra fields. A field that would change the text and is not offered, or is
+misspelled, is refused. The same seed gives the same text as chat.py. Requests are decoded together;
+when all rows and the queue are taken, the answer is 429 with Retry-After. SIGTERM or Ctrl-C stops
+taking requests and finishes those that run. The key can also come from the environment variable
+MINILLM_API_KEY. There is no encryption, and one key for all: put a proxy in front where that
+matters.
 
 Needs `pip install -r requirements-serve.txt`. Exit status: 0 after SIGTERM; 130 after Ctrl-C; 2
 after a mistake that you can correct, with one line on stderr.
@@ -56,8 +57,12 @@ class Settings:
     repetition_penalty: float = DEFAULTS.repetition_penalty  # above 1: repeats become less likely
 
     def defaults(self):
-        return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p,
-                              self.repetition_penalty)
+        """What a request gets that says nothing. Raises UserError if it could not ask for that."""
+        if "max_new_tokens" in self.given and self.max_new_tokens > self.max_tokens:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} is more than "
+                            f"max_tokens={self.max_tokens}, the largest that a request may have")
+        return SamplingParams(min(self.max_new_tokens, self.max_tokens), self.temperature,
+                              self.top_k, self.top_p, self.repetition_penalty)
 
 
 def bind(host, port):

@@ -5,8 +5,9 @@
     job.whole()                              # the response, once all answers have ended
     job.first_chunk(i), job.chunk(i, text), job.last_chunk(i), job.usage_chunk()      # as a stream
 
-A field that would change the text and is not offered (tools, logprobs, logit_bias ...) is an error;
-other unknown fields are ignored. Text never becomes a control token, whatever it spells.
+A field that would change the text and is not offered (tools, logprobs, logit_bias ...) is an error,
+and so is a misspelled one; other unknown fields are ignored. Text never becomes a control token,
+whatever it spells.
 """
 import itertools
 import secrets
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass, field
 from minillm.answer import Answer
 from minillm.conversation import Conversation, check_messages
 from minillm.errors import UserError, brief
-from minillm.request_fields import ApiError, Fields, parse_object
+from minillm.request_fields import ApiError, Fields, check_names, parse_object
 from minillm.sampling_params import SamplingParams
 from minillm.tokenizer import END_OF_TEXT
 
 MOST_CHOICES = 16                # of one request
+NOT_IN_MESSAGES = ("audio", "function_call", "images", "tool_calls")
 
 
 @dataclass
@@ -42,16 +44,14 @@ class Service:
 
 def read_chat(body, service):
     """The Job of a chat completion."""
-    fields = Fields(parse_object(body))
-    check_model(fields, service)
+    fields = read_fields(body, service, "prompt", "/v1/completions")
     messages = read_messages(fields.data.get("messages"))
     return make_job("chat", fields, service, [lambda: ChatPrompt(service, messages)])
 
 
 def read_completion(body, service):
     """The Job of a completion: as sample.py, a prompt is continued from the start of a document."""
-    fields = Fields(parse_object(body))
-    check_model(fields, service)
+    fields = read_fields(body, service, "messages", "/v1/chat/completions")
     texts = fields.data.get("prompt", "")
     if isinstance(texts, str):
         texts = [texts]
@@ -63,15 +63,22 @@ def read_completion(body, service):
     return make_job("text", fields, service, prompts)
 
 
+def read_fields(body, service, foreign, its_path):
+    """The Fields of a request, with names that are checked; `foreign` is for another path."""
+    fields = Fields(parse_object(body))
+    if foreign in fields.data:
+        raise ApiError(400, f"{foreign} is for {its_path}", foreign)
+    check_names(fields.data)
+    check_model(fields, service)
+    return fields
+
+
 def read_params(fields, service):
     """The SamplingParams of a request."""
     default, most = service.defaults, service.most_tokens
-    limit = "max_tokens"
-    if "max_completion_tokens" in fields.data:
-        limit = "max_completion_tokens"
     top_k = fields.number("top_k", default.top_k, 0, 2**31, int)
     top_k = min(top_k, service.model.tokenizer.vocab_size)       # beyond it top_k changes nothing
-    max_new_tokens = fields.number(limit, min(default.max_new_tokens, most), 1, most, int)
+    max_new_tokens = fields.length(min(default.max_new_tokens, most), most)
     temperature = fields.number("temperature", default.temperature, 0, 100)
     top_p = fields.number("top_p", default.top_p, 0, 1, above=True)
     penalty = fields.number("repetition_penalty", default.repetition_penalty, 0.01, 100)
@@ -125,6 +132,9 @@ def read_messages(messages):
 def plain_message(message):
     if not isinstance(message, dict):
         return message                           # check_messages says what is wrong with it
+    for key in NOT_IN_MESSAGES:
+        if message.get(key):
+            raise UserError(f"{key} of a message is not offered by this server")
     role, content = message.get("role"), message.get("content")
     if role == "developer":
         role = "system"

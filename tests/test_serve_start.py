@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn")
 import uvicorn                                   # late: these need the two
 
 import serve
+from minillm.configurator import configure
 from minillm.errors import UserError
 from minillm.http_app import Limits, check_caller
 from minillm.generation import decode_one_token
@@ -71,6 +72,19 @@ def test_a_key_that_nobody_can_send(monkeypatch, flag, environment, says):
 
     with pytest.raises(UserError, match=says):
         serve.read_api_key(flag)
+
+
+@pytest.mark.parametrize("argv, length", [
+    ([], 256), (["--max_tokens=2"], 2), (["--max_new_tokens=2", "--max_tokens=2"], 2)])
+def test_a_request_without_a_length_may_have_the_default(argv, length):
+    assert configure(serve.Settings, argv).defaults().max_new_tokens == length
+
+
+def test_a_default_length_that_no_request_may_have_is_refused():
+    settings = configure(serve.Settings, ["--max_new_tokens=100", "--max_tokens=2"])
+
+    with pytest.raises(UserError, match="max_new_tokens=100 is more than max_tokens=2"):
+        settings.defaults()
 
 
 @pytest.mark.parametrize("host", ["[::1", "[", "]", "", ":", "a:b:c", "127.0.0.1.evil.example"])

@@ -1,0 +1,142 @@
+"""The fields of a request to serve.py: one that would change the answer is used or refused."""
+import json
+from typing import NamedTuple
+
+import pytest
+
+from minillm.openai_api import Service, read_chat, read_completion
+from minillm.request_fields import NOT_OFFERED, READ, ApiError
+from minillm.sampling_params import SamplingParams
+from support.tiny_models import tiny_model
+
+HELLO = [{"role": "user", "content": "你好"}]
+
+
+@pytest.fixture(scope="module")
+def service():
+    model = tiny_model()
+    return Service(model, model.new_cache(), "tiny", SamplingParams(), 64)
+
+
+def chat(service, **fields):
+    return read_chat(json.dumps({"messages": HELLO} | fields).encode(), service)
+
+
+def complete(service, **fields):
+    return read_completion(json.dumps({"prompt": "从前"} | fields).encode(), service)
+
+
+def refused(read, service, **fields):
+    """(param, message) of the error."""
+    with pytest.raises(ApiError) as error:
+        read(service, **fields)
+    assert error.value.status == 400
+    body = error.value.body["error"]
+    return body["param"], body["message"]
+
+
+@pytest.mark.parametrize("read", [chat, complete])
+@pytest.mark.parametrize("name", sorted(NOT_OFFERED))
+def test_a_field_that_is_not_offered_is_refused_unless_it_asks_for_nothing(service, read, name):
+    for value in [None, *NOT_OFFERED[name]]:
+        read(service, **{name: value})
+
+    param, message = refused(read, service, **{name: "something else"})
+
+    assert param == name and message == f"{name} is not offered by this server"
+
+
+class Field(NamedTuple):
+    name: str
+    value: object
+
+
+CHANGING = [
+    Field("min_tokens", 5), Field("min_p", 0.1), Field("stop_token_ids", [5]),
+    Field("ignore_eos", True), Field("repeat_penalty", 1.3), Field("continue_final_message", True),
+    Field("add_generation_prompt", False), Field("logprobs", 0), Field("logprobs", 1),
+    Field("echo", 0), Field("best_of", True), Field("presence_penalty", False),
+    Field("do_sample", False), Field("n_predict", 8), Field("tools", [{"type": "function"}]),
+]
+
+
+@pytest.mark.parametrize("field", CHANGING, ids=str)
+@pytest.mark.parametrize("read", [chat, complete])
+def test_values_that_change_the_answer(service, read, field):
+    param, _ = refused(read, service, **{field.name: field.value})
+
+    assert param == field.name
+
+
+USUAL = {
+    "user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "seed": 3, "n": 1,
+    "parallel_tool_calls": True, "frequency_penalty": 0.0, "presence_penalty": 0, "tools": [],
+    "logit_bias": {}, "min_p": 0.0, "repeat_penalty": 1.0, "stream": False, "stream_options": None,
+    "stop": None, "safety_identifier": "x", "prompt_cache_key": "k", "reasoning_effort": "low",
+    "verbosity": "medium", "max_tool_calls": 3, "keep_alive": "5m", "session_id": "s", "models": None,
+    "provider": {}, "cache_prompt": True, "priority": 0, "request_id": "r", "mm_processor_kwargs": {},
+    "return_token_ids": False, "chat_id": "c", "id": "i", "features": {}, "custom_option": 1,
+}
+
+
+@pytest.mark.parametrize("read", [chat, complete])
+def test_what_clients_send_anyway_is_accepted(service, read):
+    usual = read(service, **USUAL)
+    plain = read(service, seed=3)
+
+    assert usual.answers[0].params == plain.answers[0].params
+    assert usual.answers[0].prompt == plain.answers[0].prompt
+
+
+MISSPELLED = {
+    "temprature": "temperature", "Temperature": "temperature", "topp": "top_p", "top-k": "top_k",
+    "max_token": "max_tokens", "maxTokens": "max_tokens", "stops": "stop", "sead": "seed",
+    "repetition_penality": "repetition_penalty", "steam": "stream", "message": "messages",
+    "max_completions_tokens": "max_completion_tokens",
+}
+
+
+@pytest.mark.parametrize("name, meant", MISSPELLED.items())
+@pytest.mark.parametrize("read", [chat, complete])
+def test_a_misspelled_name_is_told(service, read, name, meant):
+    param, message = refused(read, service, **{name: 1})
+
+    assert (param, message) == (name, f"unknown field {name!r}: did you mean {meant}?")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_new_tokens"])
+def test_the_length_has_three_names(service, name):
+    assert chat(service, **{name: 5}).answers[0].params.max_new_tokens == 5
+    assert refused(chat, service, **{name: 65})[0] == name
+    both = {"max_tokens": 5, name: 5}
+    assert chat(service, **both).answers[0].params.max_new_tokens == 5
+
+
+def test_two_lengths_that_differ(service):
+    param, message = refused(chat, service, max_tokens=5, max_new_tokens=6)
+
+    assert param == "max_new_tokens" and "max_tokens and max_new_tokens differ" in message
+
+
+def test_each_path_has_its_own_input(service):
+    assert refused(chat, service, prompt="从前") == ("prompt", "prompt is for /v1/completions")
+    assert refused(complete, service, messages=HELLO)[0] == "messages"
+
+
+@pytest.mark.parametrize("key, value", [
+    ("tool_calls", [{"id": "1"}]), ("function_call", {"name": "f"}), ("images", ["data:"]),
+    ("audio", {"id": "1"})])
+def test_parts_of_a_message_that_the_model_would_not_see(service, key, value):
+    def messages(value):
+        answer = {"role": "assistant", "content": "x", key: value, "refusal": None, "name": "a"}
+        return [*HELLO, answer, *HELLO]
+
+    chat(service, messages=messages(None))
+    chat(service, messages=messages([]))
+    param, message = refused(chat, service, messages=messages(value))
+
+    assert param == "messages" and message == f"{key} of a message is not offered by this server"
+
+
+def test_no_name_is_both_read_and_refused():
+    assert not READ & NOT_OFFERED.keys()
