@@ -44,6 +44,7 @@ class Settings:
     # what is scored
     data_dir: str = ""                    # token files; empty: those it was trained on; or none
     eval_iters: NonNegative = 0           # validation batches; 0: all
+    doc_mask: bool | None = None          # no attention across documents; auto: see open_data
     questions: str = "auto"               # file of chats, demo or none; auto: demo after demo SFT
     max_new_tokens: Positive = 64         # longest answer, in tokens
     choices: str = "none"                 # file of multiple-choice questions, demo or none
@@ -66,9 +67,9 @@ def main():
     report = (lambda line: None) if s.json else print
 
     # 1) find what is missing before anything is scored
-    data, doc_mask = None, False
+    data = None
     if s.data_dir != "none":
-        data, doc_mask = open_data(s, model)
+        data = open_data(s, model)
     questions = open_questions(s, data, report)
     choices = open_choices(s)
 
@@ -76,10 +77,10 @@ def main():
     report(f"{s.out_dir}, step {model.step} · {describe(device)} · {sizes(model)}")
     results = {"step": model.step}
     if data:
-        results["data_dir"] = s.data_dir
+        results |= {"data_dir": s.data_dir, "doc_mask": s.doc_mask}
         if is_prepared_anew(s, data):
             results["prepared_anew"] = True
-        results |= validation.score(model, data, doc_mask, s.batch_size, s.eval_iters,
+        results |= validation.score(model, data, s.doc_mask, s.batch_size, s.eval_iters,
                                     device, dtype)
         results["perplexity"] = math.exp(min(results["loss"], 700))
         results["bits_per_byte"] = validation.bits_per_byte(results["loss"], data.meta)
@@ -103,10 +104,11 @@ def main():
 
 
 def open_data(s, model):
-    """The validation split, and: is attention to stay inside a document, as it was in training?
+    """The validation split. Fills in data_dir and doc_mask; UserError if it is not of this model.
 
-    Without config.py (best.pt was copied alone) data_dir must be given, and train.py's rule for
-    doc_mask holds: SFT data have it. UserError if the split is not of this model.
+    On the data that the model was trained on, doc_mask is the model's own. On other data train.py's
+    rule holds for every model, so that their numbers compare: SFT data have it. Without config.py
+    (best.pt was copied alone) data_dir must be given.
     """
     trained = {}
     if not s.data_dir or os.path.exists(os.path.join(s.out_dir, "config.py")):
@@ -117,7 +119,15 @@ def open_data(s, model):
         raise UserError(f"{s.data_dir} was prepared with another tokenizer than the model in "
                         f"{s.out_dir} has")
     validation.check_counts(data.meta)
-    return data, trained.get("doc_mask", data.meta["kind"] == "sft")
+    if s.doc_mask is None and trained and is_same_folder(trained["data_dir"], s.data_dir):
+        s.doc_mask = trained["doc_mask"]
+    elif s.doc_mask is None:
+        s.doc_mask = data.meta["kind"] == "sft"
+    return data
+
+
+def is_same_folder(a, b):
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def is_prepared_anew(s, data):
@@ -127,8 +137,7 @@ def is_prepared_anew(s, data):
     if not isinstance(identity, dict) or not os.path.exists(settings):
         return False
     trained = read_settings(s.out_dir, data_dir=str)["data_dir"]
-    same_folder = os.path.realpath(trained) == os.path.realpath(s.data_dir)
-    if not same_folder or identity.get("data") == fingerprint(data.meta):
+    if not is_same_folder(trained, s.data_dir) or identity.get("data") == fingerprint(data.meta):
         return False
     print(f"eval.py: {s.data_dir} was prepared again after this model was trained: what is "
           "validation data now may be what it was trained on", file=sys.stderr)
@@ -170,9 +179,10 @@ def sizes(model):
 
 
 def report_validation(results, report):
-    report(f"{results['data_dir']}, {results['tokens']:,} tokens: loss {results['loss']:.4f} · "
-           f"perplexity {results['perplexity']:.2f} · {results['bits_per_byte']:.4f} bits per byte "
-           f"· accuracy {results['accuracy']:.2%}")
+    masked = ", documents masked" if results["doc_mask"] else ""
+    report(f"{results['data_dir']}, {results['tokens']:,} tokens{masked}: "
+           f"loss {results['loss']:.4f} · perplexity {results['perplexity']:.2f} · "
+           f"{results['bits_per_byte']:.4f} bits per byte · accuracy {results['accuracy']:.2%}")
     if "load" in results:
         n_expert = len(results["load"][0])
         report("share of tokens per expert, as a multiple of the fair share")

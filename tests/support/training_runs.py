@@ -56,6 +56,8 @@ def make_data(folder, kind="pretrain", train=4000, val=700, block_size=BLOCK, to
             else:
                 learned = (random.random(len(ids)) < 0.4).astype("u1")
             learned.tofile(os.path.join(folder, f"{split}_mask.bin"))
+            count = int(learned.sum())
+            splits[split] |= {"learned_tokens": count, "learned_bytes": 3 * count}
     meta = {"kind": kind, "tokenizer": os.path.join(folder, "tokenizer"),
             "tokenizer_hash": tokenizer().hash, "vocab_size": VOCAB, "seed": 1,
             "val_fraction": 0.1, "splits": splits, "sources": [], "skipped": {}}
