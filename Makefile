@@ -29,7 +29,7 @@ UNFINISHED = $(if $(wildcard $@),,$(wildcard $(@D)/ckpt_*.pt))
 NEWER = $(shell find $(UNFINISHED) $(addprefix -newer ,$^) 2>/dev/null)
 BEGIN = $(if $(UNFINISHED),$(if $(NEWER),--init_from=resume,--overwrite=True),--overwrite=True)
 
-.PHONY: demo test test-faults clean-demo
+.PHONY: demo test test-faults clean-demo again
 .DELETE_ON_ERROR:
 
 # $(call stage,heading,command): say what runs, then run it
@@ -92,6 +92,11 @@ $(OUT)_control/done: data/demo/sft/meta.json $(SFT) $(CODE)
 		$(PY) train.py $(strip $(PRETRAIN) $(SFT)) --init_from=scratch --out_dir=$(OUT)_control \
 		$(BEGIN))
 	$(ended)
+
+# eval.py may have been run by hand since, on another checkpoint or with other questions
+EVALUATED := $(wildcard $(OUT)_sft/eval.json $(OUT)_control/eval.json)
+$(if $(EVALUATED),$(shell $(PY) -m demo.report $(NAME) stale 2>/dev/null)): again
+again:
 
 $(OUT)_%/eval.json: $(OUT)_%/done eval.py
 	$(call stage,Evaluation: questions about the other half of the people,\

@@ -10,10 +10,12 @@ bits per byte of text (comparable between tokenizers), next-token accuracy, and 
 each expert's share of the tokens. Questions are answered greedily; an answer is right if every
 character matches. Multiple choice compares the likelihood of the choices, see
 minillm/multiple_choice.py. A question longer than the context counts as wrong, and is named. The
-same model and data give the same numbers. They are also written to out_dir/eval.json.
+same model and data give the same numbers. They are also written to out_dir/eval.json, beside what
+an earlier command measured of the same weights.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
+import hashlib
 import json
 import math
 import os
@@ -75,11 +77,10 @@ def main():
 
     # 2) score, part by part; what is scored is written at once
     report(f"{s.out_dir}, step {model.step} · {describe(device)} · {sizes(model)}")
-    results = {"step": model.step}
+    results = {"step": model.step, "weights": weights_id(model)}
     if data:
-        results |= {"data_dir": s.data_dir, "doc_mask": s.doc_mask}
-        if is_prepared_anew(s, data):
-            results["prepared_anew"] = True
+        results |= {"data_dir": s.data_dir, "doc_mask": s.doc_mask, "eval_iters": s.eval_iters,
+                    "prepared_anew": is_prepared_anew(s, data)}
         results |= validation.score(model, data, s.doc_mask, s.batch_size, s.eval_iters,
                                     device, dtype)
         results["perplexity"] = math.exp(min(results["loss"], 700))
@@ -93,7 +94,8 @@ def main():
     if choices:
         scores, chosen = multiple_choice.score(model, choices, s.answer_by, s.template,
                                                s.batch_size, device, dtype)
-        results["multiple_choice"] = {"answer_by": s.answer_by, "template": s.template} | scores
+        results["multiple_choice"] = {"choices_file": s.choices, "answer_by": s.answer_by,
+                                      "template": s.template} | scores
         report_choices(s, choices, chosen, scores, report)
     results["seconds"] = time.monotonic() - started
     problem = write_results(s, results)
@@ -230,12 +232,33 @@ def report_choices(s, questions, chosen, scores, report):
            f"chance {scores['chance']:.1%}")
 
 
+def weights_id(model):
+    """A hash of some of each matrix: step 700 of a run that was rolled back is another one."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.flatten()[:1000].cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def earlier_results(path, results):
+    """What the eval.json at `path` says of the same weights as `results`; else {}."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(earlier, dict):
+        return {}
+    same = all(earlier.get(key) == results[key] for key in ("step", "weights"))
+    return earlier if same else {}
+
+
 def write_results(s, results):
     """Write out_dir/eval.json, the old one or the new; returns what went wrong, or None."""
     path = os.path.join(s.out_dir, "eval.json")
     try:
         with replaced_file(path) as new, open(new, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+            json.dump(earlier_results(path, results) | results, file, indent=1)
     except OSError as error:
         return f"cannot write {path} ({error.strerror}); the results are the last line of stdout"
 

@@ -1,6 +1,7 @@
 """The table at the end of `make demo`: what was trained, how long it took, what came out.
 
     python -m demo.report demo          # or demo_moe
+    python -m demo.report demo stale    # the eval.json files that the table cannot use
 """
 import json
 import os
@@ -44,12 +45,28 @@ def exact_match(folder, step):
             results = json.load(file)
         is_this = results["step"] == step and results["questions_file"] == "demo"
         return f"{results['exact_match']:.1%}" if is_this else ""
-    except (OSError, KeyError):
+    except (OSError, ValueError, KeyError):
         return ""
+
+
+def stale(name):
+    """The files of evaluations of another step, or with other questions than the demo's."""
+    files = []
+    for folder in (f"out/{name}_sft", f"out/{name}_control"):
+        try:
+            known = exact_match(folder, read_run(folder)["step"])
+        except UserError:                        # not trained yet
+            continue
+        if not known and os.path.exists(f"{folder}/eval.json"):
+            files.append(f"{folder}/eval.json")
+    return files
 
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    if sys.argv[2:] == ["stale"]:
+        print(*stale(name))
+        return
     runs = {stage: read_run(f"out/{name}_{stage}") for stage in TITLES}
     print()
     print(ROW.format(*HEAD))

@@ -228,7 +228,10 @@ def demo(say):
     picture = Picture(720, 170, say("What SFT never mentioned, only pretraining can have taught",
                                     "SFT 里没有出现过的事实，只能来自预训练"))
     for i, (folder, label) in enumerate(names):
-        match = read_json(f"{folder}/eval.json")["exact_match"]
+        results = read_json(f"{folder}/eval.json")
+        if results.get("questions_file") != "demo":
+            raise UserError(f"{folder}/eval.json is not of the demo's questions: make demo")
+        match = results["exact_match"]
         y = 52 + i * 42
         picture.text(20, y + 19, label, size=13)
         picture.rect(200, y, 440, 27, "panel", line="line", round=5)

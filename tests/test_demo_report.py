@@ -33,7 +33,8 @@ def test_a_row_for_each_run(demo):
 
 @pytest.mark.parametrize("change", [
     {"step": 9},                                     # the run was resumed, and not evaluated again
-    {"questions_file": "mine.jsonl"}])
+    {"questions_file": "mine.jsonl"},
+    {"exact_match": None, "questions_file": None}])
 def test_another_evaluation_is_not_shown(demo, change):
     path = demo / "out/demo_sft/eval.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -41,6 +42,14 @@ def test_another_evaluation_is_not_shown(demo, change):
     output = finish("demo.report", ["demo"], folder=demo)
 
     assert "98.7%" not in output and "2.0%" in output
+    stale = finish("demo.report", ["demo", "stale"], folder=demo)
+    assert stale.split() == ["out/demo_sft/eval.json"]
+
+
+def test_what_the_table_can_use_is_not_stale(demo):
+    (demo / "out/demo_control/metrics.jsonl").write_text(json.dumps(STEPS[1]) + "\n")
+
+    assert finish("demo.report", ["demo", "stale"], folder=demo).split() == []
 
 
 def test_a_demo_that_has_not_ended(demo):

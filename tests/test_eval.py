@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from minillm import exact_match, multiple_choice
+from minillm import checkpoint, exact_match, multiple_choice
 from minillm.multiple_choice import parse_record, read_questions, score
 from minillm.tokenizer import END_OF_TEXT
 from support import processes, training_runs
@@ -60,6 +60,56 @@ def test_two_evaluations_agree_to_the_bit(run_folder, tmp_path):
     assert first == second
     with open(folder / "eval.json") as file:
         assert json.load(file)["multiple_choice"] == first["multiple_choice"]
+
+
+def written(folder):
+    return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+
+
+def test_parts_that_are_measured_one_by_one_stand_side_by_side(run_folder, tmp_path):
+    """Each command writes what it measured, and keeps the rest."""
+    shutil.copytree(run_folder[0], tmp_path / "out")
+    questions = write_lines(tmp_path / "q.jsonl", [chat("天"), chat("气")])
+
+    loss, _ = evaluate(tmp_path / "out")
+    evaluate(tmp_path / "out", "--data_dir=none", f"--questions={questions}")
+    last, _ = evaluate(tmp_path / "out", "--data_dir=none", "--choices=demo")
+    one_batch, _ = evaluate(tmp_path / "out", "--eval_iters=1")
+
+    whole = written(tmp_path / "out")
+    assert "loss" not in last and "exact_match" not in last
+    assert (whole["questions_file"], whole["questions"]) == (str(questions), 2)
+    assert whole["multiple_choice"] == last["multiple_choice"]
+    assert whole["multiple_choice"]["choices_file"] == "demo"
+    assert (whole["loss"], whole["eval_iters"]) == (one_batch["loss"], 1) != (loss["loss"], 0)
+
+
+def other_weights(out):
+    """The same step, as after a rollback and another training."""
+    path = str(out / "ckpt_00000020.pt")
+    state = checkpoint.load(path)
+    state["model"]["norm.weight"] += 1
+    checkpoint.save(path, state)
+
+
+def written_before(text):
+    return lambda out: (out / "eval.json").write_text(text)
+
+
+@pytest.mark.parametrize("change, argv", [
+    (other_weights, []), (lambda out: None, ["--checkpoint=15"]),
+    (written_before('{"step": 20, "exact_match": 1}'), []), (written_before("{"), []),
+    (written_before("[]"), [])],
+    ids=["other weights", "another step", "of an older version", "damaged", "a list"])
+def test_what_was_measured_of_other_weights_is_dropped(run_folder, tmp_path, change, argv):
+    out = tmp_path / "out"
+    shutil.copytree(run_folder[0], out)
+    evaluate(out, "--choices=demo", "--data_dir=none")
+    change(out)
+
+    results, _ = evaluate(out, *argv)
+
+    assert written(out) == results and "multiple_choice" not in results
 
 
 def test_right_answers_that_are_too_long_are_counted(run_folder, tmp_path):
@@ -260,9 +310,9 @@ def test_data_that_were_prepared_again_are_named(run_folder, tmp_path, which):
     elsewhere, _ = evaluate(tmp_path / "out", *argv, f"--data_dir={data}")
 
     line = "was prepared again after this model was trained"
-    assert line not in said and "prepared_anew" not in unchanged
+    assert line not in said and not unchanged["prepared_anew"]
     assert line in said_then and changed["prepared_anew"]
-    assert "prepared_anew" not in elsewhere
+    assert not elsewhere["prepared_anew"]
 
 
 def test_best_alone_is_scored_as_the_whole_folder(run_folder, tmp_path):

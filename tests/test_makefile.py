@@ -91,3 +91,24 @@ def test_a_run_that_was_told_to_stop_has_not_ended(project):
 def test_a_run_that_saved_its_last_step_has_ended(project):
     assert run_demo(project, last_step=700).returncode == 0
     assert (project / "out/demo_pretrain/done").exists()
+
+
+@pytest.mark.parametrize("stale, made", [
+    ("out/demo_sft/eval.json", ["out/demo_sft"]), ("", [])])
+def test_an_evaluation_that_the_table_cannot_use_is_made_again(project, stale, made):
+    """Somebody has run eval.py on another checkpoint, or with other questions."""
+    seconds = 5000
+    for name in ("eval.py", "prepare_sft.py", "data/demo/sft/meta.json", "config/demo_sft.py",
+                 "out/demo_pretrain/done", "out/demo_sft/done", "out/demo_control/done",
+                 "out/demo_sft/eval.json", "out/demo_control/eval.json"):
+        seconds += 1
+        touch(project, name, seconds)
+    python = project / ".venv/bin/python"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text(f"#!/bin/sh\n[ $2 != demo.report ] || echo {stale}\n")
+    python.chmod(0o755)
+
+    done = subprocess.run(["make", "-n", "demo"], cwd=project, check=True, capture_output=True,
+                          encoding="utf-8")
+
+    assert re.findall(r"^\.venv/bin/python eval.py --out_dir=(\S+)", done.stdout, re.M) == made
