@@ -1,5 +1,7 @@
 """README.md of an exported model: how to use it, and where it differs from what one may expect."""
+import json
 import os
+import shlex
 
 CARD = """---
 {header}pipeline_tag: text-generation
@@ -28,8 +30,8 @@ HEADERS = {"hf": "library_name: transformers\n", "gguf": ""}
 USAGES = {"hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({quoted})
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 messages = [{{"role": "user", "content": "你好"}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -37,8 +39,8 @@ output = model.generate(**inputs, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 """, "gguf": """```
-llama-cli -m {name}/model.gguf
-ollama create my-model -f {name}/Modelfile && ollama run my-model
+llama-cli -m {gguf}
+ollama create my-model -f {modelfile} && ollama run my-model
 ```
 """}
 
@@ -94,7 +96,9 @@ def write_card(folder, model, format, name, dtype, notes):
         step=model.step, n_layer=config.n_layer, n_embd=config.n_embd, n_inner=config.n_inner,
         n_head=config.n_head, n_kv_head=config.n_kv_head, experts=experts, dtype=dtype,
         block_size=config.block_size, vocab_size=model.tokenizer.vocab_size,
-        usage=USAGES[format].format(name=name),
+        usage=USAGES[format].format(
+            quoted=json.dumps(name, ensure_ascii=False),
+            gguf=shlex.quote(f"{name}/model.gguf"), modelfile=shlex.quote(f"{name}/Modelfile")),
         notes="\n".join(f"- {NOTES[note]}" for note in notes))
     # a folder's name need not be UTF-8
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8",

@@ -7,6 +7,7 @@ Nothing here imports torch: a wrong flag is reported at once, without a second o
 import contextlib
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -88,8 +89,9 @@ def check_folder(out_dir):
         return
     name = os.path.basename(os.path.normpath(out_dir))
     command = "train.py"
-    if os.path.exists(f"config/{name}.py"):
-        command = f"`python train.py config/{name}.py`"
+    config = f"config/{name}.py"
+    if os.path.exists(config):
+        command = f"`python train.py {shlex.quote(config)}`"
     if name == "demo_pretrain":
         command = "`make demo`, or `python train.py`,"
     if name == "demo_sft":

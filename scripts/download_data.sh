@@ -132,19 +132,24 @@ for place, record in records:
 END
 }
 
+part=$out/seq_monkey_part.jsonl          # what --part fetches; part.mb says how much that was
 for name in "${wanted[@]}"; do
     case $name in
         seq-monkey) kind=text url=$modelscope/datasets/ddzhu123/seq-monkey/resolve/master/mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2 ;;
         belle) kind=chats url=$hf/datasets/BelleGroup/train_3.5M_CN/resolve/main/train_3.5M_CN.json ;;
     esac
     file=$out/${url##*/}
-    if [ "$name" = seq-monkey ] && [ -n "$part_mb" ]; then file=$out/seq_monkey_part.jsonl; fi
+    if [ "$name" = seq-monkey ] && [ -n "$part_mb" ]; then file=$part; fi
     if [ -e "$file" ]; then
+        if [ "$file" = "$part" ] && [ "$(cat "$part.mb" 2>/dev/null || echo "$part_mb")" != "$part_mb" ]; then
+            die "$file holds the first $(cat "$part.mb") MB, $part_mb asked for: remove it first"
+        fi
         echo "$name: $file is there"
     else
         echo "$name: $url"
         if [ "$name" = seq-monkey ] && [ -n "$part_mb" ]; then
             fetch "$url" "$file.tar.bz2" $((part_mb * 1000000))
+            echo "$part_mb" >"$file.mb"
             unpack "$file.tar.bz2" "$file"
             rm "$file.tar.bz2"
         else
@@ -159,14 +164,14 @@ for name in "${wanted[@]}"; do
 done
 
 text=$out/mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2
-[ -z "$part_mb" ] || text=$out/seq_monkey_part.jsonl
+[ -z "$part_mb" ] || text=$part
 chats=$out/train_3.5M_CN.json
 echo
 echo "next:"
 if [ -e "$text" ]; then
-    echo "  python train_tokenizer.py $text"
-    echo "  python prepare_pretrain.py $text"
+    printf '  python train_tokenizer.py %q\n' "$text"
+    printf '  python prepare_pretrain.py %q\n' "$text"
 fi
-[ ! -e "$chats" ] || echo "  python prepare_sft.py $chats"
+[ ! -e "$chats" ] || printf '  python prepare_sft.py %q\n' "$chats"
 [ ! -e "$text" ] || echo "  python train.py config/pretrain.py"
 [ ! -e "$chats" ] || echo "  python train.py config/sft.py"

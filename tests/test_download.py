@@ -2,6 +2,7 @@
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -224,10 +225,23 @@ def test_help(tmp_path):
     assert done.returncode == 0 and "seq-monkey" in done.stdout and "set -" not in done.stdout
 
 
+def next_steps(out):
+    """The commands that are printed, as a shell reads them."""
+    return [shlex.split(line) for line in out.split("next:\n")[1].splitlines()]
+
+
+@pytest.mark.parametrize("folder", ["my data", "it's; $x", "数据"])
+def test_next_steps_quote_their_files(server, tmp_path, folder):
+    _, out, _ = download(server, tmp_path, f"--out={folder}", LC_ALL="C.UTF-8")
+
+    assert [argument for _, _, argument in next_steps(out)][:3] == [
+        f"{folder}/{TEXT}", f"{folder}/{TEXT}", f"{folder}/{CHATS}"]
+
+
 def test_next_steps_can_be_run(server, tmp_path):
     _, out, _ = download(server, tmp_path)
 
-    steps = [line.split() for line in out.split("next:\n")[1].splitlines()]
+    steps = next_steps(out)
     assert [script for _, script, _ in steps] == [
         "train_tokenizer.py", "prepare_pretrain.py", "prepare_sft.py", "train.py", "train.py"]
     for _, script, argument in steps:
@@ -244,22 +258,56 @@ def test_the_first_records_are_shown(server, tmp_path):
 
 # ---- a part of seq-monkey
 
-def test_a_part_of_seq_monkey_is_unpacked_to_whole_lines(server, tmp_path):
+def large_text(server):
+    """Let the server have an archive of more than a megabyte; returns the text in it."""
     rng = random.Random(1)
     content = json_lines({"text": "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(400))}
                          for _ in range(2000))
     server.files[TEXT] = text_archive(content)
     assert len(server.files[TEXT]) > 1_100_000
+    return content
+
+
+def test_a_part_of_seq_monkey_is_unpacked_to_whole_lines(server, tmp_path):
+    content = large_text(server)
     server.drop = 400_000
 
     code, out, err = download(server, tmp_path, "seq-monkey", "--part=1")
 
     assert code == 0, err
-    [(name, data)] = fetched(tmp_path).items()
-    assert name == "seq_monkey_part.jsonl" and name in out.split("next:")[1]
+    files = fetched(tmp_path)
+    data = files["seq_monkey_part.jsonl"]
+    assert files.keys() == {"seq_monkey_part.jsonl", "seq_monkey_part.jsonl.mb"}
+    assert "seq_monkey_part.jsonl" in out.split("next:")[1]
     assert content.startswith(data) and data.endswith(b"\n")
     assert len(content) / 4 < len(data) < len(content)
     assert [first or 0 for _, first, _ in server.asked] == [0, 400_000, 800_000]
+
+
+def test_a_part_of_another_size_is_not_taken_for_the_one_asked_for(server, tmp_path):
+    content = large_text(server)
+    download(server, tmp_path, "seq-monkey", "--part=1")
+    path = tmp_path / "data/raw/seq_monkey_part.jsonl"
+
+    same = download(server, tmp_path, "seq-monkey", "--part=1")
+    code, _, err = download(server, tmp_path, "seq-monkey", "--part=3")
+    path.unlink()
+    larger = download(server, tmp_path, "seq-monkey", "--part=3")
+    smaller = download(server, tmp_path, "seq-monkey", "--part=1")
+
+    assert same[0] == larger[0] == 0 and "is there" in same[1]
+    assert (code, smaller[0]) == (2, 2)
+    assert "seq_monkey_part.jsonl holds the first 1 MB, 3 asked for: remove it first" in err
+    assert "holds the first 3 MB, 1 asked for" in smaller[2]
+    assert path.read_bytes() == content
+
+
+def test_a_part_from_before_its_size_was_written_is_kept(server, tmp_path):
+    large_text(server)
+    download(server, tmp_path, "seq-monkey", "--part=1")
+    (tmp_path / "data/raw/seq_monkey_part.jsonl.mb").unlink()
+
+    assert download(server, tmp_path, "seq-monkey", "--part=3")[0] == 0
 
 
 @pytest.mark.parametrize("flag", ["--part=x", "--part=0", "--part=1.5"])

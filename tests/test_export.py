@@ -1,6 +1,9 @@
 """export.py against the programs that open what it writes: Hugging Face transformers."""
+import ast
 import json
 import os
+import re
+import shlex
 import sys
 from dataclasses import asdict
 
@@ -9,6 +12,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.export_hf import read_model
+from minillm.model_card import write_card
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from support import training_runs
 from support.exports import LONG, export_folder, lively_model
@@ -197,6 +201,20 @@ def test_card_names_what_differs(tmp_path):
     assert "document masks" in cards[0] and "relu²" in cards[0] and "w1 = w3" not in cards[0]
     assert "document masks" not in cards[1] and "w1 = w3" in cards[1]
     assert all("stays text" in card for card in cards)
+
+
+@pytest.mark.parametrize("name", ["out/my run", "it's", 'a "b"', "模型"])
+def test_commands_of_the_card_can_be_copied(tmp_path, name):
+    """Whatever the folder is called, by a shell and by Python."""
+    cards = {}
+    for format in ("gguf", "hf"):
+        write_card(tmp_path, tiny_model(), format, name, "float32", [])
+        cards[format] = (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    commands = [shlex.split(line) for line in cards["gguf"].splitlines() if " my-model" in line]
+    assert commands[0][4] == f"{name}/Modelfile"
+    quoted = re.findall(r"from_pretrained\((.*)\)", cards["hf"])
+    assert [ast.literal_eval(text) for text in quoted] == [name, name]
 
 
 def test_a_second_export_takes_the_place_of_the_first(tmp_path):
