@@ -75,7 +75,8 @@ def write_model(folder, config, weights, tokenizer_json, dtype, name):
     """Write model.gguf and Modelfile into `folder`.
 
     config: a GPTConfig; weights: the model's state dict, float32; tokenizer_json: read_tokenizer's;
-    dtype: a key of TYPES, of the matrices. Norms, biases and routers stay float32.
+    dtype: a key of TYPES, of the matrices. Norms, biases and routers stay float32. OSError if the
+    disk is full.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(os.path.join(folder, "model.gguf"), "llama")
@@ -89,7 +90,12 @@ def write_model(folder, config, weights, tokenizer_json, dtype, name):
         writer.add_tensor(tensor_name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    try:
+        writer.write_tensors_to_file()
+    except OSError as error:
+        # numpy says how much it has written, and not why it stopped
+        reason = error.strerror or "No space left on device, or a limit on the size of a file"
+        raise OSError(error.errno, reason) from None
     writer.close()
     with open(os.path.join(folder, "Modelfile"), "w", encoding="utf-8") as file:
         file.write(MODELFILE.format(block_size=config.block_size, d=DEFAULTS))

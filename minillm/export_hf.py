@@ -52,16 +52,19 @@ def write_model(folder, config, weights, vocab_size, kind, dtype=torch.float32):
     """Write config.json, generation_config.json and the weights into `folder`.
 
     config: a GPTConfig; weights: the model's state dict; vocab_size: the tokenizer's;
-    kind: a key of ARCHITECTURES; dtype: of the weights in the file.
+    kind: a key of ARCHITECTURES; dtype: of the weights in the file. OSError if the disk is full.
     """
     safetensors = import_safetensors()
     tensors, training = to_transformers(config, weights, vocab_size, kind)
     # every tensor by itself in memory: safetensors refuses two that share it
     tensors = {name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}
     save_file = safetensors.torch.save_file
-    save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-    if training:
-        save_file(training, os.path.join(folder, "training.safetensors"))
+    try:
+        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        if training:
+            save_file(training, os.path.join(folder, "training.safetensors"))
+    except safetensors.SafetensorError as error:             # a full disk, above all
+        raise OSError(str(error)) from None
     _write_json(folder, "config.json", transformers_config(config, vocab_size, kind, dtype))
     _write_json(folder, "generation_config.json", {
         # as chat.py without flags

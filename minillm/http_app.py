@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -204,6 +205,8 @@ async def read_body(request, limits):
                     break                        # after this much, most clients receive the answer
     except TimeoutError:
         raise ApiError(408, f"no whole body within {limits.body_seconds:g} s") from None
+    except ClientDisconnect:                     # nobody reads this answer
+        raise ApiError(400, "the client left before its body had arrived") from None
     if size > limits.max_body:
         raise ApiError(413, f"the body is larger than {limits.max_body:,} bytes",
                        code="request_too_large")

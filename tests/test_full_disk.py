@@ -1,4 +1,4 @@
-"""Training on a full disk: it continues where it can, and ends with exit 2 where it cannot."""
+"""A full disk: training continues where it can; it and export.py end with exit 2 otherwise."""
 import os
 import resource
 import signal
@@ -7,6 +7,8 @@ import subprocess
 import pytest
 
 from minillm import checkpoint
+from support import processes
+from support.tiny_models import tiny_model, write_folder
 from support.training_runs import (SHORT, assert_same_run, assert_same_weights, finish, newest,
                                    numbers, on_step, refused)
 
@@ -112,3 +114,41 @@ def test_a_disk_that_is_really_full(data, straight, small_disk):
     os.remove(filler)
     finish([*argv, "--init_from=resume"])
     assert_same_run(straight, small_disk / "out")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("export") / "model", tiny_model(n_expert=4))
+
+
+def assert_one_line(model, folder, format, says, **options):
+    """export.py into `folder` is refused with a line, and leaves nothing."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("safetensors")
+    argv = [f"--out_dir={model}", f"--export_dir={folder}/export", f"--format={format}"]
+
+    line = processes.refused("export", argv, **options)
+
+    assert f"export.py: cannot write {folder}/export: " in line and says in line
+    assert not [name for name in os.listdir(folder) if "export" in name]
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+@pytest.mark.parametrize("room", [0, 20_000, 80_000, 120_000])
+def test_an_export_that_finds_no_room_is_one_line(model, small_disk, format, room):
+    """Wherever in the files the disk is full."""
+    fill(small_disk / "filler")
+    with open(small_disk / "filler", "rb+") as file:
+        file.truncate(os.path.getsize(small_disk / "filler") - room)
+
+    assert_one_line(model, small_disk, format, "No space left on device")
+
+
+@pytest.mark.parametrize("format, says", [
+    ("hf", "File too large"), ("gguf", "a limit on the size of a file")])
+def test_an_export_that_meets_a_limit_is_one_line(model, tmp_path, format, says):
+    def before():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+    assert_one_line(model, tmp_path, format, says, before=before)

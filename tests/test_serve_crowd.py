@@ -1,5 +1,6 @@
 """serve.py under many clients at once: right texts, a busy model, clients that leave, the end."""
 import json
+import logging
 import os
 import random
 import re
@@ -43,6 +44,26 @@ def test_a_busy_model_says_so(long_server):
         server.gate.open.set()
         texts = [text_of(answer.result()) for answer in under_way]
     assert texts == [alone(server, seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("begin", [b"", b'{"messages"'])
+def test_a_client_that_leaves_before_its_body_has_arrived_is_no_mistake(server, caplog, monkeypatch,
+                                                                        path, begin):
+    """Nothing is logged, and the next one is served."""
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    under_way = server.web.server_state.tasks
+    header = (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+              "Content-Length: 100\r\n\r\n").encode()
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(header + begin)
+        wait_until(lambda: under_way)
+
+    wait_until(lambda: not under_way)
+    assert text_of(chat(server, seed=1)) == alone(server, seed=1)
+    assert [record for record in caplog.records if record.name == "uvicorn.error"] == []
 
 
 @pytest.mark.parametrize("stream", [False, True])

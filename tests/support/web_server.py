@@ -56,7 +56,7 @@ class TellingDecoder(BatchDecoder):
 
 
 class Server:
-    """url, model, decoder, gate; ask(path, body) posts JSON or bytes."""
+    """url, model, decoder, gate, web (uvicorn's); ask(path, body) posts JSON or bytes."""
 
     def __init__(self, model, url, gate, key, decoder):
         self.model, self.url, self.gate, self.key = model, url, gate, key
@@ -100,7 +100,7 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
 
     limits = {"body_seconds": PATIENCE} | limits
     app = make_app(service, Limits(**limits), decoder)
-    web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    web = server.web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
