@@ -39,7 +39,9 @@ def load_model(s):
 def answer_once(s, options, message):
     """Print the answer to `message`, as text while it is made or as one JSON record."""
     if not message.strip():
-        raise UserError("there is no message: stdin is empty")
+        source = "stdin" if s.prompt in ("", "-") else "--prompt"
+        state = "holds only spaces" if message else "is empty"
+        raise UserError(f"there is no message: {source} {state}")
     conversation = Conversation(load_model(s), s.system, s.truncate_ctx)
     text = ""
     for piece in conversation.ask(message, seed=s.seed, **options):

@@ -193,7 +193,7 @@ def paths_of(folder, which="newest"):
             raise UserError(f"checkpoint={which} names one of a folder, and {folder} is a file")
         return [folder]
     if not os.path.isdir(folder):
-        kind = "file" if str(folder).endswith(".pt") else "folder"
+        kind = "file" if str(folder).lower().endswith(".pt") else "folder"
         raise UserError(f"no model in {folder}: there is no such {kind}; train.py makes one")
     steps, best = saved_steps(folder), best_path(folder)
     if which == "newest":

@@ -120,7 +120,7 @@ def configure(cls, argv=None):
             settings.given.add(key)
         elif argument.startswith("-") and len(argument) > 1:
             raise UserError(f"flags begin with two dashes: -{argument}")
-        elif argument.endswith(".py"):
+        elif argument.lower().endswith(".py"):
             for key, value in _read_config(argument, hints, inputs).items():
                 setattr(settings, key, value)
                 settings.given.add(key)

@@ -39,7 +39,7 @@ def read_questions(path):
     """The questions of a .jsonl or .csv file. UserError names the file and line of a bad one."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".csv"):
+            if path.lower().endswith(".csv"):
                 reader = csv.DictReader(file)
                 records = [(f"{path}:{reader.line_num}", record) for record in reader]
             else:

@@ -92,7 +92,8 @@ class Refusal(NamedTuple):
 
 REFUSED = {
     "nothing": Refusal("there is no message: stdin is empty", stdin=b""),
-    "a blank line": Refusal("there is no message", stdin=b" \n"),
+    "a blank line": Refusal("there is no message: stdin holds only spaces", stdin=b" \n"),
+    "a blank prompt": Refusal("there is no message: --prompt holds only spaces", ["--prompt= "]),
     "no UTF-8": Refusal("the prompt is not UTF-8 text", stdin=b"\xff\xfe"),
     "too long": Refusal("tokens long", ["--prompt=" + "长" * 999]),
     "too long for truncate_ctx": Refusal(

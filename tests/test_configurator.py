@@ -32,7 +32,7 @@ class Settings:
 
 
 def test_bounds_hold_for_flags_and_config_files(tmp_path):
-    config = tmp_path / "a.py"
+    config = tmp_path / "A.PY"
     config.write_text("batch_size = 0\n")
 
     with pytest.raises(UserError, match="^batch_size=0 must be at least 1$"):

@@ -224,13 +224,14 @@ def test_batches_answer_as_each_question_does_alone(monkeypatch):
     assert answers == alone and len(set(answers)) > 1
 
 
-def test_csv_and_json_lines_give_the_same_questions(tmp_path):
+@pytest.mark.parametrize("name", ["q.csv", "Q.CSV"])
+def test_csv_and_json_lines_give_the_same_questions(tmp_path, name):
     """C-Eval's CSV, with a line end in a quoted question and a byte-order mark."""
-    (tmp_path / "q.csv").write_text(
+    (tmp_path / name).write_text(
         'id,question,A,B,C,D,answer,explanation\n0,"一,\n二",甲,乙,丙,丁,C,\n', encoding="utf-8-sig")
     record = {"question": "一,\n二", "choices": ["甲", "乙", "丙", "丁"], "answer": 2}
 
-    from_csv = read_questions(str(tmp_path / "q.csv"))
+    from_csv = read_questions(str(tmp_path / name))
     from_json = read_questions(str(write_lines(tmp_path / "q.jsonl", [record])))
 
     assert [question[1:] for question in from_csv] == [question[1:] for question in from_json]
