@@ -24,6 +24,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from minillm import checkpoint, exact_match, multiple_choice, validation
 from minillm.atomic_folder import replaced_file
 from minillm.configurator import NonNegative, Positive, configure
@@ -236,7 +238,8 @@ def weights_id(model):
     """A hash of some of each matrix: step 700 of a run that was rolled back is another one."""
     digest = hashlib.sha256()
     for weight in model.state_dict().values():
-        digest.update(weight.flatten()[:1000].cpu().numpy().tobytes())
+        # as bfloat16, so that the number type they are loaded in makes no difference
+        digest.update(weight.flatten()[:1000].bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -2,8 +2,11 @@
 import json
 
 import pytest
+import torch
 
+from eval import weights_id
 from support.processes import finish, refused
+from support.tiny_models import tiny_model
 
 STEPS = [{"step": 0, "parameters": 90, "active_parameters": 70}, {"step": 9, "loss": 1.5}]
 END = {"step": 10, "seconds": 61.2, "tokens": 5120, "active_parameters": 70}
@@ -57,3 +60,11 @@ def test_a_demo_that_has_not_ended(demo):
     assert "out/demo_sft has not ended" in refused("demo.report", [], folder=demo)
     line = refused("demo.report", ["demo_moe"], folder=demo)
     assert "cannot read out/demo_moe_pretrain/metrics.jsonl" in line
+
+
+def test_the_same_weights_are_known_in_any_number_type():
+    """On a GPU they are bfloat16: eval.json of a CPU is of the same model."""
+    known = {weights_id(tiny_model().to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+
+    assert len(known) == 1
+    assert weights_id(tiny_model(seed=1)) not in known

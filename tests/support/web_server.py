@@ -100,7 +100,8 @@ def served(model, rows=4, max_waiting=64, fast=True, **limits):
 
     limits = {"body_seconds": PATIENCE} | limits
     app = make_app(service, Limits(**limits), decoder)
-    web = server.web = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    web = server.web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
