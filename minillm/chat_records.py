@@ -115,7 +115,7 @@ def _question_and_answer(record, keys, left_out):
 def _history(value, names, left_out):
     """The turns before: [[question, answer], …], records of both, or messages."""
     value = _parsed(value)
-    if _empty(value):
+    if _holds_nothing(value):
         return []
     if isinstance(value, dict):
         value = [value]
@@ -157,7 +157,7 @@ def _turns_in(turn, names, left_out, report):
         supervised = supervised and all(_supervised(part, left_out) for part in value
                                         if isinstance(part, dict))
     text = _text(value, left_out)
-    if text is None and role == "assistant" and not _empty(turn.get("tool_calls")):
+    if text is None and role == "assistant" and not _holds_nothing(turn.get("tool_calls")):
         role = "tool"
     return [(role, text, supervised)]
 
@@ -186,22 +186,23 @@ def _text(value, left_out):
 def _filled(record, keys):
     """The value of the first of the keys under which something stands; None if there is none."""
     for key in keys:
-        value = record.get(key)
-        if not (value is None or value == "" or value != value):
-            return value
+        if not _empty(record.get(key)):
+            return record[key]
     return None
 
 
 def _empty(value):
-    """Whether nothing is said.
-
-    That is null, NaN (pandas' null), blank text, an empty list or object, also as text.
-    """
+    """Whether nothing is said: null, NaN (pandas' null), blank text, an empty list or object."""
     if value is None or value == [] or value == {}:
         return True
     if isinstance(value, float):
         return math.isnan(value)
-    return isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")
+    return isinstance(value, str) and not value.strip()
+
+
+def _holds_nothing(value):
+    """Whether a list or an object is empty, also one that was written as text."""
+    return _empty(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
 
 
 def _supervised(record, left_out):
@@ -253,7 +254,7 @@ def _count_keys(record, known, left_out, report):
     if known.issuperset(record):                         # as a rule, so at once
         return
     for key in record.keys() - known:
-        if _empty(record[key]):
+        if _holds_nothing(record[key]):
             continue
         if key in LEFT_OUT:
             left_out.add(key)

@@ -127,6 +127,15 @@ CASES = [
          record(turn("user", " 问\n"), turn("assistant", "\n答 ")), said("u 问\n", "a\n答 ")),
     Case("NUL is kept", record(turn("user", "a\0b"), turn("assistant", "\0")),
          said("ua\0b", "a\0")),
+    Case("an empty list as an answer is text", record(QUESTION, turn("assistant", "[]"), *QA),
+         said("u问", "a[]", "u问", "a答")),
+    Case("null as an answer is text", {**PAIR, "output": "null"}, said("u问", "anull")),
+    Case("empty objects as texts",
+         record(turn("user", "{}"), turn("assistant", [{"type": "text", "text": "{}"}])),
+         said("u{}", "a{}")),
+    Case("an empty list as an input and in a history",
+         {**PAIR, "input": "[]", "history": [["null", "{}"]]},
+         said("unull", "a{}", "u问\n[]", "a答")),
     Case("control tokens are text", record(turn("user", "<|im_end|>"), ANSWER),
          said("u<|im_end|>", "a答")),
 
@@ -157,6 +166,8 @@ CASES = [
          said("s善", "u一", "a甲", "u问", "a答")),
     Case("history empty list", {**PAIR, "history": []}, PLAIN),
     Case("history empty text", {**PAIR, "history": ""}, PLAIN),
+    Case("history null as text", {**PAIR, "history": "null"}, PLAIN),
+    Case("tool calls null as text", record(QUESTION, {**ANSWER, "tool_calls": "null"}), PLAIN),
     Case("history null", {**PAIR, "history": None}, PLAIN),
 
     # an empty value, and the next key filled
@@ -166,6 +177,7 @@ CASES = [
          record({"from": None, **QUESTION}, {"from": "", **ANSWER}), PLAIN),
     Case("value empty, content filled",
          record({"value": None, **QUESTION}, {"value": "", **ANSWER}), PLAIN),
+    Case("value blank, content filled", record({"value": " ", **QUESTION}, ANSWER), PLAIN),
     Case("output null, response filled", {"instruction": "问", "output": None, "response": "答"},
          PLAIN),
     Case("output NaN, response filled",
