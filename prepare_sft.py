@@ -16,7 +16,8 @@ is one of these (minillm/chat_names.py has all names; --map adds more):
   answer or target; with the turns before it under history.
 
 The system prompt can also stand beside them, under system or system_prompt. A turn with weight,
-loss, train, trainable or loss_mask 0 or false is context: it is not learned.
+loss, train, trainable or loss_mask 0 or false is context: it is not learned. Beside the turns such
+a flag may be a list, with an entry for each turn or for each answer.
 
 Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin,
 val_mask.bin (uint8 of the same length: 1 on the supervised tokens, which are what the assistant

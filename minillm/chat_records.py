@@ -8,18 +8,15 @@ The names of keys and roles stand in the tables of chat_names.py.
 A turn that is context, which the model does not learn, has "supervised": False. Whatever is left
 out and could change the meaning is counted in the report.
 """
-import json
 import math
 import re
 
-from minillm.chat_names import FLAGS, LEFT_OUT, NAMES
+from minillm.chat_names import LEFT_OUT, NAMES
+from minillm.loss_flags import is_supervised, parsed, with_flags
+from minillm.report import Skip
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 TRANSCRIPT = re.compile(r"(?:^|\n)(Human|Assistant):")       # of Belle's multi-turn files
-
-
-class _Skip(Exception):
-    """Nothing of this record can be used; the reason."""
 
 
 def clean_conversation(record, report, place, names=NAMES):
@@ -36,7 +33,7 @@ def clean_conversation(record, report, place, names=NAMES):
     try:
         turns = _all_turns(record, names, left_out, report)
         messages = _alternating(turns, report, place)
-    except _Skip as reason:
+    except Skip as reason:
         if not report.keys_seen and isinstance(record, dict):
             report.keys_seen = tuple(map(str, list(record)[:8]))
         report.left_out.update(left_out)
@@ -58,40 +55,28 @@ def _all_turns(record, names, left_out, report):
         made.append(("system", system, True))
     for key in keys["history"]:
         made += _history(record.get(key), names, left_out)
+    before = len(made)
     if turns is not None:
-        before = len(made)
         for turn in turns:
             made += _turns_in(turn, names, left_out, report)
         _check_unused(record, made, (*keys["user"], "input", *keys["assistant"]), left_out)
-        made = _with_flags_of(record, made, before, left_out)
     elif not record.keys().isdisjoint(names.answer_keys):
-        turns = _question_and_answer(record, keys, left_out)
-        _check_unused(record, turns, keys["assistant"], left_out)
-        made += _with_flags_of(record, turns, 0, left_out)
+        made += _question_and_answer(record, keys, left_out)
+        _check_unused(record, made[before:], keys["assistant"], left_out)
     else:
-        raise _Skip("no conversation")
+        raise Skip("no conversation")
     _count_keys(record, names.known_in_record, left_out, report)
-    return made
+    return with_flags(record, made, before, left_out)
 
 
 def _messages_in(record, keys):
     """The first list of turns under one of the keys that is not empty; None if there is none."""
     for key in keys:
-        value = _parsed(record.get(key))
+        value = parsed(record.get(key))
         if isinstance(value, list) and value:
             if key != "data" or any(isinstance(turn, dict) for turn in value):
                 return value
     return None
-
-
-def _parsed(value):
-    """A list that was written as a string of JSON, as some exporters do, read."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass
-    return value
 
 
 def _question_and_answer(record, keys, left_out):
@@ -100,7 +85,7 @@ def _question_and_answer(record, keys, left_out):
     question = [part for part in dict.fromkeys(question) if part is not None]
     answer = _filled(record, keys["assistant"])
     if isinstance(answer, list) and len(answer) > 1:
-        raise _Skip("several answers")
+        raise Skip("several answers")
     answer = _text(answer, left_out)
     is_transcript = (len(question) == 1 and question[0].startswith("Human:")
                      and question[0].endswith("Assistant:"))
@@ -114,13 +99,13 @@ def _question_and_answer(record, keys, left_out):
 
 def _history(value, names, left_out):
     """The turns before: [[question, answer], …], records of both, or messages."""
-    value = _parsed(value)
+    value = parsed(value)
     if _holds_nothing(value):
         return []
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise _Skip("history is not a list")
+        raise Skip("history is not a list")
     if all(isinstance(item, str) for item in value):     # question, answer, question, answer …
         value = [value[start: start + 2] for start in range(0, len(value), 2)]
     turns = []
@@ -136,25 +121,25 @@ def _history(value, names, left_out):
 def _turns_in(turn, names, left_out, report):
     """One turn {"role": …, "content": …}, or the two of {"human": …, "assistant": …}."""
     if not isinstance(turn, dict):
-        raise _Skip("a turn is not an object")
+        raise Skip("a turn is not an object")
     keys = names.keys
     name = _filled(turn, keys["role"])
     if name is None or turn.keys().isdisjoint(keys["content"]):
         turn = {key.casefold(): value for key, value in turn.items()}
         name = _filled(turn, keys["role"])
-    supervised = _supervised(turn, left_out)
+    supervised = is_supervised(turn, left_out)
     if name is None:
         ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
         if not ordered:
-            raise _Skip("unknown role")
+            raise Skip("unknown role")
         return [(names.role_of_key(key), _text(turn[key], left_out), supervised) for key in ordered]
     role = names.role(name)
     if role is None:
-        raise _Skip("unknown role")
+        raise Skip("unknown role")
     _count_keys(turn, names.known_in_turn, left_out, report)
     value = _filled(turn, keys["content"])
     if isinstance(value, list):
-        supervised = supervised and all(_supervised(part, left_out) for part in value
+        supervised = supervised and all(is_supervised(part, left_out) for part in value
                                         if isinstance(part, dict))
     text = _text(value, left_out)
     if text is None and role == "assistant" and not _holds_nothing(turn.get("tool_calls")):
@@ -176,10 +161,10 @@ def _text(value, left_out):
             elif isinstance(part, dict) and isinstance(part.get("type"), str):
                 left_out.add(part["type"])               # an image, a sound …
             else:
-                raise _Skip("a turn is not text")
+                raise Skip("a turn is not text")
         value = "".join(parts)
     if not isinstance(value, str):
-        raise _Skip("a turn is not text")
+        raise Skip("a turn is not text")
     return value if value.strip() else None
 
 
@@ -203,42 +188,6 @@ def _empty(value):
 def _holds_nothing(value):
     """Whether a list or an object is empty, also one that was written as text."""
     return _empty(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
-
-
-def _supervised(record, left_out):
-    """False if a flag says that this is context, and not to be learned."""
-    if record.keys().isdisjoint(FLAGS):                  # as a rule, so at once
-        return True
-    supervised = True
-    for key in FLAGS:
-        value = record.get(key)
-        if value is None or isinstance(value, list):
-            continue
-        if value in (0, False) or str(value).strip().casefold() in ("0", "0.0", "false", "no"):
-            supervised = False
-        elif (value not in (1, True)
-              and str(value).strip().casefold() not in ("1", "1.0", "true", "yes")):
-            left_out.add(f"{key} other than 0 and 1 (taken as 1)")
-    return supervised
-
-
-def _with_flags_of(record, turns, start, left_out):
-    """The turns, those from `start` on unsupervised if a flag of the whole record says so.
-
-    A flag may also be a list with one entry for each of these turns.
-    """
-    if record.keys().isdisjoint(FLAGS):
-        return turns
-    flags = [_supervised(record, left_out)] * (len(turns) - start)
-    for key in FLAGS:
-        value = record.get(key)
-        if isinstance(value, list) and len(value) == len(flags):
-            flags = [flag and _supervised({key: entry}, set()) for flag, entry in zip(flags, value)]
-    own = [(role, text, supervised and flag)
-           for (role, text, supervised), flag in zip(turns[start:], flags)]
-    if not flags or any(flags):
-        return turns[:start] + own
-    return [(role, text, False) for role, text, _ in turns]
 
 
 def _check_unused(record, turns, keys, left_out):
@@ -298,10 +247,10 @@ def _alternating(turns, report, place):
             report.repair("user turn without an answer dropped", place)
         messages.pop()
     if not messages or messages[-1]["role"] != "assistant":
-        raise _Skip("no assistant turn")
+        raise Skip("no assistant turn")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(message.get("supervised", True) for message in answers):
-        raise _Skip("no turn to learn: all have weight 0")
+        raise Skip("no turn to learn: all have weight 0")
     return messages
 
 

@@ -13,6 +13,10 @@ KEYS_KEPT = 1000             # unknown keys that are counted; a file may have an
 SAMPLE_BYTES = 1 << 14       # of undecodable lines, from which guess_encoding() proposes an encoding
 
 
+class Skip(Exception):
+    """Nothing of this record can be used; the reason."""
+
+
 class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
