@@ -49,8 +49,7 @@ class Names:
                 self.roles[name.casefold()] = meaning
         self.keys = keys
         self.answer_keys = set(keys["assistant"])
-        self.known_in_record = METADATA.union(*keys.values(), FLAGS, ("input",))
-        self.known_in_turn = METADATA.union(keys["role"], keys["content"], FLAGS)
+        self.known = {"input"}.union(*keys.values())
 
     def role(self, name):
         """user, assistant, system or tool; None for a name without a meaning."""

@@ -11,12 +11,36 @@ out and could change the meaning is counted in the report.
 import math
 import re
 
-from minillm.chat_names import LEFT_OUT, NAMES
+from minillm.chat_names import FLAGS, LEFT_OUT, METADATA, NAMES
 from minillm.loss_flags import is_supervised, parsed, with_flags
 from minillm.report import Skip
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_BESIDE = METADATA.union(FLAGS)      # keys that are no part of what is said
 TRANSCRIPT = re.compile(r"(?:^|\n)(Human|Assistant):")       # of Belle's multi-turn files
+
+
+class _LeftOut:
+    """Keys of one record under which something stands that is not used."""
+
+    def __init__(self, names):
+        self._names = names
+        self.known = set()               # and other reasons why something is left out
+        self.unknown = set()
+
+    def add(self, reason):
+        self.known.add(reason)
+
+    def count(self, record, used):
+        """Count the keys of a record, turn or part whose values are not among those used."""
+        for key in record.keys() - _BESIDE:
+            value = record[key]
+            if value in used or _holds_nothing(value) or parsed(value) in used:
+                continue
+            if key in LEFT_OUT or key in self._names.known:
+                self.known.add(key)
+            else:
+                self.unknown.add(key)
 
 
 def clean_conversation(record, report, place, names=NAMES):
@@ -29,20 +53,19 @@ def clean_conversation(record, report, place, names=NAMES):
     without a question and questions without an answer are dropped.
     """
     report.records += 1
-    left_out = set()
+    left_out = _LeftOut(names)
     try:
-        turns = _all_turns(record, names, left_out, report)
-        messages = _alternating(turns, report, place)
+        return _alternating(_all_turns(record, names, left_out), report, place)
     except Skip as reason:
         if not report.keys_seen and isinstance(record, dict):
             report.keys_seen = tuple(map(str, list(record)[:8]))
-        report.left_out.update(left_out)
         return report.skip(str(reason), place)
-    report.left_out.update(left_out)
-    return messages
+    finally:
+        report.left_out.update(sorted(left_out.known))
+        report.unknown.update(sorted(left_out.unknown))
 
 
-def _all_turns(record, names, left_out, report):
+def _all_turns(record, names, left_out):
     """[(role, text or None, supervised)] of a record, in order, as they stand there."""
     keys = names.keys
     turns = _messages_in(record, keys["messages"])
@@ -50,22 +73,27 @@ def _all_turns(record, names, left_out, report):
         record = {str(key).casefold(): value for key, value in record.items()}
         turns = _messages_in(record, keys["messages"])
     made = []
-    system = _text(_filled(record, keys["system"]), left_out)
-    if system is not None:
-        made.append(("system", system, True))
+    system = _filled(record, keys["system"])
+    used = [turns, system]
+    text = _text(system, left_out)
+    if text is not None:
+        made.append(("system", text, True))
     for key in keys["history"]:
         made += _history(record.get(key), names, left_out)
+        used.append(record.get(key))
     before = len(made)
     if turns is not None:
         for turn in turns:
-            made += _turns_in(turn, names, left_out, report)
-        _check_unused(record, made, (*keys["user"], "input", *keys["assistant"]), left_out)
+            made += _turns_in(turn, names, left_out)
+        used += [text for _, text, _ in made]
     elif not record.keys().isdisjoint(names.answer_keys):
-        made += _question_and_answer(record, keys, left_out)
-        _check_unused(record, made[before:], keys["assistant"], left_out)
+        questions = [record.get(key) for key in (*keys["user"], "input")]
+        answer = _filled(record, keys["assistant"])
+        made += _question_and_answer(questions, answer, left_out)
+        used += [*questions, answer]
     else:
         raise Skip("no conversation")
-    _count_keys(record, names.known_in_record, left_out, report)
+    left_out.count(record, used)
     return with_flags(record, made, before, left_out)
 
 
@@ -79,11 +107,10 @@ def _messages_in(record, keys):
     return None
 
 
-def _question_and_answer(record, keys, left_out):
+def _question_and_answer(questions, answer, left_out):
     """The turns of a record of pairs."""
-    question = [_text(_filled(record, (key,)), left_out) for key in (*keys["user"], "input")]
+    question = [_text(part, left_out) for part in questions]
     question = [part for part in dict.fromkeys(question) if part is not None]
-    answer = _filled(record, keys["assistant"])
     if isinstance(answer, list) and len(answer) > 1:
         raise Skip("several answers")
     answer = _text(answer, left_out)
@@ -114,11 +141,11 @@ def _history(value, names, left_out):
             turns.append(("user", _text(item[0], left_out), True))
             turns.append(("assistant", _text(item[1], left_out), True))
         else:
-            turns += _turns_in(item, names, left_out, None)
+            turns += _turns_in(item, names, left_out)
     return turns
 
 
-def _turns_in(turn, names, left_out, report):
+def _turns_in(turn, names, left_out):
     """One turn {"role": …, "content": …}, or the two of {"human": …, "assistant": …}."""
     if not isinstance(turn, dict):
         raise Skip("a turn is not an object")
@@ -132,12 +159,14 @@ def _turns_in(turn, names, left_out, report):
         ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
         if not ordered:
             raise Skip("unknown role")
+        left_out.count(turn, [turn[key] for key in ordered])
         return [(names.role_of_key(key), _text(turn[key], left_out), supervised) for key in ordered]
     role = names.role(name)
     if role is None:
         raise Skip("unknown role")
-    _count_keys(turn, names.known_in_turn, left_out, report)
     value = _filled(turn, keys["content"])
+    if len(turn) > 2:                                    # as a rule not, so at once
+        left_out.count(turn, (name, value))
     if isinstance(value, list):
         supervised = supervised and all(is_supervised(part, left_out) for part in value
                                         if isinstance(part, dict))
@@ -155,6 +184,7 @@ def _text(value, left_out):
         parts = []
         for part in value:
             if isinstance(part, dict) and isinstance(part.get("text"), str):
+                left_out.count(part, (part["text"],))
                 part = part["text"]
             if isinstance(part, str):
                 parts.append(part)
@@ -188,27 +218,6 @@ def _empty(value):
 def _holds_nothing(value):
     """Whether a list or an object is empty, also one that was written as text."""
     return _empty(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
-
-
-def _check_unused(record, turns, keys, left_out):
-    """Report texts under these keys that none of the turns has."""
-    said = {text for _, text, _ in turns}
-    for key in keys:
-        value = record.get(key)
-        if isinstance(value, str) and value.strip() and value not in said:
-            left_out.add(key)
-
-
-def _count_keys(record, known, left_out, report):
-    if known.issuperset(record):                         # as a rule, so at once
-        return
-    for key in record.keys() - known:
-        if _holds_nothing(record[key]):
-            continue
-        if key in LEFT_OUT:
-            left_out.add(key)
-        elif report is not None:
-            report.unknown[key] += 1
 
 
 def _alternating(turns, report, place):

@@ -10,6 +10,7 @@ from collections import Counter
 from minillm.errors import UserError
 
 KEYS_KEPT = 1000             # unknown keys that are counted; a file may have any number of them
+KEYS_SAVED = 100             # … and those in meta.json, the most frequent
 SAMPLE_BYTES = 1 << 14       # of undecodable lines, from which guess_encoding() proposes an encoding
 
 
@@ -20,8 +21,8 @@ class Skip(Exception):
 class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
-    `left_out` counts, for each key that is left out on purpose, the records that have it. `unknown`
-    does so for keys that no rule knows.
+    `left_out` counts, for each key that has a meaning and is left out nevertheless, the records
+    that have it. `unknown` does so for keys that no rule knows.
     """
 
     def __init__(self, strict=False):
@@ -68,14 +69,18 @@ class Report:
                 lines.append(f"  {verb} {entry['count']:,}: {reason} (first: {entry['first']})")
         for key, count in self.left_out.most_common():
             lines.append(f"  left out: {key} in {counted(count, 'records')}")
-        unknown = self.frequent_unknown()
-        if unknown:
-            lines.append(f"  not used, because no rule knows these keys: {', '.join(unknown)}")
+        if self.unknown:
+            lines.append(f"  not used, because no rule knows these keys: {self._unknown_keys()}")
         return lines
 
-    def frequent_unknown(self):
-        """Keys that no rule knows, in more than 1% of the records."""
-        return [key for key, count in self.unknown.most_common(20) if count > 0.01 * self.records]
+    def _unknown_keys(self):
+        """Those in more than 1% of the records, and how many others there are."""
+        keys = self.unknown.most_common()
+        named = [key for key, count in keys[:20] if count > 0.01 * self.records]
+        rare = len(keys) - len(named)
+        if rare:
+            named.append(f"{counted(rare, 'rarer ones')} such as {keys[len(named)][0]}")
+        return ", ".join(named)
 
     def summary(self):
         """What meta.json says of it."""
@@ -83,7 +88,7 @@ class Report:
             "skipped": self.skipped,
             "repaired": self.repaired,
             "left_out": dict(self.left_out),
-            "unknown_keys": self.frequent_unknown(),
+            "unknown_keys": dict(self.unknown.most_common(KEYS_SAVED)),
         }
 
 

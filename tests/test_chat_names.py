@@ -116,6 +116,10 @@ CASES = [
          said("u问\n文", "a答")),
     Case("a prompt that the turns hold", record(*QA, prompt="问", prompt_id="1"), PLAIN),
 
+    Case("the same turns twice", record(*QA, chat=list(QA), turns=json.dumps(QA)), PLAIN),
+    Case("a text twice", record({**QUESTION, "text": "问"}, {**ANSWER, "value": "答"}, text="答"),
+         PLAIN),
+
     # several forms of a text
     Case("parts of text",
          record(turn("user", [{"type": "text", "text": "问"}]),
