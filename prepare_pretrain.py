@@ -30,7 +30,7 @@ from minillm.report import Report
 from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
-from minillm.text_reader import block_documents
+from minillm.text_reader import block_documents, check_text_keys
 from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import END_OF_TEXT, Tokenizer, pack_ids
 
@@ -90,6 +90,7 @@ def main():
         split.decide()
         splits = write_splits(folder, shuffle, split, tokenizer)
         check_splits(splits, s.val_fraction, report, s.encoding)
+        check_text_keys(s.text_key, report)
         settings = {key: getattr(s, key) for key in ("tokenizer", "seed", "val_fraction", "dedup")}
         sources = s.files or ["demo.town.biographies()"]
         write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)

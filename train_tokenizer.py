@@ -33,7 +33,7 @@ from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
 from minillm.report import Report
 from minillm.text_files import BLOCK, Block, Source
-from minillm.text_reader import block_documents
+from minillm.text_reader import block_documents, check_text_keys
 from minillm.token_files import advice
 from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
@@ -80,6 +80,7 @@ def main():
             lines = report.lines() + advice(report, s.encoding)
             reasons = "".join(f"; {line.strip()}" for line in lines)
             raise UserError(f"the input holds no text (--text_key={s.text_key}){reasons}")
+        check_text_keys(s.text_key, report)
         backend = train_on(counts, s.vocab_size, s.nfkc, special)
         tokenizer_module.save(backend, folder)
     tokenizer = Tokenizer.load(s.out_dir)

@@ -32,6 +32,7 @@ class Report:
         self.left_out = Counter()
         self.unknown = Counter()
         self.records = 0
+        self.text_keys = set()           # of several keys of a text, those that held one
         self.undecodable = b""
         self.keys_seen = ()              # of the first record in which nothing was understood
 
@@ -58,6 +59,7 @@ class Report:
             if key in self.unknown or len(self.unknown) < KEYS_KEPT:
                 self.unknown[key] += count
         self.records += other.records
+        self.text_keys |= other.text_keys
         self.undecodable = (self.undecodable + other.undecodable)[:SAMPLE_BYTES]
         self.keys_seen = self.keys_seen or other.keys_seen
 

@@ -20,7 +20,7 @@ from minillm.report import Report
 from minillm.text_files import Source
 
 __all__ = ["Report", "Source", "documents", "conversations", "block_documents",
-           "block_conversations"]
+           "block_conversations", "check_text_keys"]
 
 _decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
@@ -58,12 +58,12 @@ def block_documents(block, report, text_key="text", chats=False):
     if block.kind == "texts":
         yield from block.data
         return
-    keys = [key.strip() for key in text_key.split(",")]
+    keys = split_keys(text_key)
     for place, record in block_records(block, report):
         if isinstance(record, str):
             text = record
         else:
-            text = _joined_text(record, keys)
+            text = _joined_text(record, keys, report, place)
         if text is None and chats:
             messages = clean_conversation(record, report, place)
             if messages:
@@ -78,16 +78,31 @@ def block_documents(block, report, text_key="text", chats=False):
             yield place, mend(text, report, place)
 
 
-def _joined_text(record, keys):
+def split_keys(text_key):
+    """ "title,content" as a list."""
+    return [key.strip() for key in text_key.split(",")]
+
+
+def check_text_keys(text_key, report):
+    """UserError if some records held a text under one of several keys, and none under another."""
+    for key in split_keys(text_key):
+        if report.text_keys and key not in report.text_keys:
+            raise UserError(f"--text_key={text_key}: no record holds a text under {key!r}")
+
+
+def _joined_text(record, keys, report, place):
     """The texts under the keys; None if there is none, "" if all are blank."""
     if len(keys) == 1:
         text = record.get(keys[0])
         return text if isinstance(text, str) else None
-    texts = [record.get(key) for key in keys]
-    texts = [text for text in texts if isinstance(text, str)]
+    texts = {key: record[key] for key in keys if isinstance(record.get(key), str)}
     if not texts:
         return None
-    return "\n".join(text for text in texts if text.strip())
+    report.text_keys.update(texts)
+    for key in keys:
+        if key not in texts:
+            report.repair(f"no text under {key!r}, the other keys used", place)
+    return "\n".join(text for text in texts.values() if text.strip())
 
 
 def block_conversations(block, report, names=NAMES):

@@ -136,17 +136,47 @@ def test_line_over_the_limit(tmp_path, monkeypatch):
 
 
 RECORDS = [{"title": "题", "content": "文"}, {"title": None, "content": "独"}, {"title": "x"},
-           {"body": "y"}]
+           {"title": "表", "content": ["x"]}, {"title": "空", "content": " "}, {"body": "y"}]
 
 
-@pytest.mark.parametrize("key, documents, missing", [
-    ("content", ["文", "独"], {"no text under 'content'": 2}),
-    ("title,content", ["题\n文", "独", "x"], {"no text under 'title' or 'content'": 1}),
+@pytest.mark.parametrize("key, documents, missing, partly", [
+    ("content", ["文", "独"], {"no text under 'content'": 3, "empty text": 1}, {}),
+    ("title,content", ["题\n文", "独", "x", "表", "空"], {"no text under 'title' or 'content'": 1},
+     {"no text under 'title', the other keys used": 1,
+      "no text under 'content', the other keys used": 2}),
 ])
-def test_text_keys(tmp_path, key, documents, missing):
+def test_text_keys(tmp_path, key, documents, missing, partly):
     path = write_lines(tmp_path / "c.jsonl", RECORDS)
 
-    assert read(path, text_key=key) == Found(documents, missing)
+    assert read(path, text_key=key) == Found(documents, missing, partly)
+
+
+@pytest.mark.parametrize("stage", ["prepare_pretrain", "train_tokenizer"])
+@pytest.mark.parametrize("key", ["contnet", "tags"])
+def test_one_of_several_text_keys_that_never_holds_text(small_corpus, tmp_path, stage, key):
+    """Misspelled, or something other than text; in a file of another block it may well hold one."""
+    records = [{"title": text, "tags": [text]} for text in texts(30)]
+    paths = [write_lines(tmp_path / "a.jsonl", records),
+             write_lines(tmp_path / "b.jsonl", [{"content": text} for text in texts(30, 30)])]
+    argv = [*map(str, paths), f"--out_dir={tmp_path}/o"]
+    if stage == "prepare_pretrain":
+        argv = small_corpus.argv(tmp_path / "o", paths)
+
+    line = refused(stage, *argv, f"--text_key=title,content,{key}")
+
+    assert f"--text_key=title,content,{key}: no record holds a text under '{key}'" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_several_text_keys_that_hold_text_in_different_files(small_corpus, tmp_path):
+    paths = [write_lines(tmp_path / "a.jsonl", [{"title": text} for text in texts(30)]),
+             write_lines(tmp_path / "b.jsonl", [{"content": text} for text in texts(30, 30)])]
+
+    _, made = small_corpus.pretrain(tmp_path / "p", "--text_key=title,content", files=paths)
+
+    counts = {reason: entry["count"] for reason, entry in made["repaired"].items()}
+    assert counts == {"no text under 'content', the other keys used": 30,
+                      "no text under 'title', the other keys used": 30}
 
 
 @pytest.mark.parametrize("stage", ["prepare_pretrain", "prepare_sft"])
