@@ -1,11 +1,12 @@
 """Files and directories opened as streams of bytes, decompressed.
 
-    for path in find_files("raw/"):
+    for path in find_files("raw/", report):
         with open(path, "rb") as raw:
-            for name, kind, stream in open_streams(path, raw): …
+            for name, kind, stream in open_streams(path, raw, report): …
 
 A directory stands for the files of a known kind below it, in the order of their paths, without
-those that begin with a dot. A file's suffix says what it holds, its first bytes how it is packed.
+those that begin with a dot; links to directories are followed. Files of other kinds are counted in
+the report. A file's suffix says what it holds, its first bytes how it is packed.
 """
 import bz2
 import gzip
@@ -50,22 +51,39 @@ def look_ahead(stream, size):
     return head, io.BufferedReader(Rewound(head, stream), 1 << 18)
 
 
-def find_files(path):
+def find_files(path, report):
     """The files that `path` stands for: itself, or those of a known kind below a directory."""
     if os.path.isdir(path):
-        found = []
-        for folder, folders, names in os.walk(path):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.join(folder, name) for name in names
-                      if kind_of(name) and not name.startswith(".")]
-        if not found:
+        found = _files_below(path)
+        known = list(filter(kind_of, found))
+        if not known:
             raise UserError(f"{path} holds no file of a known kind: {KNOWN}")
-        return sorted(found)
+        for other in found:
+            if not kind_of(other):
+                report.other_file(other)
+        return known
     if not os.path.exists(path):
         raise UserError(f"no such file or directory: {path}")
     if not kind_of(path):
         raise UserError(f"{path} is of no known kind: {KNOWN}")
     return [path]
+
+
+def _files_below(path):
+    """The files below a directory, sorted; each directory once, though a link leads to it too."""
+    def refuse(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    found, seen = [], set()
+    for folder, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def kind_of(name):
@@ -80,7 +98,7 @@ def kind_of(name):
     return KINDS.get(suffix)
 
 
-def open_streams(path, raw):
+def open_streams(path, raw, report):
     """Yield (name, kind, binary stream) of the file, or of each text file inside a tar."""
     stream = _decompressed(raw, path)
     if kind_of(path) != "tar":
@@ -88,10 +106,15 @@ def open_streams(path, raw):
         return
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            name = os.path.basename(member.name)
-            if member.isfile() and kind_of(name) in ("json", "txt") and not name.startswith("."):
-                inside = f"{path}/{member.name}"
+            name, inside = os.path.basename(member.name), f"{path}/{member.name}"
+            if member.isdir() or name.startswith("."):
+                continue
+            if member.issym() or member.islnk():
+                report.other_file(inside, "link")
+            elif member.isfile() and kind_of(name) in ("json", "txt"):
                 yield inside, kind_of(name), _decompressed(archive.extractfile(member), inside)
+            else:
+                report.other_file(inside)
 
 
 def _decompressed(stream, name):

@@ -5,6 +5,7 @@
     report.merge(report_of_another_process)               # in the order of the input
     print(*report.lines(), sep="\\n")
 """
+import os
 from collections import Counter
 
 from minillm.errors import UserError
@@ -29,6 +30,7 @@ class Report:
         self.strict = strict
         self.skipped = {}
         self.repaired = {}
+        self.other_files = {}            # by suffix, in place of a reason
         self.left_out = Counter()
         self.unknown = Counter()
         self.records = 0
@@ -45,13 +47,19 @@ class Report:
     def repair(self, reason, place):
         _count(self.repaired, reason, place)
 
+    def other_file(self, path, kind=None):
+        """Count a file in a folder or a tar that is passed over; kind: its suffix as a rule."""
+        suffix = os.path.splitext(path)[1].lower()
+        _count(self.other_files, kind or suffix or "no suffix", path)
+
     def undecodable_line(self, line, encoding, place):
         self.skip(f"not {encoding}", place)
         self.undecodable = (self.undecodable + line)[:SAMPLE_BYTES]
 
     def merge(self, other):
         """Add what `other` counted, which comes later in the input."""
-        for mine, theirs in ((self.skipped, other.skipped), (self.repaired, other.repaired)):
+        for mine, theirs in ((self.skipped, other.skipped), (self.repaired, other.repaired),
+                             (self.other_files, other.other_files)):
             for reason, entry in theirs.items():
                 _count(mine, reason, entry["first"], entry["count"])
         self.left_out.update(other.left_out)
@@ -69,11 +77,20 @@ class Report:
         for verb, table in (("repaired", self.repaired), ("skipped", self.skipped)):
             for reason, entry in sorted(table.items(), key=lambda item: -item[1]["count"]):
                 lines.append(f"  {verb} {entry['count']:,}: {reason} (first: {entry['first']})")
+        if self.other_files:
+            lines.append(f"  left out: {self._other_files()}")
         for key, count in self.left_out.most_common():
             lines.append(f"  left out: {key} in {counted(count, 'records')}")
         if self.unknown:
             lines.append(f"  not used, because no rule knows these keys: {self._unknown_keys()}")
         return lines
+
+    def _other_files(self):
+        total = sum(entry["count"] for entry in self.other_files.values())
+        kinds = [f"{kind} {entry['count']:,}" for kind, entry in self.other_files.items()]
+        first = next(iter(self.other_files.values()))["first"]
+        return (f"{counted(total, 'files')} of another kind "
+                f"({', '.join(kinds)}; the first: {first})")
 
     def _unknown_keys(self):
         """Those in more than 1% of the records, and how many others there are."""
@@ -89,6 +106,7 @@ class Report:
         return {
             "skipped": self.skipped,
             "repaired": self.repaired,
+            "other_files": self.other_files,
             "left_out": dict(self.left_out),
             "unknown_keys": dict(self.unknown.most_common(KEYS_SAVED)),
         }

@@ -6,7 +6,8 @@
 Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz
 .zst) or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
 directory stands for such files below it, in the order of their paths, without names that begin with
-a dot. A byte order mark decides the encoding, otherwise `encoding` does.
+a dot; files of other kinds are counted, links to directories followed. A byte order mark decides
+the encoding, otherwise `encoding` does.
 
 Memory is one line (at most MAX_LINE bytes), one block, and the decompressor's buffers.
 """
@@ -58,7 +59,7 @@ class Source:
         self.report = report
         self.encoding = known_encoding(encoding)
         self.document = document
-        self.files = [file for path in paths for file in find_files(path)]
+        self.files = [file for path in paths for file in find_files(path, report)]
         self.size = 0
         for path in self.files:
             try:
@@ -96,7 +97,7 @@ class Source:
         if kind_of(path) == "parquet":
             yield from _parquet_blocks(path, size)
             return
-        for name, kind, stream in open_streams(path, raw):
+        for name, kind, stream in open_streams(path, raw, self.report):
             stream, encoding = self._as_text(name, kind, stream)
             blocks = self._json_blocks if kind == "json" else self._txt_blocks
             for block in blocks(name, stream, encoding, size):

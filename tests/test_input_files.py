@@ -1,6 +1,8 @@
 """What a corpus may come as: folders, compressed files, tars, parquet; whole, or cut short."""
+import io
 import os
 import sys
+import tarfile
 
 import pytest
 
@@ -31,6 +33,69 @@ def test_hidden_files_and_unknown_kinds_are_not_read(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
 
     assert read(tmp_path).items == ["c.jsonl"]
+
+
+def test_files_of_another_kind_are_counted(small_corpus, tmp_path):
+    """In a folder and in a tar: how many of each, and the first."""
+    raw = tmp_path / "raw"
+    (raw / "more").mkdir(parents=True)
+    write_texts(raw / "a.jsonl", texts(30))
+    for name in ("b.csv", "c.CSV", "d.jsonl.lz4", "LICENSE", "more/.hidden.csv"):
+        (raw / name).write_bytes(b"x")
+    (raw / "z.tar").write_bytes(tar({"b.jsonl": A, "inner.tar": tar({}), "e.csv": b"x"}))
+
+    output, made = small_corpus.pretrain(tmp_path / "p", files=[raw])
+
+    assert (f"  left out: 6 files of another kind (no suffix 1, .csv 3, .lz4 1, .tar 1; "
+            f"the first: {raw}/LICENSE)") in output.splitlines()
+    assert made["other_files"] == {
+        "no suffix": {"count": 1, "first": f"{raw}/LICENSE"},
+        ".csv": {"count": 3, "first": f"{raw}/b.csv"},
+        ".lz4": {"count": 1, "first": f"{raw}/d.jsonl.lz4"},
+        ".tar": {"count": 1, "first": f"{raw}/z.tar/inner.tar"},
+    }
+
+
+def test_a_link_in_a_tar_is_counted(tmp_path):
+    buffer, link = io.BytesIO(), tarfile.TarInfo("b.jsonl")
+    link.type, link.linkname = tarfile.SYMTYPE, "elsewhere/b.jsonl"
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("empty.jsonl"))
+        archive.addfile(link)
+    (tmp_path / "c.tar").write_bytes(buffer.getvalue())
+
+    _, report = places(tmp_path / "c.tar")
+
+    assert report.other_files == {"link": {"count": 1, "first": f"{tmp_path}/c.tar/b.jsonl"}}
+
+
+def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path):
+    raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
+    for name in ("raw/real/a.jsonl", "elsewhere/deep/b.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_texts(tmp_path / name, [name])
+    (raw / "there").symlink_to(elsewhere)
+    (raw / "again").symlink_to(elsewhere / "deep")
+    (raw / "twice").symlink_to(raw / "real")
+    (raw / "real" / "loop").symlink_to(raw)
+    (elsewhere / "loop").symlink_to(elsewhere)
+
+    assert read(raw).items == ["elsewhere/deep/b.jsonl", "raw/real/a.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    write_texts(tmp_path / "a.jsonl", ["甲"])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    with pytest.raises(UserError, match="cannot read .*closed: Permission denied"):
+        read(tmp_path)
 
 
 class Watched(Source):
