@@ -28,6 +28,8 @@ LEFT_OUT = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts",
 # says where a record comes from, and nothing about what is said in it
 METADATA = {"id", "_id", "idx", "index", "uid", "uuid", "source", "dataset", "category", "kind", "type",
             "lang", "language", "prompt_id", "conversation_id", "tool_call_id"}
+# says what a file is, beside the list of its records
+ABOUT_A_FILE = METADATA | {"version", "name", "description", "license", "author", "date", "url", "format", "split"}
 MEANINGS = ("user", "assistant", "system", "tool", "role", "content", "messages", "history")
 
 
@@ -38,6 +40,7 @@ class Names:
         self.roles = {name: role for role, names in ROLES.items() for name in names}
         keys = {"user": QUESTIONS, "assistant": ANSWERS, "system": SYSTEMS, "role": ROLE_KEYS,
                 "content": CONTENT_KEYS, "messages": MESSAGES, "history": ("history",), "tool": ()}
+        self.mapped = set()
         for pair in filter(None, mapping.split(",")):
             name, colon, meaning = pair.rpartition(":")
             name, meaning = name.strip(), meaning.strip()
@@ -45,6 +48,7 @@ class Names:
                 raise UserError(f"--map={mapping} must be NAME:MEANING,…, "
                                 f"with a meaning of {', '.join(MEANINGS)}")
             keys[meaning] = (name, *keys[meaning])
+            self.mapped.add(name)
             if meaning in ROLES:
                 self.roles[name.casefold()] = meaning
         self.keys = keys

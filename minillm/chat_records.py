@@ -12,6 +12,7 @@ import math
 import re
 
 from minillm.chat_names import FLAGS, LEFT_OUT, METADATA, NAMES
+from minillm.json_stream import is_message
 from minillm.loss_flags import is_supervised, parsed, with_flags
 from minillm.report import Skip
 
@@ -68,10 +69,10 @@ def clean_conversation(record, report, place, names=NAMES):
 def _all_turns(record, names, left_out):
     """[(role, text or None, supervised)] of a record, in order, as they stand there."""
     keys = names.keys
-    turns = _messages_in(record, keys["messages"])
+    turns = _messages_in(record, keys)
     if turns is None and record.keys().isdisjoint(names.answer_keys):
         record = {str(key).casefold(): value for key, value in record.items()}
-        turns = _messages_in(record, keys["messages"])
+        turns = _messages_in(record, keys)
     made = []
     system = _filled(record, keys["system"])
     used = [turns, system]
@@ -98,11 +99,14 @@ def _all_turns(record, names, left_out):
 
 
 def _messages_in(record, keys):
-    """The first list of turns under one of the keys that is not empty; None if there is none."""
-    for key in keys:
+    """The first list of turns that is not empty; None if there is none."""
+    for key in keys["messages"]:
         value = parsed(record.get(key))
         if isinstance(value, list) and value:
-            if key != "data" or any(isinstance(turn, dict) for turn in value):
+            if key != "data" or any(map(is_message, value)):
+                return value
+            # pairs, unless this is a pair itself
+            if isinstance(value[0], dict) and _filled(record, keys["assistant"]) is None:
                 return value
     return None
 

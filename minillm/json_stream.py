@@ -37,6 +37,12 @@ def form_of(head, whole):
     """
     head = head.lstrip(_SPACE)
     opening = _OPENS.match(head)
+    if opening and opening[0] != "[":
+        value, end = _decoded(head, 0)
+        if _is_a_line(head) or (end is not None and len(value) > 1):
+            opening = None                           # a record with a list of its own
+        elif end is None and not whole:
+            return None
     if opening:
         first, end = _decoded(head, _BETWEEN.match(head, opening.end()).end())
         if end is None:
@@ -51,6 +57,12 @@ def form_of(head, whole):
     if end is None:
         return "lines" if whole else None
     return "values" if "\n" in head[:end] else "lines"
+
+
+def _is_a_line(head):
+    """Whether the first object ends with its line, because another one follows without a comma."""
+    line, _, rest = head.partition("\n")
+    return line.rstrip().endswith("}") and rest.lstrip(_SPACE).startswith("{")
 
 
 def _array_or_lines(head, opening):

@@ -12,7 +12,7 @@ block_conversations() in other processes.
 import json
 import re
 
-from minillm.chat_names import ANSWERS, MESSAGES, QUESTIONS
+from minillm.chat_names import ABOUT_A_FILE, ANSWERS, MESSAGES, QUESTIONS
 from minillm.chat_records import NAMES, clean_conversation, mend
 from minillm.errors import UserError
 from minillm.json_stream import WRAPPERS, is_message
@@ -24,7 +24,7 @@ __all__ = ["Report", "Source", "documents", "conversations", "block_documents",
 
 _decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
-# what has one of these is a record itself, though a list of {"data": […]} stands beside it
+# what has one of these, or a name that the user gave, is a record itself
 OWN_KEYS = {"text", "content", *QUESTIONS, *ANSWERS, *MESSAGES} - set(WRAPPERS)
 
 
@@ -59,7 +59,7 @@ def block_documents(block, report, text_key="text", chats=False):
         yield from block.data
         return
     keys = split_keys(text_key)
-    for place, record in block_records(block, report):
+    for place, record in block_records(block, report, OWN_KEYS.union(keys)):
         if isinstance(record, str):
             text = record
         else:
@@ -107,7 +107,7 @@ def _joined_text(record, keys, report, place):
 
 def block_conversations(block, report, names=NAMES):
     """Yield (place, messages) of each conversation of a block."""
-    for place, record in block_records(block, report):
+    for place, record in block_records(block, report, OWN_KEYS | names.mapped):
         if isinstance(record, str):
             report.skip("not a JSON object", place)
             continue
@@ -116,11 +116,14 @@ def block_conversations(block, report, names=NAMES):
             yield place, messages
 
 
-def block_records(block, report):
-    """Yield (place, record) of a block of JSON; a record is a dict, or a str."""
+def block_records(block, report, own_keys):
+    """Yield (place, record) of a block of JSON; a record is a dict, or a str.
+
+    What has one of `own_keys` is a record itself, whatever lists it holds.
+    """
     values = _line_values(block, report) if block.kind == "lines" else block.data
     for place, value in values:
-        for record in _records(value):
+        for record in _records(value, own_keys):
             if record is None:
                 report.skip("not a JSON object", place)
             else:
@@ -183,10 +186,10 @@ def _several_values(text):
     return values
 
 
-def _records(value):
+def _records(value, own_keys):
     """Yield the records of one JSON value; None for one that is neither an object nor a text."""
     if isinstance(value, dict):
-        inner = _wrapped(value)
+        inner = _wrapped(value, own_keys)
         if inner is None:
             yield value
             return
@@ -200,15 +203,18 @@ def _records(value):
     else:
         for element in value:
             if isinstance(element, (dict, str, list)):
-                yield from _records(element)
+                yield from _records(element, own_keys)
             else:
                 yield None
 
 
-def _wrapped(record):
+def _wrapped(record, own_keys):
     """The records in the lists of {"data": […]}; None if this is a record itself."""
-    if len(record) > 3 or not record.keys().isdisjoint(OWN_KEYS):
+    if len(record) > 3 or not record.keys().isdisjoint(own_keys):
         return None
+    for key, value in record.items():
+        if isinstance(value, str) and value.strip() and key.casefold() not in ABOUT_A_FILE:
+            return None                                  # its text would be lost
     lists = [record[key] for key in WRAPPERS if _holds_records(record.get(key))]
     return [element for records in lists for element in records] or None
 

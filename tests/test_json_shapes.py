@@ -4,11 +4,16 @@ import json
 import pytest
 
 from minillm import json_stream
+from minillm.chat_names import Names
+from minillm.text_reader import conversations
+from support.chat_records import said
 from support.reading import BOMS, Found, read
 
 TEXTS = ["甲\n乙", "丙]}", "丁"]
 RECORDS = [{"text": text} for text in TEXTS]
 VALUES = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+# a list of the same kind stands before the text
+WITH_EXAMPLES = [{"examples": [{"text": "例"}], "id": 1, **record} for record in RECORDS]
 SHAPES = {
     "lines": "\n".join(VALUES),
     "array": json.dumps(RECORDS, ensure_ascii=False),
@@ -29,6 +34,16 @@ SHAPES = {
     "wrapped in two lists": json.dumps({"version": 1, "data": RECORDS[:1], "train": RECORDS[1:]}),
     "a list of the same kind beside a text": "\n".join(json.dumps(
         {**record, "examples": [{"text": "例"}]}, ensure_ascii=False) for record in RECORDS),
+    "a list of the same kind before a text": "\n".join(map(json.dumps, WITH_EXAMPLES)),
+    "a list of the same kind before a text, pretty": "\n".join(
+        json.dumps(record, indent=2) for record in WITH_EXAMPLES),
+    "a list of the same kind before a text, array": json.dumps(WITH_EXAMPLES),
+    "an empty list before a text, pretty": "".join(
+        json.dumps({"items": [], **record}, indent=2) for record in RECORDS),
+    "lists on lines, the first without a text": "\n".join(
+        map(json.dumps, [{"examples": RECORDS[:1]}, *WITH_EXAMPLES[1:]])),
+    "wrapped, before another key": json.dumps({"data": RECORDS, "version": "1.0"}, indent=2),
+    "wrapped, after what the file is": json.dumps({"name": "甲", "version": "1", "data": RECORDS}),
     "CRLF": "\r\n".join(VALUES),
 }
 
@@ -48,6 +63,65 @@ def test_shapes_and_encodings(tmp_path, shape, encoding):
 
 def dump(value, **options):
     return json.dumps(value, ensure_ascii=False, **options)
+
+
+# what is a record itself, though it holds a list of others: (record, --text_key, its text)
+ITEMS = [{"text": "签"}, {"text": "标"}]
+OWN = [
+    ({"body": "文", "items": ITEMS}, "body", "文"),
+    ({"items": ITEMS, "body": "文"}, "body", "文"),
+    ({"items": ITEMS, "body": "文"}, "title,body", "文"),
+    ({"body": "文", "items": ITEMS}, "text", None),
+    ({"items": ITEMS, "id": 5, "body": "文"}, "text", None),
+    ({"body": None, "items": ITEMS}, "body", None),
+]
+
+
+@pytest.mark.parametrize("record, key, text", OWN)
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_record_is_not_replaced_by_a_list_in_it(tmp_path, record, key, text, indent, count):
+    (tmp_path / "c.json").write_text("\n".join([dump(record, indent=indent)] * count))
+
+    found = read(tmp_path / "c.json", text_key=key)
+
+    assert found.items == [text] * (count if text else 0)
+    assert found.skipped == ({} if text else {f"no text under '{key}'": count})
+
+
+INNER = [{"instruction": "内", "output": "里"}]
+
+
+@pytest.mark.parametrize("key", ["items", "data", "examples"])
+def test_a_pair_is_not_replaced_by_pairs_in_it(tmp_path, key):
+    records = [{"q": "问", "a": "答", key: INNER}, {key: INNER, "q": "问", "a": "答"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(dump, records)))
+
+    found = read(tmp_path / "c.jsonl", conversations, names=Names("q:user,a:assistant"))
+
+    assert found.items == [said("u问", "a答")] * 2 and not found.skipped
+
+
+def test_wrapped_pairs(tmp_path):
+    (tmp_path / "c.json").write_text(dump({"data": INNER * 2, "version": "1.0"}))
+
+    assert read(tmp_path / "c.json", conversations) == Found([said("u内", "a里")] * 2)
+
+
+def test_a_long_record_before_whose_text_a_list_stands(tmp_path):
+    """Longer than what is looked at first."""
+    record = {"examples": [{"text": "例" * 50_000}] * 2, "text": "文"}
+    (tmp_path / "c.jsonl").write_text(dump(record))
+
+    assert read(tmp_path / "c.jsonl") == Found(["文"])
+
+
+@pytest.mark.parametrize("rest", ['"x": oops}', '"x": "\t"}'], ids=["oops", "tab"])
+def test_a_broken_first_record_with_a_list_spoils_no_other(tmp_path, rest):
+    first = '{"examples": [{"text": "例"}], "text": "丙",' + rest
+    (tmp_path / "c.jsonl").write_text(first + "\n" + SHAPES["lines"])
+
+    assert read(tmp_path / "c.jsonl").items[-3:] == TEXTS
 
 
 MANY = [{"text": f"{number}" + "甲" * 1000} for number in range(500)]
