@@ -1,7 +1,7 @@
 """Which bytes are which characters: byte order marks, and transcoding of whole streams.
 
-Nothing is guessed silently: a byte order mark decides, otherwise --encoding does. Where neither
-fits, guess_encoding() proposes one for the error message.
+Nothing is guessed silently: a byte order mark decides, otherwise --encoding does. UTF-8 in another
+encoding is refused, and where nothing fits, guess_encoding() proposes one for the error message.
 """
 import codecs
 import io
@@ -49,6 +49,32 @@ def is_wide(encoding):
     return encoding.startswith(("utf-16", "utf-32"))
 
 
+def is_utf8(data):
+    """Whether bytes that may end inside a character are UTF-8, and not by chance.
+
+    Of two bytes that are one Chinese character in GBK, about one pair in six is also one character
+    of UTF-8. A dozen different ones are not: that happens to one text in a billion.
+    """
+    if data.isascii() or b"\0" in data:
+        return False
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return len({char for char in text if char > "\x7f"}) >= 12
+
+
+def refuse_utf8(name, data, encoding):
+    """UserError if a file that is to be in another encoding is UTF-8."""
+    if encoding == "utf-8":
+        return
+    # in UTF-16 and UTF-32, English and line ends hold NUL bytes
+    is_english = is_wide(encoding) and data.isascii() and b"\0" not in data and len(data) > 64
+    if is_english or is_utf8(data):
+        raise UserError(f"{name} is UTF-8, not {encoding}: leave --encoding out, "
+                        "and convert files that are not UTF-8")
+
+
 class Transcoded(io.RawIOBase):
     """A stream of bytes in `encoding`, read as UTF-8. What does not decode becomes U+FFFD.
 
@@ -93,6 +119,8 @@ class Transcoded(io.RawIOBase):
 
 def guess_encoding(sample):
     """The encoding that fits some bytes best, or None where none does."""
+    if is_utf8(sample):
+        return "utf-8"
     best, best_score = None, 0.6
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
                      "gb18030", "big5", "shift_jis", "euc_kr", "cp1252"):

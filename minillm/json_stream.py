@@ -128,7 +128,9 @@ class _Buffer:
             self.text, self.at = rest + self._decoder.decode(data, not data), 0
         except UnicodeDecodeError:
             fits = guess_encoding(data[: 1 << 14])
-            hint = f": it looks like {fits}, so try --encoding={fits}" if fits else ""
+            hint = ""
+            if fits and fits != self._encoding:
+                hint = f": it looks like {fits}, so try --encoding={fits}"
             raise UserError(f"{self._name} is not {self._encoding}{hint}") from None
         return bool(data)
 

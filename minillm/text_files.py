@@ -19,7 +19,8 @@ import tarfile
 import zlib
 from typing import NamedTuple
 
-from minillm.encodings import Transcoded, guess_encoding, is_wide, known_encoding, marked_encoding
+from minillm.encodings import (Transcoded, guess_encoding, is_wide, known_encoding,
+                               marked_encoding, refuse_utf8)
 from minillm.errors import UserError
 from minillm.json_stream import MAX_LINE, form_of, json_values
 from minillm.open_files import (Rewound, find_files, kind_of, look_ahead, open_streams,
@@ -112,6 +113,8 @@ class Source:
             self.report.repair("byte order mark removed", f"{name}:1")
             stream.read(mark)
             encoding = marked
+        else:
+            refuse_utf8(name, head, encoding)
         if is_wide(encoding):
             stream = io.BufferedReader(_Watched(stream, encoding, self.report, name), HEAD)
             encoding = "utf-8"
@@ -168,6 +171,7 @@ class Source:
                         rest = stream.readline(1 << 20)
                     data, rest = data[:last_start], b""
                 data += rest
+            refuse_utf8(name, data, encoding)
             yield Block("lines", name, first, data, encoding)
             first += count
 

@@ -5,6 +5,7 @@ import pytest
 
 from minillm import json_stream
 from minillm.chat_names import Names
+from minillm.errors import UserError
 from minillm.text_reader import conversations
 from support.chat_records import said
 from support.reading import BOMS, Found, read
@@ -147,6 +148,14 @@ def test_an_array_cut_short(tmp_path):
     (tmp_path / "c.json").write_text(SHAPES["array, pretty"][:-8])
     cost = {"malformed JSON, with all that follows in this file": 1}
     assert read(tmp_path / "c.json") == Found(TEXTS[:2], cost)
+
+
+def test_an_array_that_breaks_off_in_utf_8_is_not_said_to_look_like_it(tmp_path):
+    content = SHAPES["array"].encode()[:-1] + b', "' + "天地玄黄宇宙洪荒日月盈昃".encode() * 1000
+    (tmp_path / "c.json").write_bytes(content + b"\xff" + b'"]')
+
+    with pytest.raises(UserError, match="c.json is not utf-8$"):
+        read(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("first", ['{"text": "x', "[1, 2", "{", "nonsense", '{"text"'])

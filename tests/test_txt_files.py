@@ -1,4 +1,6 @@
 """Plain text: encodings, line ends, and what a document of it is."""
+import json
+
 import pytest
 
 from minillm import txt_documents
@@ -73,6 +75,56 @@ def test_the_encoding_that_fits_is_proposed(small_corpus, tmp_path, encoding, te
     output = run("prepare_pretrain", *small_corpus.argv(tmp_path / "o", [tmp_path / "c.txt"]))
 
     assert f"skipped {wrong}: not utf-8" in output and f"try --encoding={encoding}" in output
+
+
+CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\n"
+FRENCH = "Où l’été s’achève, là-bas, Noël paraît déjà à l’hôtel : ça brûle, œuvre naïve.\n"
+
+
+@pytest.mark.parametrize("encoding, text", [
+    ("gb18030", CHINESE), ("gbk", CHINESE), ("big5", CHINESE), ("shift_jis", CHINESE),
+    ("cp1252", FRENCH), ("utf-16", CHINESE), ("utf-32-be", CHINESE), ("utf-16-le", "A line.\n" * 9),
+])
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl", "c.json"])
+def test_utf_8_announced_as_something_else_is_refused(tmp_path, encoding, text, name):
+    """In a folder where other files have that encoding, too."""
+    if name != "c.txt":
+        text = json.dumps({"text": text}, ensure_ascii=False, indent=name == "c.json") + "\n"
+    (tmp_path / "a.txt").write_bytes("甲乙\n".encode("utf-8" if "cp" in encoding else encoding))
+    (tmp_path / name).write_text(text * 2000)        # its head ends inside a character, perhaps
+
+    with pytest.raises(UserError, match=f"{name} is UTF-8, not .*: leave --encoding out"):
+        read(tmp_path, encoding=encoding)
+
+
+def test_utf_8_behind_much_ascii_is_refused(tmp_path):
+    """In JSON lines, by the block."""
+    lines = ['{"text": "English"}\n'] * 100_000 + [f'{{"text": "{CHINESE[:-1]}"}}\n'] * 100_000
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+
+    with pytest.raises(UserError, match="c.jsonl is UTF-8, not gb18030"):
+        read(tmp_path / "c.jsonl", encoding="gb18030")
+
+
+def test_gbk_that_is_utf_8_by_chance_is_read(tmp_path):
+    """A few characters, again and again."""
+    text = "谭通台统同铜\n" * 500
+    assert text.encode("gbk").decode("utf-8")
+
+    (tmp_path / "c.txt").write_bytes(text.encode("gbk"))
+
+    assert read(tmp_path / "c.txt", encoding="gbk") == Found([text])
+
+
+def test_utf_8_lines_in_a_file_of_another_encoding_are_named(small_corpus, tmp_path):
+    """Those that do not decode: the advice is not a third encoding."""
+    lines = [CHINESE.encode("gb18030")] * 40 + [("一" + CHINESE).encode()] * 9
+    (tmp_path / "c.txt").write_bytes(b"".join(lines))
+    argv = small_corpus.argv(tmp_path / "o", [tmp_path / "c.txt"], "--encoding=gb18030")
+
+    output = finish("prepare_pretrain", *argv)
+
+    assert "looks like utf-8: try --encoding=utf-8 if all" in output
 
 
 # ---- lines
