@@ -47,7 +47,7 @@ from minillm.report import Report
 from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source
-from minillm.text_reader import block_conversations, refuse_txt
+from minillm.text_reader import block_conversations
 from minillm.token_files import advice, check_splits, print_summary, write_meta
 from minillm.tokenizer import IM_END, ROLES, Tokenizer, is_supervised, pack_ids
 
@@ -90,7 +90,7 @@ def main():
     names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
     if source:
-        refuse_txt(source)
+        source.leave_out_txt()
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     if s.show:
         show(tokenizer, blocks, names, report, s)

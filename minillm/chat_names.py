@@ -25,11 +25,13 @@ FLAGS = ("weight", "loss_weight", "loss_mask", "loss", "train", "trainable")
 # left out on purpose, and said; a model of this size learns the answer, not how it was found
 LEFT_OUT = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tools", "tool_calls",
             "tool_call", "functions", "function_call", "images", "image", "audio", "audios", "videos"}
-# says where a record comes from, and nothing about what is said in it
-METADATA = {"id", "_id", "idx", "index", "uid", "uuid", "source", "dataset", "category", "kind", "type",
-            "lang", "language", "prompt_id", "conversation_id", "tool_call_id"}
+# says which record this is, and where it comes from, and nothing about what is said in it
+IDS = {"id", "_id", "idx", "index", "uid", "uuid", "prompt_id", "conversation_id", "tool_call_id"}
+ORIGIN = {"source", "dataset", "category", "kind", "type", "lang", "language"}
+METADATA = IDS | ORIGIN
 # says what a file is, beside the list of its records
-ABOUT_A_FILE = METADATA | {"version", "name", "description", "license", "author", "date", "url", "format", "split"}
+ABOUT_A_FILE = ORIGIN | {"version", "name", "description", "license", "author", "date", "url", "format",
+                         "split", "homepage", "created", "code", "msg", "status", "citation"}
 MEANINGS = ("user", "assistant", "system", "tool", "role", "content", "messages", "history")
 
 
@@ -40,18 +42,18 @@ class Names:
         self.roles = {name: role for role, names in ROLES.items() for name in names}
         keys = {"user": QUESTIONS, "assistant": ANSWERS, "system": SYSTEMS, "role": ROLE_KEYS,
                 "content": CONTENT_KEYS, "messages": MESSAGES, "history": ("history",), "tool": ()}
-        self.mapped = set()
+        self.mapped, mapped = set(), {meaning: [] for meaning in MEANINGS}
         for pair in filter(None, mapping.split(",")):
             name, colon, meaning = pair.rpartition(":")
             name, meaning = name.strip(), meaning.strip()
             if not colon or not name or meaning not in MEANINGS:
                 raise UserError(f"--map={mapping} must be NAME:MEANING,…, "
                                 f"with a meaning of {', '.join(MEANINGS)}")
-            keys[meaning] = (name, *keys[meaning])
+            mapped[meaning].append(name)             # before the others, in the order given
             self.mapped.add(name)
             if meaning in ROLES:
                 self.roles[name.casefold()] = meaning
-        self.keys = keys
+        self.keys = keys = {meaning: (*mapped[meaning], *names) for meaning, names in keys.items()}
         self.answer_keys = set(keys["assistant"])
         self.known = {"input"}.union(*keys.values())
 

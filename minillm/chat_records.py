@@ -103,10 +103,11 @@ def _messages_in(record, keys):
     for key in keys["messages"]:
         value = parsed(record.get(key))
         if isinstance(value, list) and value:
-            if key != "data" or any(map(is_message, value)):
-                return value
-            # pairs, unless this is a pair itself
+            if key != "data" or key == keys["messages"][0] or any(map(is_message, value)):
+                return value                             # first: --map says so
             if isinstance(value[0], dict) and _filled(record, keys["assistant"]) is None:
+                if not value[0].keys().isdisjoint(keys["assistant"]):
+                    raise Skip("data holds pairs, records or turns (turns: --map=data:messages)")
                 return value
     return None
 
@@ -142,7 +143,8 @@ def _history(value, names, left_out):
     turns = []
     for item in value:
         if isinstance(item, list) and len(item) == 2:
-            turns.append(("user", _text(item[0], left_out), True))
+            if turns or not _empty(item[0]):             # else the assistant greets
+                turns.append(("user", _text(item[0], left_out), True))
             turns.append(("assistant", _text(item[1], left_out), True))
         else:
             turns += _turns_in(item, names, left_out)
@@ -164,12 +166,18 @@ def _turns_in(turn, names, left_out):
         if not ordered:
             raise Skip("unknown role")
         left_out.count(turn, [turn[key] for key in ordered])
-        return [(names.role_of_key(key), _text(turn[key], left_out), supervised) for key in ordered]
+        said = []
+        for key in ordered:
+            role, text = names.role_of_key(key), _text(turn[key], left_out)
+            if said and said[-1][0] == role == "user":   # an instruction, then its input
+                text = "\n".join(dict.fromkeys(filter(None, (said.pop()[1], text)))) or None
+            said.append((role, text, supervised))
+        return said
     role = names.role(name)
     if role is None:
         raise Skip("unknown role")
     value = _filled(turn, keys["content"])
-    if len(turn) > 2:                                    # as a rule not, so at once
+    if len(turn) > 2 or _empty(value):                   # as a rule not, so at once
         left_out.count(turn, (name, value))
     if isinstance(value, list):
         supervised = supervised and all(is_supervised(part, left_out) for part in value

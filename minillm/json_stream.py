@@ -17,6 +17,7 @@ MAX_LINE = 64 << 20          # bytes of a line, or of a JSON value
 WRAPPERS = ("data", "rows", "records", "examples", "items", "instances", "train")
 _WRAPPED = re.compile(r'\{\s*"(?:%s)"\s*:\s*\[' % "|".join(WRAPPERS))
 _OPENS = re.compile(r'\[|' + _WRAPPED.pattern)
+_KEY = re.compile(r'("(?:[^"\\]|\\.)*")\s*:\s*')
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 _SPACE = " \t\r\n\ufeff"
 _strict = json.JSONDecoder().raw_decode              # a line end inside a string is an error
@@ -90,7 +91,13 @@ def json_values(stream, encoding, name, form, report):
             if opening:
                 inside = True
                 continue
-            if buffer.text[buffer.at] != "}":        # other than the end of {"data": […]}
+            key = buffer.match(_KEY)                 # "version" of {"data": […], "version": 1}
+            value, size = buffer.decode() if key else (None, None)
+            if size is not None:
+                if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+                    report.left_out[json.loads(key[1])] += len(value)
+                continue
+            if buffer.text[buffer.at] != "}":        # other than its end
                 place = f"{name}, record {number + 1}"
                 report.skip("not understood, with all that follows in this file", place)
                 return

@@ -60,6 +60,7 @@ class Source:
         self.report = report
         self.encoding = known_encoding(encoding)
         self.document = document
+        self.named = [os.fspath(path) for path in paths]
         self.files = [file for path in paths for file in find_files(path, report)]
         self.size = 0
         for path in self.files:
@@ -69,9 +70,19 @@ class Source:
                 raise UserError(f"cannot read {path}: {error.strerror}") from None
         self.position = 0                # set by the thread that reads; others only look at it
 
-    def first_txt(self):
-        """The path of the first .txt, or None."""
-        return next((path for path in self.files if kind_of(path) == "txt"), None)
+    def leave_out_txt(self):
+        """Count the .txt files of folders as of another kind, for they hold no conversations.
+
+        UserError for one that was named itself, or if there is nothing else.
+        """
+        texts = [path for path in self.files if kind_of(path) == "txt"]
+        others = [path for path in self.files if kind_of(path) != "txt"]
+        for path in texts:
+            if path in self.named or not others:
+                raise UserError(f"{path}: conversations come as JSON or parquet, not as .txt")
+            self.report.other_file(path)
+            self.size -= os.path.getsize(path)
+        self.files = others
 
     def blocks(self, size=BLOCK):
         """Yield the Blocks of all files, of about `size` bytes each."""

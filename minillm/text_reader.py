@@ -12,7 +12,7 @@ block_conversations() in other processes.
 import json
 import re
 
-from minillm.chat_names import ABOUT_A_FILE, ANSWERS, MESSAGES, QUESTIONS
+from minillm.chat_names import ABOUT_A_FILE, ANSWERS, IDS, MESSAGES, QUESTIONS
 from minillm.chat_records import NAMES, clean_conversation, mend
 from minillm.errors import UserError
 from minillm.json_stream import WRAPPERS, is_message
@@ -25,7 +25,7 @@ __all__ = ["Report", "Source", "documents", "conversations", "block_documents",
 _decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 # what has one of these, or a name that the user gave, is a record itself
-OWN_KEYS = {"text", "content", *QUESTIONS, *ANSWERS, *MESSAGES} - set(WRAPPERS)
+OWN_KEYS = {"text", "content", *IDS, *QUESTIONS, *ANSWERS, *MESSAGES} - set(WRAPPERS)
 
 
 def documents(source, text_key="text"):
@@ -36,16 +36,9 @@ def documents(source, text_key="text"):
 
 def conversations(source, names=NAMES):
     """Yield (place, messages) of each conversation; see clean_conversation()."""
-    refuse_txt(source)
+    source.leave_out_txt()
     for block in source.blocks():
         yield from block_conversations(block, source.report, names)
-
-
-def refuse_txt(source):
-    """UserError if conversations are asked of a .txt."""
-    path = source.first_txt()
-    if path:
-        raise UserError(f"{path}: conversations come as JSON or parquet, not as .txt")
 
 
 def block_documents(block, report, text_key="text", chats=False):
@@ -59,7 +52,7 @@ def block_documents(block, report, text_key="text", chats=False):
         yield from block.data
         return
     keys = split_keys(text_key)
-    for place, record in block_records(block, report, OWN_KEYS.union(keys)):
+    for place, record in block_records(block, report, OWN_KEYS.union(keys), turns=chats):
         if isinstance(record, str):
             text = record
         else:
@@ -107,7 +100,7 @@ def _joined_text(record, keys, report, place):
 
 def block_conversations(block, report, names=NAMES):
     """Yield (place, messages) of each conversation of a block."""
-    for place, record in block_records(block, report, OWN_KEYS | names.mapped):
+    for place, record in block_records(block, report, OWN_KEYS | names.mapped, turns=True):
         if isinstance(record, str):
             report.skip("not a JSON object", place)
             continue
@@ -116,14 +109,15 @@ def block_conversations(block, report, names=NAMES):
             yield place, messages
 
 
-def block_records(block, report, own_keys):
+def block_records(block, report, own_keys, turns):
     """Yield (place, record) of a block of JSON; a record is a dict, or a str.
 
-    What has one of `own_keys` is a record itself, whatever lists it holds.
+    What has one of `own_keys` is a record itself, whatever lists it holds. turns: a list of what
+    looks like turns is one conversation.
     """
     values = _line_values(block, report) if block.kind == "lines" else block.data
     for place, value in values:
-        for record in _records(value, own_keys):
+        for record in _records(value, report, own_keys, turns):
             if record is None:
                 report.skip("not a JSON object", place)
             else:
@@ -186,10 +180,10 @@ def _several_values(text):
     return values
 
 
-def _records(value, own_keys):
+def _records(value, report, own_keys, turns):
     """Yield the records of one JSON value; None for one that is neither an object nor a text."""
     if isinstance(value, dict):
-        inner = _wrapped(value, own_keys)
+        inner = _wrapped(value, report, own_keys, turns)
         if inner is None:
             yield value
             return
@@ -198,27 +192,30 @@ def _records(value, own_keys):
         yield value
     elif not isinstance(value, list):
         yield None
-    elif value and all(map(is_message, value)):
+    elif value and turns and all(map(is_message, value)):
         yield {"messages": value}
     else:
         for element in value:
             if isinstance(element, (dict, str, list)):
-                yield from _records(element, own_keys)
+                yield from _records(element, report, own_keys, turns)
             else:
                 yield None
 
 
-def _wrapped(record, own_keys):
+def _wrapped(record, report, own_keys, turns):
     """The records in the lists of {"data": […]}; None if this is a record itself."""
-    if len(record) > 3 or not record.keys().isdisjoint(own_keys):
+    if not record.keys().isdisjoint(own_keys):
         return None
     for key, value in record.items():
         if isinstance(value, str) and value.strip() and key.casefold() not in ABOUT_A_FILE:
             return None                                  # its text would be lost
-    lists = [record[key] for key in WRAPPERS if _holds_records(record.get(key))]
-    return [element for records in lists for element in records] or None
+    lists = {key: value for key, value in record.items() if _holds_records(value, turns)}
+    wrapped = [element for key in WRAPPERS for element in lists.pop(key, ())]
+    if wrapped:
+        report.left_out.update({key: len(value) for key, value in lists.items() if value})
+    return wrapped or None
 
 
-def _holds_records(value):
-    return (isinstance(value, list) and not any(map(is_message, value))
+def _holds_records(value, turns):
+    return (isinstance(value, list) and not (turns and any(map(is_message, value)))
             and all(isinstance(element, (dict, list)) for element in value))

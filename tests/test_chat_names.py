@@ -6,6 +6,7 @@ import pytest
 
 from minillm.chat_names import Names
 from minillm.errors import UserError
+from minillm.text_reader import Report, Source, conversations
 from support.chat_records import (ANSWER, PAIR, PLAIN, QA, QUESTION, read_record, record, said,
                                   turn)
 from support.reading import Found
@@ -83,6 +84,23 @@ MAPPINGS = [
 def test_map_names_all_else(tmp_path, mapping, other):
     assert read_record(tmp_path, other, names=Names(mapping)).items == [PLAIN]
     assert read_record(tmp_path, other).items == []
+
+
+def test_mapped_names_are_joined_in_the_order_given(tmp_path):
+    """baike2018qa has a title, and a description behind it."""
+    found = read_record(tmp_path, {"desc": "详情", "title": "题", "answer": "答"},
+                        names=Names("title:user,desc:user"))
+
+    assert found.items == [said("u题\n详情", "a答")]
+
+
+def test_a_key_of_a_turn_that_is_not_known_is_named(tmp_path):
+    report = Report()
+    (tmp_path / "c.jsonl").write_text(json.dumps(
+        {"messages": [{"role": "user", "msg": "问"}, {"role": "assistant", "msg": "答"}]}))
+
+    assert list(conversations(Source([str(tmp_path / "c.jsonl")], report))) == []
+    assert report.unknown == {"msg": 1}
 
 
 @pytest.mark.parametrize("mapping", ["q", "q:", ":user", "q:teacher"])

@@ -1,6 +1,7 @@
 """What a corpus may come as: folders, compressed files, tars, parquet; whole, or cut short."""
 import io
 import os
+import shutil
 import sys
 import tarfile
 
@@ -67,6 +68,23 @@ def test_a_link_in_a_tar_is_counted(tmp_path):
     _, report = places(tmp_path / "c.tar")
 
     assert report.other_files == {"link": {"count": 1, "first": f"{tmp_path}/c.tar/b.jsonl"}}
+
+
+def test_texts_beside_conversations_are_counted(small_corpus, tmp_path):
+    """README.txt of a dataset; one that was named, or that is all there is, is a mistake."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "README.txt").write_text("about")
+    argv = small_corpus.argv(tmp_path / "s", [folder], "--val_fraction=0")
+    assert "not as .txt" in refused("prepare_sft", *argv)
+    shutil.copy(small_corpus.folder / "chats.jsonl", folder)
+
+    output, made = small_corpus.sft(tmp_path / "s", files=[folder])
+
+    assert "left out: 1 file of another kind (.txt 1; the first: " in output
+    assert made["splits"]["train"]["documents"] > 50
+    named = small_corpus.argv(tmp_path / "t", [folder, folder / "README.txt"])
+    assert "not as .txt" in refused("prepare_sft", *named)
 
 
 def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from minillm import json_stream
 from minillm.chat_names import Names
 from minillm.errors import UserError
-from minillm.text_reader import conversations
+from minillm.text_reader import Report, Source, conversations, documents
 from support.chat_records import said
 from support.reading import BOMS, Found, read
 
@@ -107,6 +107,65 @@ def test_wrapped_pairs(tmp_path):
     (tmp_path / "c.json").write_text(dump({"data": INNER * 2, "version": "1.0"}))
 
     assert read(tmp_path / "c.json", conversations) == Found([said("u内", "a里")] * 2)
+
+
+def about(*keys):
+    return dict.fromkeys(keys, "甲")
+
+
+# {"data": pairs} beside other things: how many conversations, else why there is none
+RECORD = [{"instruction": "一", "input": "", "output": "甲"}, {"instruction": "二", "output": "乙"}]
+UNCLEAR = "data holds pairs, records or turns (turns: --map=data:messages)"
+WRAPPING = [
+    ({**about("name", "version", "license", "language"), "data": RECORD}, 2),
+    ({"code": 0, "msg": "ok", "total": 2, "page": 1, "data": RECORD}, 2),
+    ({"data": RECORD, "info": {"a": 1}, "version": 1.0, "license": "MIT"}, 2),
+    ({"title": "题", "data": RECORD}, UNCLEAR),
+    ({"id": 1, "data": RECORD}, UNCLEAR),
+    ({"topic": "题", "data": [{"question": "一", "answer": "甲"}]}, UNCLEAR),
+]
+
+
+@pytest.mark.parametrize("value, expected", WRAPPING)
+def test_pairs_under_data_are_records_or_the_file_is_refused(tmp_path, value, expected):
+    """Never one conversation of what may be many: only --map=data:messages says so."""
+    (tmp_path / "c.json").write_text(dump(value))
+
+    found = read(tmp_path / "c.json", conversations)
+    as_turns = read(tmp_path / "c.json", conversations, names=Names("data:messages"))
+
+    if expected == 2:
+        assert found == Found([said("u一", "a甲"), said("u二", "a乙")])
+    else:
+        assert found.items == [] and found.skipped == {expected: 1}
+        assert as_turns.items == [sum((said(f"u{pair.get('instruction', '一')}", f"a{answer}")
+                                       for pair, answer in zip(value["data"], "甲乙")), [])]
+
+
+@pytest.mark.parametrize("value", [
+    {"train": RECORDS, "validation": RECORDS[:2], "version": "1.0"},
+    {"version": "1.0", "train": RECORDS, "validation": RECORDS[:2], "empty": []}])
+@pytest.mark.parametrize("large", [False, True])
+def test_lists_beside_a_wrapped_one_are_counted(tmp_path, value, large):
+    """Large: it is streamed, and its end not looked at before."""
+    record = {"text": "长" * (100_000 if large else 1)}
+    value = {key: [record] * 60 if key == "train" else item for key, item in value.items()}
+    (tmp_path / "c.json").write_text(dump(value))
+    report = Report()
+
+    found = list(documents(Source([str(tmp_path / "c.json")], report)))
+
+    assert len(found) == 60 and not report.skipped
+    assert report.left_out == {"validation": 2}
+
+
+@pytest.mark.parametrize("record", [
+    {"from": "人民日报", "title": "题", "text": "文"}, {"speaker": "甲", "text": "文"}])
+@pytest.mark.parametrize("wrap", [list, lambda records: {"data": list(records)}])
+def test_documents_that_look_like_turns_are_documents(tmp_path, record, wrap):
+    (tmp_path / "c.json").write_text(dump(wrap([record] * 3)))
+
+    assert read(tmp_path / "c.json") == Found(["文"] * 3)
 
 
 def test_a_long_record_before_whose_text_a_list_stands(tmp_path):
