@@ -268,6 +268,9 @@ def _alternating(turns, report, place):
             report.repair("user turn without an answer dropped", place)
         messages.pop()
     if not messages or messages[-1]["role"] != "assistant":
+        roles = [role for role, _, _ in turns]
+        if "assistant" not in roles and "system" in roles[1:]:
+            raise Skip("no assistant turn; if system answers: --map=NAME:assistant")
         raise Skip("no assistant turn")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(message.get("supervised", True) for message in answers):

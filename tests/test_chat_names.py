@@ -86,6 +86,13 @@ def test_map_names_all_else(tmp_path, mapping, other):
     assert read_record(tmp_path, other).items == []
 
 
+def test_a_system_that_answers_can_be_mapped(tmp_path):
+    found = read_record(tmp_path, record(turn("usr", "问"), turn("sys", "答")),
+                        names=Names("sys:assistant"))
+
+    assert found.items == [PLAIN]
+
+
 def test_mapped_names_are_joined_in_the_order_given(tmp_path):
     """baike2018qa has a title, and a description behind it."""
     found = read_record(tmp_path, {"desc": "详情", "title": "题", "answer": "答"},

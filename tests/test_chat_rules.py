@@ -59,6 +59,9 @@ CASES = [
          repaired=("empty system turn dropped", "empty first assistant turn dropped")),
 
     # turns out of order
+    Case("a system that answers", record(turn("usr", "问"), turn("sys", "答")), None,
+         skipped=("no assistant turn; if system answers: --map=NAME:assistant",),
+         repaired=("cut before a later system turn",)),
     Case("pairs with sorted keys",
          record({"assistant": "甲", "user": "一"}, {"answer": "乙", "question": "二"}),
          said("u一", "a甲", "u二", "a乙")),
