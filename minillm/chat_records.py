@@ -12,8 +12,8 @@ import math
 import re
 
 from minillm.chat_names import FLAGS, LEFT_OUT, METADATA, NAMES
-from minillm.json_stream import is_message
-from minillm.loss_flags import is_supervised, parsed, with_flags
+from minillm.json_stream import is_message, parsed
+from minillm.loss_flags import is_supervised, with_flags
 from minillm.report import Skip
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")

@@ -31,6 +31,16 @@ def is_message(value):
             and not value.keys().isdisjoint(CONTENT_KEYS))
 
 
+def parsed(value):
+    """A list that was written as a string of JSON, as some exporters do, read."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
 def form_of(head, whole):
     """How a JSON file begins: "lines", "array", "values"; None if more of it must be seen.
 

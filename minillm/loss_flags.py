@@ -5,20 +5,9 @@
 
 A flag that is not understood is an error: nothing is learned against what its file says.
 """
-import json
-
 from minillm.chat_names import FLAGS
+from minillm.json_stream import parsed
 from minillm.report import Skip
-
-
-def parsed(value):
-    """A list that was written as a string of JSON, as some exporters do, read."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass
-    return value
 
 
 def is_supervised(record, left_out):

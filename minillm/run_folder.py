@@ -10,7 +10,6 @@ the one before it as it was. What does not fit together (shape, tokenizer, data,
 is refused with one line that names the difference. One process at a time writes to an out_dir.
 """
 import ast
-import hashlib
 import math
 import os
 import re
@@ -23,7 +22,7 @@ from minillm.atomic_folder import hold
 from minillm.configurator import field_comments
 from minillm.distributed import print0
 from minillm.errors import UserError
-from minillm.token_files import fingerprint
+from minillm.token_files import fingerprint, sha256_of
 
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
 # settings that a resumed run keeps where its command does not repeat them, and their old values
@@ -307,8 +306,7 @@ def find_tokenizer(data, s):
 def _hash_of(folder):
     """sha256 of a folder's tokenizer.json, or None where there is none that can be read."""
     try:
-        with open(os.path.join(folder, "tokenizer.json"), "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return sha256_of(os.path.join(folder, "tokenizer.json"))
     except (OSError, ValueError):
         return None
 

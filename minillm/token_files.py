@@ -35,8 +35,8 @@ def write_meta(folder, kind, tokenizer, settings, splits, sources, report):
         "vocab_size": tokenizer.vocab_size,
         **settings,
         "splits": splits,
-        "content": {name: sha256_of(os.path.join(folder, name)) for name in sorted(
-            os.listdir(folder)) if name.endswith(".bin")},
+        "content": {name: sha256_of(os.path.join(folder, name))
+                    for name in sorted(os.listdir(folder)) if name.endswith(".bin")},
         "sources": sources,
         **report.summary(),
     }
