@@ -29,7 +29,7 @@ from minillm.errors import run
 from minillm.report import Report
 from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
-from minillm.text_files import Block, Source
+from minillm.text_files import Block, Source, batches_of
 from minillm.text_reader import block_documents, check_text_keys
 from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import END_OF_TEXT, Tokenizer, pack_ids
@@ -68,6 +68,7 @@ def main():
     report = Report(s.strict)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
+    batches = batches_of(blocks, s.batch_size)
     encoder = Encoder(tokenizer, s.text_key, s.strict)
     processes = s.processes or default_processes(source.size if source else 0)
     with replaced_folder(s.out_dir, FILES) as folder:
@@ -79,7 +80,7 @@ def main():
         split = ValidationSplit(s.val_fraction, may_cut=True)
         characters, encoded = 0, 0               # of all documents, duplicates too
         with progress(source) as bar:
-            for documents, length, block_report in encode_ahead(encoder, blocks, processes):
+            for documents, length, block_report in encode_ahead(encoder, batches, processes):
                 report.merge(block_report)
                 characters += length
                 encoded += sum(map(len, documents.payloads)) // 2
@@ -116,14 +117,15 @@ _END = pack_ids([END_OF_TEXT])
 
 @dataclass
 class Encoder:
-    """Encodes a block: Documents, characters, and the report of what was skipped and repaired."""
+    """Encodes blocks: Documents, characters, and the report of what was skipped and repaired."""
     tokenizer: Tokenizer
     text_key: str
     strict: bool
 
-    def __call__(self, block):
-        report = Report(self.strict)
-        texts = list(block_documents(block, report, self.text_key))
+    def __call__(self, blocks):
+        report, texts = Report(self.strict), []
+        for block in blocks:
+            texts += block_documents(block, report, self.text_key)
         documents = columns(encode_documents(self.tokenizer, texts))
         return documents, sum(len(text) for _, text in texts), report
 

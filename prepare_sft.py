@@ -46,7 +46,7 @@ from minillm.packing import COUNTS, RowWriter, to_payload
 from minillm.report import Report
 from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
-from minillm.text_files import Block, Source
+from minillm.text_files import Block, Source, batches_of
 from minillm.text_reader import block_conversations
 from minillm.token_files import advice, check_splits, print_summary, write_meta
 from minillm.tokenizer import IM_END, ROLES, Tokenizer, is_supervised, pack_ids
@@ -95,6 +95,7 @@ def main():
     if s.show:
         show(tokenizer, blocks, names, report, s)
         return
+    batches = batches_of(blocks, s.batch_size)
     capacity = s.block_size + 1
     encoder = Encoder(tokenizer, names, capacity, s.long, s.strict)
     processes = s.processes or default_processes(source.size if source else 0)
@@ -106,7 +107,7 @@ def main():
             "duplicate of a conversation before", place))
         split = ValidationSplit(s.val_fraction, may_cut=False)
         with progress(source) as bar:
-            for documents, block_report in encode_ahead(encoder, blocks, processes):
+            for documents, block_report in encode_ahead(encoder, batches, processes):
                 report.merge(block_report)
                 shuffle.add(documents)
                 split.count(documents)
@@ -140,16 +141,17 @@ def progress(source):
 
 @dataclass
 class Encoder:
-    """Encodes a block: Documents, and the report of what was skipped and repaired."""
+    """Encodes blocks: Documents, and the report of what was skipped and repaired."""
     tokenizer: Tokenizer
     names: Names
     capacity: int
     long: str
     strict: bool
 
-    def __call__(self, block):
-        report = Report(self.strict)
-        chats = list(block_conversations(block, report, self.names))
+    def __call__(self, blocks):
+        report, chats = Report(self.strict), []
+        for block in blocks:
+            chats += block_conversations(block, report, self.names)
         documents = encode_conversations(self.tokenizer, chats, self.capacity, self.long, report)
         return columns(documents), report
 

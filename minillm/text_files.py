@@ -2,6 +2,7 @@
 
     source = Source(["raw/", "corpus.tar.bz2"], report, encoding="utf-8", document="file")
     for block in source.blocks(): …              # to text_reader.py, in this process or in another
+    for blocks in batches_of(source.blocks(), BLOCK): …      # … those of small files together
 
 Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz
 .zst) or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
@@ -44,6 +45,7 @@ class Block(NamedTuple):
     name: str
     first: int
     data: object
+    size: int = 0                # of the data: bytes, or characters where it is decoded
     encoding: str = "utf-8"
 
 
@@ -162,10 +164,10 @@ class Source:
             records.append((place, value))
             total += length
             if total >= size:
-                yield Block("records", name, 1, records)
+                yield Block("records", name, 1, records, total)
                 records, total = [], 0
         if records:
-            yield Block("records", name, 1, records)
+            yield Block("records", name, 1, records, total)
 
     def _line_blocks(self, name, stream, encoding, size):
         first = 1
@@ -183,7 +185,7 @@ class Source:
                     data, rest = data[:last_start], b""
                 data += rest
             refuse_utf8(name, data, encoding)
-            yield Block("lines", name, first, data, encoding)
+            yield Block("lines", name, first, data, len(data), encoding)
             first += count
 
     def _txt_blocks(self, name, stream, encoding, size):
@@ -193,10 +195,32 @@ class Source:
             texts.append((place, text))
             total += len(text)
             if total >= size // 2:                   # characters, of one to four bytes
-                yield Block("texts", name, 1, texts)
+                yield Block("texts", name, 1, texts, total)
                 texts, total = [], 0
         if texts:
-            yield Block("texts", name, 1, texts)
+            yield Block("texts", name, 1, texts, total)
+
+
+def batches_of(blocks, size):
+    """Yield lists of blocks that follow one another, of `size` / 2 or more together.
+
+    A call of the encoder costs about as much for a small file as for one of 10,000 characters, so
+    small files share one. An error in `blocks` comes after what was read before it.
+    """
+    batch, total, late_error = [], 0, None
+    try:
+        for block in blocks:
+            batch.append(block)
+            total += block.size
+            if total >= size // 2:
+                yield batch
+                batch, total = [], 0
+    except Exception as error:
+        late_error = error
+    if batch:
+        yield batch
+    if late_error:
+        raise late_error
 
 
 class _Watched(Transcoded):
@@ -230,7 +254,8 @@ def _parquet_blocks(path, size):
                 for record in batch.to_pylist():
                     number += 1
                     records.append((f"{path}, record {number}", record))
-                yield Block("records", path, 1, records), number / rows
+                block = Block("records", path, 1, records, row_bytes * len(records))
+                yield block, number / rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or cut short ({reason}): fetch it again") from None

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from minillm.errors import UserError
+from minillm.text_files import batches_of
 from minillm.text_reader import Report, Source, conversations
 from support.preparation_runs import chats, refused, text_line, texts, write_texts
 from support.reading import Found, compress, places, read, tar
@@ -148,6 +149,32 @@ def test_the_position_moves_inside_a_file(tmp_path):
     blocks = list(source.blocks(1 << 16))
 
     assert len(blocks) > 10 and len(set(source.positions)) >= 5
+
+
+def test_small_files_are_encoded_together(tmp_path):
+    """Nothing but the calls changes: all blocks come, in their order."""
+    for number in range(100):
+        suffix = ("txt", "json", "jsonl")[number % 3]
+        (tmp_path / f"{number:03}.{suffix}").write_bytes(A)
+    blocks = list(Source([str(tmp_path)], Report()).blocks())
+
+    batches = list(batches_of(blocks, 20 * len(A)))
+
+    assert [block for batch in batches for block in batch] == blocks and len(blocks) == 100
+    sizes = [sum(block.size for block in batch) for batch in batches]
+    assert all(size >= 10 * len(A) for size in sizes[:-1]) and len(batches) > 5
+
+
+def test_a_damaged_file_does_not_hide_what_was_read_before(tmp_path):
+    (tmp_path / "a.txt").write_bytes(A)
+    (tmp_path / "b.txt.gz").write_bytes(compress("gz", A)[:-9])
+    batches = batches_of(Source([str(tmp_path)], Report()).blocks(), 1 << 20)
+
+    [block] = next(batches)
+
+    assert block.name.endswith("a.txt")
+    with pytest.raises(UserError, match="b.txt.gz is damaged"):
+        next(batches)
 
 
 # ---- compressed
