@@ -13,7 +13,9 @@ is one of these (minillm/chat_names.py has all names; --map adds more):
   any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt, 助手; system,
   developer.
 - a pair: instruction (and input), prompt, question or query; and output, response, completion,
-  answer or target; with the turns before it under history.
+  answer or target; with the turns before it under history. In TRL's prompt and completion, each
+  may be a list of turns; the prompt's are context then, and not learned.
+- UltraChat's: texts under data, without roles: question, answer, question, answer …
 
 The system prompt can also stand beside them, under system or system_prompt. A turn with weight,
 loss, train, trainable or loss_mask 0 or false is context: it is not learned. Beside the turns such

@@ -12,7 +12,7 @@ import math
 import re
 
 from minillm.chat_names import FLAGS, LEFT_OUT, METADATA, NAMES
-from minillm.json_stream import is_message, parsed
+from minillm.json_stream import are_messages, are_texts, is_message, parsed
 from minillm.loss_flags import is_supervised, with_flags
 from minillm.report import Skip
 
@@ -28,6 +28,7 @@ class _LeftOut:
         self._names = names
         self.known = set()               # and other reasons why something is left out
         self.unknown = set()
+        self.unknown_roles = set()
 
     def add(self, reason):
         self.known.add(reason)
@@ -48,10 +49,11 @@ def clean_conversation(record, report, place, names=NAMES):
     """The messages of one JSON record, or None where nothing can be learned from it.
 
     Turns stand under `conversations`, `messages` …, or in pairs (`instruction`, `input`, `output`;
-    `prompt`, `response` …) with `history` before them and `system` on top. A conversation is cut
-    before an empty turn, a tool's turn and a later system turn. It is skipped without turns, with
-    an unknown role, or without an answer. Two turns in a row of one role are joined; answers
-    without a question and questions without an answer are dropped.
+    `prompt`, `response` …; a text each, or a list of turns each), or as texts in turn under `data`,
+    with `history` before them and `system` on top. A conversation is cut before an empty turn, a
+    tool's turn and a later system turn. It is skipped without turns, with an unknown role, or
+    without an answer. Two turns in a row of one role are joined; answers without a question and
+    questions without an answer are dropped.
     """
     report.records += 1
     left_out = _LeftOut(names)
@@ -64,6 +66,7 @@ def clean_conversation(record, report, place, names=NAMES):
     finally:
         report.left_out.update(sorted(left_out.known))
         report.unknown.update(sorted(left_out.unknown))
+        report.unknown_roles.update(left_out.unknown_roles)
 
 
 def _all_turns(record, names, left_out):
@@ -90,8 +93,15 @@ def _all_turns(record, names, left_out):
     elif not record.keys().isdisjoint(names.answer_keys):
         questions = [record.get(key) for key in (*keys["user"], "input")]
         answer = _filled(record, keys["assistant"])
-        made += _question_and_answer(questions, answer, left_out)
+        asked = [value for value in questions if not _empty(value)]
+        if len(asked) == 1 and are_messages(asked[0]) and are_messages(answer):
+            made += _prompt_and_completion(asked[0], answer, names, left_out)
+        else:
+            made += _question_and_answer(questions, answer, left_out)
         used += [*questions, answer]
+    elif are_texts(data := parsed(record.get("data"))):     # UltraChat's
+        made += _history(data, names, left_out)
+        used.append(data)
     else:
         raise Skip("no conversation")
     left_out.count(record, used)
@@ -110,6 +120,18 @@ def _messages_in(record, keys):
                     raise Skip("data holds pairs, records or turns (turns: --map=data:messages)")
                 return value
     return None
+
+
+def _prompt_and_completion(prompt, completion, names, left_out):
+    """The turns of TRL's two lists. The completion is learned, the prompt is context, as in TRL."""
+    made = []
+    for turn in prompt:
+        made += [(role, text, False) for role, text, _ in _turns_in(turn, names, left_out)]
+    if "assistant" in [role for role, _, _ in made]:
+        left_out.add("answers of a prompt (context, not learned)")
+    for turn in completion:
+        made += _turns_in(turn, names, left_out)
+    return made
 
 
 def _question_and_answer(questions, answer, left_out):
@@ -138,7 +160,9 @@ def _history(value, names, left_out):
         value = [value]
     if not isinstance(value, list):
         raise Skip("history is not a list")
-    if all(isinstance(item, str) for item in value):     # question, answer, question, answer …
+    if are_texts(value):                                 # question, answer, question, answer …
+        if len(value) % 2:                               # the first may be no question
+            raise Skip("an odd number of texts without roles")
         value = [value[start: start + 2] for start in range(0, len(value), 2)]
     turns = []
     for item in value:
@@ -175,6 +199,7 @@ def _turns_in(turn, names, left_out):
         return said
     role = names.role(name)
     if role is None:
+        left_out.unknown_roles.add(" ".join(str(name).split())[:40])
         raise Skip("unknown role")
     value = _filled(turn, keys["content"])
     if len(turn) > 2 or _empty(value):                   # as a rule not, so at once

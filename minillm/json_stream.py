@@ -31,6 +31,14 @@ def is_message(value):
             and not value.keys().isdisjoint(CONTENT_KEYS))
 
 
+def are_messages(value):
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def are_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
 def parsed(value):
     """A list that was written as a string of JSON, as some exporters do, read."""
     if isinstance(value, str) and value.lstrip().startswith("["):

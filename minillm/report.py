@@ -12,6 +12,7 @@ from minillm.errors import UserError
 
 KEYS_KEPT = 1000             # unknown keys that are counted; a file may have any number of them
 KEYS_SAVED = 100             # … and those in meta.json, the most frequent
+ROLES_NAMED = 8              # unknown roles that are printed, the most frequent
 SAMPLE_BYTES = 1 << 14       # of undecodable lines, from which guess_encoding() proposes an encoding
 
 
@@ -23,7 +24,7 @@ class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
     `left_out` counts, for each key that has a meaning and is left out nevertheless, the records
-    that have it. `unknown` does so for keys that no rule knows.
+    that have it. `unknown` does so for keys that no rule knows, `unknown_roles` for such roles.
     """
 
     def __init__(self, strict=False):
@@ -33,6 +34,7 @@ class Report:
         self.other_files = {}            # by suffix, in place of a reason
         self.left_out = Counter()
         self.unknown = Counter()
+        self.unknown_roles = Counter()
         self.records = 0
         self.text_keys = set()           # of several keys of a text, those that held one
         self.undecodable = b""
@@ -63,9 +65,11 @@ class Report:
             for reason, entry in theirs.items():
                 _count(mine, reason, entry["first"], entry["count"])
         self.left_out.update(other.left_out)
-        for key, count in other.unknown.items():
-            if key in self.unknown or len(self.unknown) < KEYS_KEPT:
-                self.unknown[key] += count
+        for mine, theirs in ((self.unknown, other.unknown),
+                             (self.unknown_roles, other.unknown_roles)):
+            for name, count in theirs.items():
+                if name in mine or len(mine) < KEYS_KEPT:
+                    mine[name] += count
         self.records += other.records
         self.text_keys |= other.text_keys
         self.undecodable = (self.undecodable + other.undecodable)[:SAMPLE_BYTES]
@@ -83,6 +87,9 @@ class Report:
             lines.append(f"  left out: {key} in {counted(count, 'records')}")
         if self.unknown:
             lines.append(f"  not used, because no rule knows these keys: {self._unknown_keys()}")
+        if self.unknown_roles:
+            lines.append(f"  roles that no rule knows: {self._unknown_roles()}; "
+                         "--map=NAME:user (or assistant, system, tool) says what one is")
         return lines
 
     def _other_files(self):
@@ -101,6 +108,14 @@ class Report:
             named.append(f"{counted(rare, 'rarer ones')} such as {keys[len(named)][0]}")
         return ", ".join(named)
 
+    def _unknown_roles(self):
+        named = [f"{role} in {counted(count, 'records')}"
+                 for role, count in self.unknown_roles.most_common(ROLES_NAMED)]
+        others = len(self.unknown_roles) - len(named)
+        if others:
+            named.append(counted(others, "others"))
+        return ", ".join(named)
+
     def summary(self):
         """What meta.json says of it."""
         return {
@@ -109,6 +124,7 @@ class Report:
             "other_files": self.other_files,
             "left_out": dict(self.left_out),
             "unknown_keys": dict(self.unknown.most_common(KEYS_SAVED)),
+            "unknown_roles": dict(self.unknown_roles.most_common(KEYS_SAVED)),
         }
 
 

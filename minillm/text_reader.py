@@ -15,7 +15,7 @@ import re
 from minillm.chat_names import ABOUT_A_FILE, ANSWERS, IDS, MESSAGES, QUESTIONS
 from minillm.chat_records import NAMES, clean_conversation, mend
 from minillm.errors import UserError
-from minillm.json_stream import WRAPPERS, is_message
+from minillm.json_stream import WRAPPERS, are_messages, is_message
 from minillm.report import Report
 from minillm.text_files import Source
 
@@ -192,7 +192,7 @@ def _records(value, report, own_keys, turns):
         yield value
     elif not isinstance(value, list):
         yield None
-    elif value and turns and all(map(is_message, value)):
+    elif turns and are_messages(value):
         yield {"messages": value}
     else:
         for element in value:

@@ -100,7 +100,30 @@ CASES = [
          repaired=("user turn without an answer dropped",)),
     Case("user alone", record(QUESTION), None, skipped=NO_ANSWER),
 
+    Case("a prompt with an answer",
+         {"prompt": [*QA, turn("user", "二")], "completion": [turn("assistant", "乙")]},
+         said("u问", "-答", "u二", "a乙"), left_out=("answers of a prompt (context, not learned)",)),
+    Case("a completion without an answer", {"prompt": [QUESTION], "completion": [QUESTION]}, None,
+         skipped=NO_ANSWER, repaired=("two user turns running joined",)),
+
     # unknown roles, values, forms
+    Case("texts without roles, odd", {"id": 1, "data": ["早", "问", "答"]}, None,
+         skipped=("an odd number of texts without roles",)),
+    Case("a text without a role", {"id": 1, "data": ["独白"]}, None,
+         skipped=("an odd number of texts without roles",)),
+    Case("texts without roles, one empty", {"id": 1, "data": ["问", "答", "又", ""]}, PLAIN,
+         repaired=("cut before an empty turn", "user turn without an answer dropped")),
+    Case("texts without roles beside a pair", {**PAIR, "data": ["一", "甲"]}, PLAIN,
+         left_out=("data",)),
+    Case("texts without roles, one a number", {"id": 1, "data": ["问", 5]}, None,
+         skipped=("no conversation",)),
+    Case("texts under messages", {"messages": ["问", "答"]}, None,
+         skipped=("a turn is not an object",)),
+    Case("turns and a text", {"prompt": [QUESTION], "completion": "答"}, None,
+         skipped=("a turn is not text",)),
+    Case("turns and another question",
+         {"prompt": [QUESTION], "question": "问", "completion": [ANSWER]}, None,
+         skipped=("a turn is not text",)),
     Case("unknown role", record(*QA, turn("narrator", "x")), None, skipped=("unknown role",)),
     Case("null role", record(turn(None, "问"), ANSWER), None, skipped=("unknown role",)),
     Case("role in a list", record(turn(["human"], "x")), None, skipped=("unknown role",)),
@@ -228,6 +251,23 @@ def test_unknown_keys_are_named_once(small_corpus, tmp_path):
     assert said in output.splitlines()
     assert made["unknown_keys"] == {"mood": 300, "scarce": 2, "rare": 1}
     assert made["left_out"] == {} and made["version"] == 2
+
+
+def test_unknown_roles_are_named(small_corpus, tmp_path):
+    """On the terminal the most frequent, and how many others there are."""
+    records = [record(QUESTION, turn("assistant", text)) for text in texts(30)]
+    records += [record(turn("Narrator ", "x"), *QA)] * 2
+    records += [record(*QA, {"from": f"actor\n{number}", "value": "x"}) for number in range(9)]
+    path = write_lines(tmp_path / "c.jsonl", records)
+
+    output, made = small_corpus.sft(tmp_path / "s", files=[path])
+
+    actors = "".join(f"actor {number} in 1 record, " for number in range(7))
+    said = (f"  roles that no rule knows: Narrator in 2 records, {actors}2 others; "
+            "--map=NAME:user (or assistant, system, tool) says what one is")
+    assert said in output.splitlines()
+    assert made["unknown_roles"]["Narrator"] == 2 and len(made["unknown_roles"]) == 10
+    assert made["skipped"]["unknown role"]["count"] == 11
 
 
 def test_rare_unknown_keys_are_counted_even_where_none_is_frequent():
