@@ -7,8 +7,8 @@
 Files are .jsonl, .json, .ndjson, .txt or .parquet; all but .parquet also compressed (.gz .bz2 .xz
 .zst) or in a tar. JSON comes one record per line, as an array, or as values one after the other. A
 directory stands for such files below it, in the order of their paths, without names that begin with
-a dot; files of other kinds are counted, links to directories followed. A byte order mark decides
-the encoding, otherwise `encoding` does.
+a dot; files of other kinds are counted, links followed, and no file is read twice. A byte order
+mark decides the encoding, otherwise `encoding` does.
 
 Memory is one line (at most MAX_LINE bytes), one block, and the decompressor's buffers.
 """

@@ -102,6 +102,23 @@ def test_links_to_folders_are_followed_and_none_is_read_twice(tmp_path):
     assert read(raw).items == ["elsewhere/deep/b.jsonl", "raw/real/a.jsonl"]
 
 
+def test_a_file_and_links_to_it_are_read_once(tmp_path):
+    """The links are counted; of several to a file elsewhere, the first is read."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_texts(raw / "file.jsonl", ["甲"])
+    write_texts(tmp_path / "blob", ["乙"])
+    (raw / "before.txt").symlink_to("file.jsonl")
+    (raw / "z.jsonl").symlink_to(raw / "before.txt")
+    (raw / "link1.jsonl").symlink_to(tmp_path / "blob")
+    (raw / "link2.jsonl").symlink_to(tmp_path / "blob")
+
+    found, report = places(raw)
+
+    assert found == [f"{raw}/file.jsonl:1", f"{raw}/link1.jsonl:1"]
+    assert report.other_files == {"link": {"count": 3, "first": f"{raw}/before.txt"}}
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     write_texts(tmp_path / "a.jsonl", ["甲"])
