@@ -33,7 +33,7 @@ from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFl
 from minillm.dataloader import TokenData, batch_windows, derive_seed, rank_batches, show_windows
 from minillm.device import (autocast, compile_for_training, pick_device, pick_dtype, prepare,
                             to_device)
-from minillm.distributed import data_parallel, join, rank_and_world, sum_over_ranks
+from minillm.distributed import data_parallel, join, launch_id, rank_and_world, sum_over_ranks
 from minillm.errors import UserError, run
 from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
@@ -291,7 +291,7 @@ def main():
         if resumable:
             state |= {"optimizer": moments, "scaler": scaler.state_dict(),
                       "best_val_loss": best_val_loss,
-                      "settings": asdict(s) | {"job": run_folder.launch_id()}} | log.state(step)
+                      "settings": asdict(s) | {"job": launch_id()}} | log.state(step)
         begin_writing()
         log.metrics.sync()
         return run_folder.save(path, state, s)

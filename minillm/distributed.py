@@ -3,6 +3,7 @@
 torchrun starts them and gives each its rank in environment variables; without it there is one.
 """
 import os
+import socket
 import sys
 
 import torch
@@ -40,6 +41,12 @@ def _number(key, default):
         raise UserError(f"{key}={text!r} in the environment must be a whole number: "
                         "start with torchrun, or unset it")
     return int(text)
+
+
+def launch_id():
+    """A name for this launch of torchrun, the same after each of its restarts; None without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
 
 
 def join(device, rank, world):

@@ -14,13 +14,12 @@ import math
 import os
 import re
 import shutil
-import socket
 from dataclasses import asdict
 
 from minillm import checkpoint
 from minillm.atomic_folder import hold
 from minillm.configurator import field_comments
-from minillm.distributed import print0
+from minillm.distributed import launch_id, print0
 from minillm.errors import UserError
 from minillm.token_files import fingerprint, sha256_of
 
@@ -37,12 +36,6 @@ def data_identity(s, data):
             "windows in a step": s.batch_size * s.gradient_accumulation_steps}
 
 
-def launch_id():
-    """A name for this launch of torchrun, the same after each of its restarts; None without it."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
-
-
 def open_resumed(s, data):
     """The checkpoint of out_dir to resume from, or None to start a new run.
 
@@ -50,6 +43,9 @@ def open_resumed(s, data):
     in KEPT that the command does not give are taken from it. Raises UserError if the run may not
     start or resume.
     """
+    if s.overwrite and s.init_from == "resume":
+        raise UserError("--init_from=resume continues a run, --overwrite=True starts over: "
+                        "leave one of them out")
     # torchrun --max-restarts starts the same command again: that time it resumes what this
     # launch has saved
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
@@ -126,6 +122,7 @@ def _check_identity(s, data, resumed):
 def _report_changes(s, resumed):
     # the shape comes from the checkpoint, not from the settings
     skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log"}
+    skip.add("optimizer")                        # another one is refused where its state is read
     skip |= resumed["model_config"].keys() - {"block_size", "dropout"}
     changed = []
     for key, value in asdict(s).items():

@@ -228,6 +228,8 @@ DIFFERS = [
     Differs(["--n_embd=64"], "n_embd=32"),
     Differs(["--n_expert=4"], "n_expert=0"),
     Differs(["--seed=7"], "seed 1337, now it is 7"),
+    Differs(["--optimizer=muon"], "--optimizer=adamw resumes"),
+    Differs(["--overwrite=True"], "--overwrite=True starts over: leave one of them out"),
     Differs(["--batch_size=4"], "windows in a step 4, now it is 8"),
 ]
 
