@@ -17,6 +17,7 @@ from minillm.errors import UserError
 from minillm.muon import Muon
 
 ADAMW_MOMENTS = ("step", "exp_avg", "exp_avg_sq")        # as torch names them
+OF_ONE = {"adamw": "exp_avg", "muon": "momentum"}        # a moment that no other optimizer has
 
 
 def make_optimizer(model, s, compile=False, shard=False):
@@ -170,6 +171,11 @@ class Optimizer:
     def _moments(self, part, parameter, saved):
         name, moments = self.names[parameter], {}
         found = saved.get(name)
+        was, now = ("adamw", "muon") if isinstance(part, Muon) else ("muon", "adamw")
+        if isinstance(found, dict) and OF_ONE[was] in found:
+            raise UserError(f"the checkpoint has optimizer={was}, these settings say {now}: "
+                            f"--optimizer={was} resumes; --init_from=DIR --out_dir=NEW starts a "
+                            "new run from its weights")
         for key, shape in _moment_shapes(part, parameter).items():
             moment = found.get(key) if isinstance(found, dict) else None
             if not isinstance(moment, torch.Tensor) or moment.shape != shape:

@@ -128,13 +128,18 @@ def test_a_bad_step_of_muon_is_skipped(data, tmp_path):
     assert numbers(tmp_path / "out")[-1]["skipped"] == 1
 
 
-def test_another_optimizer_cannot_resume(data, tmp_path):
+@pytest.mark.parametrize("was, now", [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_cannot_resume(data, tmp_path, was, now):
+    """It may start a new run, as the line says."""
     argv = [*TINY, "--max_iters=5", "--eval_interval=0", f"--data_dir={data}"]
-    finish([*argv, f"--out_dir={tmp_path}/out"])
+    out = f"{tmp_path}/out"
+    finish([*argv, f"--optimizer={was}", f"--out_dir={out}"])
+    argv.append(f"--optimizer={now}")
 
-    line = refused([*argv, *MUON, "--init_from=resume", f"--out_dir={tmp_path}/out"])
+    line = refused([*argv, "--init_from=resume", f"--out_dir={out}"])
 
-    assert "optimizer" in line and "momentum of" in line
+    assert f"optimizer={was}, these settings say {now}: --optimizer={was} resumes" in line
+    finish([*argv, f"--init_from={out}", f"--out_dir={tmp_path}/new"])
 
 
 def test_checkpoints_that_number_their_parameters_still_resume(data, tmp_path):
