@@ -6,8 +6,10 @@
     python scripts/plot.py out/moe_pretrain --what=load        # how the experts share the work
 
 A run is a folder or a .jsonl file, with label= before it where the folder's name will not do. It
-may still be going on, or have been killed. Training losses are thin lines, validation losses thick
-ones. With bytes_per_token (bytes / tokens of the split in meta.json) losses are bits per byte.
+may still be going on, or have been killed. The picture of one run lies beside its metrics.jsonl, of
+several in the current folder; --out=FILE puts it elsewhere. Training losses are thin lines,
+validation losses thick ones. With bytes_per_token (bytes / tokens of the split in meta.json) losses
+are bits per byte.
 """
 import json
 import math
@@ -30,7 +32,7 @@ PAUSE = 5                             # seconds between two looks at a run that 
 @dataclass
 class Settings:
     runs: list[str] = positional()    # folders or .jsonl files, each perhaps as label=PATH
-    out: str = "loss.png"             # the picture
+    out: str = ""                     # the picture; empty: loss.png or load.png, see above
     what: Literal["loss", "load"] = "loss"               # load: tokens of each expert of an MoE
     x: Literal["step", "tokens", "flops"] = "tokens"     # flops: 6 × active parameters × tokens
     bytes_per_token: NonNegativeFloat = 0.0              # above 0: draw bits per byte
@@ -175,6 +177,12 @@ def draw(runs, s):
         raise UserError(f"cannot write {s.out}: {reason}") from None
 
 
+def default_out(runs, what):
+    """loss.png or load.png, beside the only run or in the current folder."""
+    folder = os.path.dirname(runs[0].file) if len(runs) == 1 else ""
+    return os.path.join(folder, f"{what}.png")
+
+
 def main():
     s = configure(Settings)
     if not s.runs:
@@ -184,6 +192,7 @@ def main():
     except ImportError:
         raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     runs = [Run(argument) for argument in s.runs]
+    s.out = s.out or default_out(runs, s.what)
     draw(runs, s)
     print(f"wrote {s.out}", flush=True)
     while s.watch and not all(run.has_ended for run in runs):

@@ -6,6 +6,7 @@ import pytest
 
 from minillm.errors import UserError
 from scripts import plot
+from support import processes
 from support.processes import refused
 from support.training_runs import TINY, Run, die_at, finish, make_data
 
@@ -103,6 +104,33 @@ def test_watching_draws_again_until_the_run_ends(tmp_path, monkeypatch):
     assert drawn == [2, 3, 4, 5]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "a.png.tmp").exists()
+
+
+@pytest.mark.parametrize("runs, what, picture", [
+    (["a"], "loss", "a/loss.png"),
+    (["mine=a/"], "load", "a/load.png"),
+    (["a/metrics.jsonl"], "loss", "a/loss.png"),
+    (["b.jsonl"], "loss", "loss.png"),
+    (["a", "b.jsonl"], "load", "load.png"),
+])
+def test_the_picture_of_one_run_lies_beside_its_records(tmp_path, monkeypatch, runs, what, picture):
+    """Two that are watched at once share no picture; one that compares them belongs to neither."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name in ("a/metrics.jsonl", "b.jsonl"):
+        write(tmp_path / name, STEPS)
+
+    assert plot.default_out([plot.Run(run) for run in runs], what) == picture
+
+
+@pytest.mark.parametrize("argv, picture", [([], "loss.png"), (["--out=my.svg"], "my.svg")])
+def test_where_the_picture_is_is_said(tmp_path, argv, picture):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "a.jsonl", [*STEPS, END])
+
+    output = processes.finish("scripts.plot", ["a.jsonl", *argv], folder=tmp_path)
+
+    assert output.endswith(f"wrote {picture}\n") and (tmp_path / picture).exists()
 
 
 def test_the_experts_load(tmp_path):
