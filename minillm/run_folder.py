@@ -24,6 +24,7 @@ from minillm.errors import UserError
 from minillm.token_files import fingerprint, sha256_of
 
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
+MADE_OF_A_RUN = ("hf", "gguf", "loss.png", "load.png")  # by export.py and scripts/plot.py
 # settings that a resumed run keeps where its command does not repeat them, and their old values
 KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
 
@@ -187,6 +188,9 @@ def _begin(s, resumed, tokenizer, facts):
         old = [checkpoint.step_path(s.out_dir, step) for step in checkpoint.saved_steps(s.out_dir)]
         for path in (*old, checkpoint.best_path(s.out_dir), os.path.join(s.out_dir, "eval.json")):
             checkpoint.remove(path)
+        left = [name for name in MADE_OF_A_RUN if os.path.exists(os.path.join(s.out_dir, name))]
+        if left:
+            print0(f"{s.out_dir} still holds {', '.join(left)} of the model before this one")
     else:
         _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
     copy_tokenizer(tokenizer, s.out_dir)

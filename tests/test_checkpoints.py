@@ -227,6 +227,24 @@ def test_all_damaged(data, killed, tmp_path):
     finish([*argv, "--max_iters=2", "--overwrite"])
 
 
+@pytest.mark.parametrize("left", [[], ["hf"], ["hf", "gguf", "loss.png"]])
+def test_a_new_run_names_what_was_made_of_the_old_one(data, killed, tmp_path, left):
+    """An export of the old model lies beside the new one: it is named, and stays."""
+    shutil.copytree(killed, tmp_path / "out")
+    for name in left:
+        (tmp_path / "out" / name).mkdir()
+    argv = [*SHORT, "--max_iters=16", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    resumed = finish([*argv, "--init_from=resume"])
+    begun_anew = finish([*argv, "--max_iters=2", "--overwrite"])
+
+    assert "still holds" not in resumed
+    said = [line for line in begun_anew.splitlines() if "still holds" in line]
+    line = f"{tmp_path}/out still holds {', '.join(left)} of the model before this one"
+    assert said == ([line] if left else [])
+    assert all((tmp_path / "out" / name).exists() for name in left)
+
+
 def test_generation_passes_a_damaged_one_over_too(killed, tmp_path, capsys):
     shutil.copytree(killed, tmp_path / "out")
     truncate(checkpoint.step_path(tmp_path / "out", 15), 0.6)
