@@ -3,7 +3,9 @@
     python sample.py                      # a document of the demo's model, from its start
     python sample.py --prompt="从前有座山" --out_dir=out/pretrain --temperature=0
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
-    cat chapter.txt | python sample.py --prompt=- --truncate_ctx=256
+    cat chapter.txt | python sample.py --truncate_ctx=256  # stdin is the text to continue
+
+Without --prompt a pipe or a file on stdin is read to its end; --prompt= (empty) leaves it alone.
 
 The text streams to stdout, and nothing else does; speed and the reason for the end go to stderr. A
 text ends with <|endoftext|>, a --stop text, max_new_tokens, or the model's context. Sample i uses
@@ -42,7 +44,8 @@ def main():
         raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: "
                         "they are made in one batch")
     check_folder(s.out_dir)
-    prompt = read_prompt(s.prompt)
+    piped = "prompt" not in s.given and not sys.stdin.isatty()
+    prompt = read_prompt("-" if piped else s.prompt)
     # late: torch takes a second, and wrong flags are reported before
     from model import GPT
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)

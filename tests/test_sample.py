@@ -41,6 +41,22 @@ def test_eight_in_one_batch_are_the_eight_alone(folder, batch):
         assert (alone.status, alone.err, alone.out) == (0, "", PROMPT + record["text"] + "\n")
 
 
+@pytest.mark.parametrize("argv, stdin, prompt", [
+    ([], f"{PROMPT}\n", PROMPT),
+    ([], "", ""),
+    (["--prompt=-"], PROMPT, PROMPT),
+    (["--prompt="], PROMPT, ""),
+    (["--prompt=山"], PROMPT, "山"),
+])
+def test_a_pipe_is_the_prompt_where_no_flag_is(folder, argv, stdin, prompt):
+    argv = ["--out_dir=tiny", "--device=cpu", "--max_new_tokens=3", "--json", *argv]
+
+    done = run("sample", argv, folder=folder, stdin=stdin.encode())
+
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out)["prompt"] == prompt
+
+
 def test_several_are_shown_with_a_line_between(folder, batch):
     shown = sample(folder, "--num_samples=3", "--seed=5").out
 
