@@ -82,7 +82,7 @@ def main():
     results = {"step": model.step, "weights": weights_id(model)}
     if data:
         results |= {"data_dir": s.data_dir, "doc_mask": s.doc_mask, "eval_iters": s.eval_iters,
-                    "prepared_anew": is_prepared_anew(s, data)}
+                    "other_data": is_other_data(s, data)}
         results |= validation.score(model, data, s.doc_mask, s.batch_size, s.eval_iters,
                                     device, dtype)
         results["perplexity"] = math.exp(min(results["loss"], 700))
@@ -134,8 +134,11 @@ def is_same_folder(a, b):
     return os.path.realpath(a) == os.path.realpath(b)
 
 
-def is_prepared_anew(s, data):
-    """Was the model trained on this folder when other data were in it? Then a line says so."""
+def is_other_data(s, data):
+    """Does the folder that the run names hold other data than these weights were trained on?
+
+    Then a line says so: it was prepared again, or the run moved to it after this checkpoint.
+    """
     saved = checkpoint.load_for_inference(s.out_dir, s.checkpoint)
     identity, settings = saved.get("identity"), os.path.join(s.out_dir, "config.py")
     if not isinstance(identity, dict) or not os.path.exists(settings):
@@ -143,8 +146,8 @@ def is_prepared_anew(s, data):
     trained = read_settings(s.out_dir, data_dir=str)["data_dir"]
     if not is_same_folder(trained, s.data_dir) or identity.get("data") == fingerprint(data.meta):
         return False
-    print(f"eval.py: {s.data_dir} was prepared again after this model was trained: what is "
-          "validation data now may be what it was trained on", file=sys.stderr)
+    print(f"eval.py: {s.data_dir} is not what step {saved['step']} was trained on, or was prepared "
+          "again since: its validation data may be what the model was trained on", file=sys.stderr)
     return True
 
 

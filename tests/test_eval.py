@@ -310,10 +310,10 @@ def test_data_that_were_prepared_again_are_named(run_folder, tmp_path, which):
     changed, said_then = evaluate(tmp_path / "out", *argv)
     elsewhere, _ = evaluate(tmp_path / "out", *argv, f"--data_dir={data}")
 
-    line = "was prepared again after this model was trained"
-    assert line not in said and not unchanged["prepared_anew"]
-    assert line in said_then and changed["prepared_anew"]
-    assert not elsewhere["prepared_anew"]
+    line = "is not what step 20 was trained on, or was prepared again since"
+    assert line not in said and not unchanged["other_data"]
+    assert line in said_then and changed["other_data"]
+    assert not elsewhere["other_data"]
 
 
 def test_best_alone_is_scored_as_the_whole_folder(run_folder, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from minillm.documents import Document, columns
 from minillm.shuffle import content_digest
 from minillm.split import ValidationSplit
+from support import processes, training_runs
 from support.preparation_runs import chats, read_documents, texts, write_chats
 
 
@@ -134,3 +135,20 @@ def test_a_book_gives_its_end_to_validation(small_corpus, tmp_path, fraction, li
         parts[split] = [small_corpus.tokenizer.decode(ids) for ids in documents]
     assert sorted("".join(parts["train"] + parts["val"])) == sorted(book)
     assert all(text in book and text.startswith("第") for text in parts["val"])
+
+
+def test_a_checkpoint_from_before_the_run_moved_is_named(tmp_path):
+    """Its validation data are those of the new folder, which it never saw."""
+    old = training_runs.make_data(tmp_path / "old")
+    new = training_runs.make_data(tmp_path / "new", train=5000)
+    argv = [*training_runs.SHORT, f"--out_dir={tmp_path}/out"]
+    training_runs.finish([*argv, f"--data_dir={old}", "--max_iters=5"])
+    training_runs.finish([*argv, f"--data_dir={new}", "--max_iters=10", "--init_from=resume",
+                          "--allow_other_data"])
+
+    argv = [f"--out_dir={tmp_path}/out", "--device=cpu"]
+    before = processes.finish("eval", [*argv, "--checkpoint=5"])
+    after = processes.finish("eval", [*argv, "--checkpoint=10"])
+
+    assert f"{new} is not what step 5 was trained on" in before
+    assert "trained on" not in after
