@@ -85,8 +85,8 @@ class GenerationSettings:
 
 def check_folder(out_dir):
     """Raise UserError if there is no folder out_dir of a model; it says which command makes it."""
-    if os.path.isdir(out_dir):
-        return
+    if os.path.isdir(out_dir) or out_dir.startswith("hf:") or out_dir.endswith(".pt"):
+        return                                   # checkpoint.py opens these, or says why not
     name = os.path.basename(os.path.normpath(out_dir))
     command = "train.py"
     config = f"config/{name}.py"

@@ -57,6 +57,15 @@ def test_a_pipe_is_the_prompt_where_no_flag_is(folder, argv, stdin, prompt):
     assert json.loads(done.out)["prompt"] == prompt
 
 
+def test_one_file_is_a_model_too(folder):
+    of_folder = sample(folder, "--seed=5")
+
+    of_file = sample(folder, "--seed=5", "--out_dir=tiny/ckpt_00000007.pt")
+
+    assert (of_file.status, of_file.err) == (0, "")
+    assert of_file.out == of_folder.out
+
+
 def test_several_are_shown_with_a_line_between(folder, batch):
     shown = sample(folder, "--num_samples=3", "--seed=5").out
 
