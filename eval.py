@@ -76,6 +76,8 @@ def main():
         data = open_data(s, model)
     questions = open_questions(s, data, report)
     choices = open_choices(s)
+    if not (data or questions or choices):
+        raise UserError("nothing to score: data_dir, questions and choices are all none")
 
     # 2) score, part by part; what is scored is written at once
     report(f"{s.out_dir}, step {model.step} · {describe(device)} · {sizes(model)}")

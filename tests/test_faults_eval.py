@@ -8,6 +8,8 @@ GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 0}\n'
 CASES = [
     Case("no model", "--out_dir=nowhere", "no model in nowhere.*train.py"),
     Case("no checkpoint", "--out_dir=pre", "no newest checkpoint in pre"),
+    Case("nothing to score", "--out_dir=out --data_dir=none",
+         "nothing to score: data_dir, questions and choices are all none"),
     Case("no best", "--out_dir=out --checkpoint=best",
          "no best checkpoint in out", remove("out/best.pt")),
     Case("unknown checkpoint", "--out_dir=out --checkpoint=oldest",
