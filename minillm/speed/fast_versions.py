@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from minillm.distributed import print0
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_loop, decode_one_token
 from minillm.sampling import sample
@@ -47,6 +48,8 @@ def use_float8(model, device, dtype, tokens):
         raise UserError(f"--fp8=True needs --dtype=bfloat16, not {name}")
     if device.type == "cuda":
         check_float8_gpu(device, model.config.n_expert)
+    elif device.type == "cpu":
+        print0("fp8=True makes training on a CPU many times slower: it is for a GPU")
     if tokens % 16:
         raise UserError(f"--fp8=True needs multiples of 16: batch_size * block_size is {tokens}")
     # type: a class that somebody derived from nn.Linear computes something of its own
