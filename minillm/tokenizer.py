@@ -146,7 +146,7 @@ class Tokenizer:
                 data = file.read()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; "
-                            "train_tokenizer.py makes it") from None
+                            "train_tokenizer.py makes it, train.py copies it to a model") from None
         tokenizer = cls(data, path)
         tokenizer._folder = os.path.abspath(folder)
         return tokenizer
