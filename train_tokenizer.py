@@ -31,7 +31,7 @@ from minillm.atomic_folder import replaced_folder
 from minillm.configurator import NonNegative, Positive, configure, positional, whole
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
-from minillm.report import Report
+from minillm.report import Report, counted
 from minillm.text_files import BLOCK, Block, Source
 from minillm.text_reader import block_documents, check_text_keys
 from minillm.token_files import advice
@@ -85,7 +85,7 @@ def main():
         tokenizer_module.save(backend, folder)
     tokenizer = Tokenizer.load(s.out_dir)
     print(f"wrote {s.out_dir}: "
-          f"{tokenizer.vocab_size:,} tokens from {sample.documents:,} documents, "
+          f"{tokenizer.vocab_size:,} tokens from {counted(sample.documents, 'documents')}, "
           f"{sample.bytes / 1e6:.1f} MB of text, {time.perf_counter() - begun:.1f} s")
     if tokenizer.vocab_size < s.vocab_size:
         print(f"  fewer than the {s.vocab_size:,} asked for: "

@@ -117,7 +117,7 @@ def test_input_that_fits_is_taken_whole(corpus, tmp_path, times):
 
     output, _ = train(tmp_path / "t", path, "--vocab_size=300", f"--max_bytes={times * size}")
 
-    assert "from 400 documents" in output
+    assert "from 400 documents," in output
 
 
 # ---- counting pieces
