@@ -220,7 +220,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name():
 
     with pytest.raises(UserError, match="neuron of blocks.1.attn.qkv.weight"):
         optimizer.load_state_dict(saved)
-    with pytest.raises(UserError, match="step of"):
+    with pytest.raises(UserError, match="optimizer=muon, these settings say adamw"):
         whole_optimizer(model, optimizer="adamw").load_state_dict(optimizer.state_dict())
 
 
