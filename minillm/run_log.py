@@ -124,8 +124,8 @@ class RunLog:
         self.seconds_before = _count(resumed, "seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.monotonic()
-        self.waiting = self.last_step = None
-        self.validated = None
+        self.waiting = self.validated = None
+        self.last_step = self.first_step - 1     # the newest step whose numbers are known
         self.has_begun = False
         self.trackers = []
         if not writes:

@@ -121,6 +121,17 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_windows(data, tmp_path):
         assert f"--- window {window}: {BLOCK} supervised tokens\n{text}\n" in child.output
 
 
+def test_a_resumed_run_that_now_allows_fewer_stops_at_once(data, tmp_path):
+    """The steps in a row are counted on; the newest of them is the one before the checkpoint."""
+    argv = [*TINY, "--eval_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=5"], before=spoil("nan", {3, 4}))
+
+    line = refused([*argv, "--init_from=resume", "--max_bad_steps=2"])
+
+    assert "stopped at step 4, the last of 2 in a row" in line
+    assert "--inspect_step=4" in line
+
+
 def test_inspect_step_marks_what_is_learned(tmp_path):
     data = make_data(tmp_path / "data", "sft")
     output = finish([*TINY, "--inspect_step=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
