@@ -7,7 +7,9 @@ Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """
 import torch
 
-ALL_OF_IT = 1e-5             # a lower temperature gives the likeliest token all of the probability
+GREEDY_BELOW = 1e-5          # a lower temperature gives the likeliest token all of the probability
+# a float32 of whole numbers below 2**32 times this is below 1, also where it was rounded up to 2**32
+TO_UNIT = (1 - 2**-24) / 2**32
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
@@ -20,7 +22,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0, topk=torch.topk):
     Each id's exponential is a hash of (u, id), so neither the other rows nor the order of almost
     equal logits changes the choice; rounding does only where two ids are about to tie.
     """
-    if temperature < ALL_OF_IT or top_k == 1:
+    if temperature < GREEDY_BELOW or top_k == 1:
         return logits.argmax(-1)
     ids = None
     if 0 < top_k < logits.shape[-1]:
@@ -42,7 +44,7 @@ def exponential_noise(u, ids):
     """A number of the exponential distribution Exp(1) per id: u (B, 1), ids (B, n) → (B, n)."""
     # ids + 1, because mix(0) is 0; u is a multiple of 2**-24
     bits = mix(ids + 1) ^ (u * 2**24).long()
-    uniform = (mix(bits) + 0.5) / 2**32
+    uniform = (mix(bits) + 0.5) * TO_UNIT
     return -torch.log1p(-uniform)
 
 

@@ -76,6 +76,14 @@ def test_sample_at_the_edges():
     assert sample(logits, almost_one, 1e-3).item() in (1, 3)
 
 
+def test_a_certain_token_is_drawn_whatever_its_number():
+    """The hash of this u and id is just below 2**32, which float32 rounds up to 2**32."""
+    logits = torch.zeros(1, 200)
+    logits[0, 29] = 1
+
+    assert sample(logits, torch.tensor([34772 / 2**24]), temperature=1e-3).item() == 29
+
+
 def test_penalty_makes_what_was_said_less_likely():
     """In the prompt and in the answer, whichever sign a logit has."""
     model = tiny_model()
