@@ -197,7 +197,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
 
-        def attend(q, k, v, layer):              # layer: for those who have a cache for each
+        def attend(q, k, v, layer):              # layer: decoding has a cache for each
             return causal_attention(q, k, v, attn_mask)
         return self.trunk(idx, self.rope[:, :T, None], attend)
 
@@ -224,7 +224,7 @@ class GPT(nn.Module):
     def use_fast(self, compiled=False):
         """Swap in the fast versions for training, which give the same numbers. Returns the model.
 
-        Call it on the model's device, before torch.compile. compiled: whether that follows.
+        Call it once the model is on its device, before torch.compile. compiled: whether it will be.
         """
         if fast_versions:
             fast_versions.use_for_training(self, compiled)
@@ -254,9 +254,9 @@ class GPT(nn.Module):
         """The model that train.py left in `folder`, ready to generate; its tokenizer: `.tokenizer`.
 
         device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in
-        it, else float32; or a torch.dtype. which: "newest" or "best" (by validation loss). On the
-        CPU in float32 the weights stay in the file, mapped, until they are read. `.step`: how long
-        it was trained. Raises UserError for a folder without a readable model and its tokenizer.
+        it, float16 on older GPUs, else float32; or a torch.dtype. which: "newest", "best" (by
+        validation loss) or a step. On the CPU in float32 the weights stay in the file, mapped, and
+        are read when used. `.step`: their step. Raises UserError without a model and its tokenizer.
 
             model = GPT.from_checkpoint("out/demo_sft", device="cpu")
             model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         return model.for_generation(device, dtype)
 
     def for_generation(self, device, dtype):
-        """Move the model to `device`, its matrices in `dtype`, only to be used. Returns it."""
+        """Prepare the model for inference: on `device`, matrices in `dtype`. Returns the model."""
         self.requires_grad_(False).eval()
         for name, parameter in self.named_parameters():
             # norms and router compute in float32, so their few weights stay in it

@@ -4,9 +4,9 @@
     q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
     y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
-Training calls causal_attention, which has three branches, and decoding calls cached_attention: a
-change belongs in all four, and check_attention of same_function.py says where it is missing. All
-are torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
+Training calls causal_attention, which has three branches, and decoding cached_attention, which has
+two: a change belongs in all five, and check_attention of same_function.py says where it is missing.
+All are torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
 """

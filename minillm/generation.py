@@ -16,9 +16,9 @@ What calls what:
 A row ends at one of `stop_ids` (of a chat: conversation.STOP_IDS); stop strings are in
 text_stream.py.
 
-All but `generate` and `decode_loop` read nothing back from the device and have fixed shapes, so
-that minillm/speed can record them in a CUDA graph. Its fast versions are passed as the arguments
-`forward` (for prefill) and `decode` (for decode_loop).
+`decode_step`, what it calls, and `cached_forward` read nothing back from the device, so that
+minillm/speed can record them in CUDA graphs. Its fast versions are passed as the arguments
+`forward` (in place of cached_forward) and `decode` (of decode_loop).
 """
 import torch
 
@@ -32,8 +32,8 @@ class KVCache:
     """Keys and values of every token so far.
 
     k[layer] and v[layer]: (B, n_kv_head, slots, head_dim). tokens[b]: the ids of row b that are in
-    the cache. Slot `size`, after the last token's, is for padding: it is written, and never read as
-    a token. n_prefilled: how many prompt tokens were computed, in all calls together.
+    the cache. Slot `size`, after the last token's, is for padding: it is written, but no token sees
+    it. n_prefilled: how many prompt tokens were computed, in all calls together.
     """
 
     def __init__(self, model, batch=1, size=0):

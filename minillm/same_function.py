@@ -3,7 +3,7 @@
     copy = small_copy(model)                 # of the same class and settings, 10 ms
     same(copy(idx), other(copy, idx))
     fingerprint(model)                       # the logits of the copy: change with the code alone
-    check_attention(model)                   # its four branches are one function, or a line says so
+    check_attention(model)                   # its branches are one function, or a line says so
 
 Formulas of model.py and moe.py are repeated where they must be: in minillm/speed and in the
 exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the

@@ -17,7 +17,7 @@ from train import Settings
 CPU = torch.device("cpu")
 
 
-# ---- attention, whose formula has four places
+# ---- attention, whose formula has five places
 
 def windowed(q, k, v, mask=None):
     """A sliding window of 4 tokens, in training alone."""
