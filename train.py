@@ -54,7 +54,7 @@ class Settings:
     checkpoint: str = "newest"              # which one init_from loads: newest, best or a step
     tokenizer: str = ""                     # its folder; empty: the one data_dir was made with
     overwrite: bool = False                 # start over in an out_dir that already holds a run
-    # the model; with init_from its shape, but for block_size and dropout, is the checkpoint's
+    # the model; init_from keeps the checkpoint's shape, apart from block_size and dropout
     n_layer: whole(1, 10**4) = 2            # blocks
     n_head: Positive = 4                    # query heads
     n_kv_head: Positive = 2                 # key/value heads, shared by groups of query heads
@@ -281,7 +281,7 @@ def main():
 
     def save(step, path, resumable):
         """Write a checkpoint: all that resuming needs, or the weights alone. False: disk full."""
-        moments = optimizer.state_dict() if resumable else {}    # with shard from all ranks
+        moments = optimizer.state_dict() if resumable else {}    # from all ranks
         if rank > 0:
             return True
         state = {"model": model.state_dict(), "model_config": asdict(model.config), "step": step,

@@ -2,7 +2,7 @@
 
     python train.py config/moe_pretrain.py --activation_checkpointing=True
 
-The forward pass keeps the input of every block alone. The backward pass computes a block's other
+The forward pass keeps only the input of every block. The backward pass computes a block's other
 activations once more, with the same dropout and router noise, before it needs them: the gradients
 stay the same. It has nothing to do with checkpoint.py's files.
 

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 # Two halves, (a, ((b, c), …)): the Gram matrix goes through g ← b g + c g² for each pair; a + g is
-# then near its inverse square root. The first brings singular values from 0.0012 (as a share of the
-# matrix's norm) to 1 between 0.029 and 1, the second those between 0.24 and 1.37. No quadratics
-# bring them closer together; longer polynomials would, but learn no more from a token: what counts
-# is how far small values are raised. All are 0 at 0: where g is small, so is what bfloat16 loses.
+# then near its inverse square root. The first half maps singular values in [0.0012, 1] (as shares
+# of the matrix's norm) into [0.029, 1], the second maps those into [0.24, 1.37]. No quadratics do
+# better; longer polynomials would, but learn no more per token: what counts is how far small values
+# are raised. All are 0 at 0: where g is small, so is what bfloat16 loses.
 FIRST_HALF = 23.931, ((3.7592, -3.5329), (3.703, -3.4281), (3.1022, -2.4059), (-55.681, 32.741))
 SECOND_HALF = 8.947, ((2.814, -1.9797), (-23.375, 16.003))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             finish()
 
     def _start(self, group, params):
-        """Orthogonalise this rank's share of a stack, start to exchange the shares.
+        """Orthogonalise this rank's share of a stack, and begin to exchange the shares.
 
         Returns a function that waits for the others' and moves the weights.
         """
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
     def _move_all(self, params, directions, rows, lr, weight_decay, apply):
         """Move the weights along the directions (n, out, in), row by row scaled."""
         sizes = [len(as_stack(p)) for p in params]
-        directions = directions[: sum(sizes)]    # behind them: where the last ranks had no work
+        directions = directions[: sum(sizes)]    # the rest is padding: the last ranks had less work
         neurons = [as_stack(self.state[p]["neuron"]) for p in params]
         running, scale = self._row_scales(directions, torch.cat(neurons), lr, apply, rows)
         torch._foreach_copy_(neurons, running.split(sizes))
@@ -217,7 +217,7 @@ def matmul_dtype(x):
 def orthogonalise(x):
     """x (n, a, b) with all singular values near 1: U Vᵀ of x = U S Vᵀ. Zero stays zero.
 
-    That is (x xᵀ)^(-1/2) x. Two halves, as rounding lets a Gram matrix forget its small values.
+    That is (x xᵀ)^(-1/2) x, in two halves, because rounding loses a Gram matrix's small values.
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x

@@ -58,7 +58,7 @@ def make_optimizer(model, s, compile=False, shard=False):
 
 
 def trained_parameters(model):
-    """(name, parameter) of all that are not frozen, as somebody may have set requires_grad."""
+    """(name, parameter) of all that requires_grad: whoever changes the model may freeze some."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 

@@ -7,8 +7,8 @@ Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """
 import torch
 
-GREEDY_BELOW = 1e-5          # a lower temperature gives the likeliest token all of the probability
-# a float32 of whole numbers below 2**32 times this is below 1, also where it was rounded up to 2**32
+GREEDY_BELOW = 1e-5      # a lower temperature gives the likeliest token all of the probability
+# times a number up to 2**32, to which float32 rounds the numbers just below it: always below 1
 TO_UNIT = (1 - 2**-24) / 2**32
 
 

@@ -16,7 +16,7 @@ from minillm.errors import UserError
 
 
 def validation_loss(forward, data, s, device, rank, world, stop):
-    """Mean language loss per supervised token, always over the same windows; None if cut short.
+    """Mean cross-entropy per supervised token, always over the same windows; None if cut short.
 
     It needs no gradients, but does not turn them off: the caller may have a reason to keep them.
     """
