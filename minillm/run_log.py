@@ -84,7 +84,7 @@ def _stays(line, step, keep_validation):
     return at < step or (at == step and keep_validation and "val_loss" in record)
 
 
-def _count(resumed, key, default):
+def _saved_number(resumed, key, default):
     """A number of a checkpoint, or the default where there is none that makes sense."""
     value = resumed.get(key)
     return value if type(value) in (int, float) and 0 <= value < 2**63 else default
@@ -120,8 +120,9 @@ class RunLog:
         self.parameters = {"parameters": total, "active_parameters": active}
         self.first_step = resumed.get("step", 0)
         # old checkpoints don't count tokens and seconds
-        self.tokens_before = _count(resumed, "tokens", self.first_step * self.tokens_per_step)
-        self.seconds_before = _count(resumed, "seconds", 0.0)
+        tokens = self.first_step * self.tokens_per_step
+        self.tokens_before = _saved_number(resumed, "tokens", tokens)
+        self.seconds_before = _saved_number(resumed, "seconds", 0.0)
         self.bad_in_a_row, self.bad_in_all = resumed.get("bad_steps", [0, 0])
         self.started = time.monotonic()
         self.waiting = self.validated = None

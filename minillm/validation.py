@@ -81,7 +81,7 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
 
 def check_counts(meta):
     """Raise UserError if meta.json does not count what bits_per_byte needs."""
-    for key in _counts(meta):
+    for key in _count_keys(meta):
         count = meta["splits"]["val"].get(key)
         if type(count) is not int or count < 1:
             raise UserError(f"the data's meta.json does not count {key!r}: prepare the data again")
@@ -89,9 +89,9 @@ def check_counts(meta):
 
 def bits_per_byte(loss, meta):
     """Nats per token → bits per byte of UTF-8 text, by the split's counts of tokens and bytes."""
-    tokens, size = (meta["splits"]["val"][key] for key in _counts(meta))
+    tokens, size = (meta["splits"]["val"][key] for key in _count_keys(meta))
     return loss / math.log(2) * tokens / size
 
 
-def _counts(meta):
+def _count_keys(meta):
     return ("learned_tokens", "learned_bytes") if meta["kind"] == "sft" else ("tokens", "bytes")

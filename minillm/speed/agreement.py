@@ -39,7 +39,7 @@ def insist(model, path, check, *args, advice):
 
 @one_thread()
 def disagreement(model, check, *args):
-    """None if the check holds, else what is wrong, as words behind the file's name."""
+    """None if the check holds, else what is wrong: words to follow the file's name."""
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")      # flex_attention warns of what is not compiled
@@ -50,7 +50,8 @@ def disagreement(model, check, *args):
     return "computes something else than model.py and moe.py"
 
 
-def random(*shape):
+def normal_numbers(*shape):
+    """Normally distributed numbers, float64, the same for every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -70,7 +71,7 @@ def decodes(copy, step, cache_type, rows=1):
 def multiplies_experts(copy, experts, tolerance=1e-4):
     """Do the fast experts give what those of moe.py give, and the same gradients?"""
     ffn = copy.blocks[0].ffn
-    x_ND = random(TOKENS, copy.config.n_embd)
+    x_ND = normal_numbers(TOKENS, copy.config.n_embd)
     gate_NK, expert_NK = ffn.router(x_ND)
     results = []
     for function in (experts, ffn.experts):
@@ -79,13 +80,13 @@ def multiplies_experts(copy, experts, tolerance=1e-4):
         x, gate, w1, w2 = inputs
         with torch.enable_grad():
             y = function(x, gate, expert_NK, w1, w2)
-        results.append([y, *torch.autograd.grad(y, inputs, random(*y.shape))])
+        results.append([y, *torch.autograd.grad(y, inputs, normal_numbers(*y.shape))])
     return all(same(found, expected, tolerance) for found, expected in zip(*results))
 
 
 def chooses_experts(copy, top_experts):
     """Does it choose the experts that moe.py's function chooses?"""
-    logits_NE, k = random(TOKENS, copy.config.n_expert), copy.config.n_expert_per_tok
+    logits_NE, k = normal_numbers(TOKENS, copy.config.n_expert), copy.config.n_expert_per_tok
     expected = copy.blocks[0].ffn.router.top_experts(logits_NE, k)
     return torch.equal(top_experts(logits_NE, k), expected)
 
@@ -95,7 +96,7 @@ def has_the_loss(copy, cross_entropy):
     targets = torch.arange(TOKENS) % (len(copy.wte.weight) + 1) - 1
     results = []
     for function in (cross_entropy, copy.cross_entropy):
-        inputs = [random(TOKENS, copy.config.n_embd).requires_grad_(),
+        inputs = [normal_numbers(TOKENS, copy.config.n_embd).requires_grad_(),
                   copy.wte.weight.clone().requires_grad_()]
         with torch.enable_grad():
             loss = function(*inputs, targets)

@@ -11,10 +11,10 @@ takes longer than 8 bits gain. Validation and generation stay in 16 bits, too.
 
 Nothing is remembered between two steps. The scales:
 - activations have none, and each expert's matrix is scaled by its largest element, as in float8.py;
-- each token's gradient, by its length;
-- that of the hidden rows, by the largest that it can be: a gradient times a row of weights is at
-  most the product of their lengths. The usual ones are a hundredth of that, or a thousandth; e4m3
-  holds those as exactly, and nothing is ever cut off.
+- each token's gradient is scaled by its norm;
+- that of the hidden rows, by the largest value that it can have: a gradient times a row of weights
+  is at most the product of their norms. The usual ones are a hundredth of that, or a thousandth;
+  e4m3 holds those as exactly, and nothing is ever cut off.
 
 The gate weighs an expert's output, not its hidden row as in 16 bits: 8 bits then hold the same
 numbers as in a dense FFN, and whatever differs by row weighs rows of D numbers only.
@@ -51,10 +51,10 @@ class Float8Experts(torch.autograd.Function):
         w1_8_EDF, w1_scale_E = weight_to_float8(w1_EDF)
         w2_8_EFD, w2_scale_E = weight_to_float8(w2_EFD)
         x8_ND = realize(to_float8(x_ND, 1, E4M3))
-        a_RF = float8_mm(x8_ND[token_R], turned(w1_8_EDF), w1_scale_E, offset_E)
+        a_RF = float8_mm(x8_ND[token_R], transposed(w1_8_EDF), w1_scale_E, offset_E)
         # SiLU is never below -0.3
         h8_RF = F.silu(a_RF.float()).clamp(max=MOST).to(E4M3)
-        y_RD = float8_mm(h8_RF, turned(w2_8_EFD), w2_scale_E, offset_E)
+        y_RD = float8_mm(h8_RF, transposed(w2_8_EFD), w2_scale_E, offset_E)
         ctx.save_for_backward(x_ND, gate_NK, a_RF, y_RD, order_R, token_R, row_NK, offset_E,
                               w1_8_EDF, w1_scale_E, w2_8_EFD, w2_scale_E)
         return weighted_sum(y_RD, gate_NK, row_NK).to(x_ND.dtype)
@@ -65,9 +65,9 @@ class Float8Experts(torch.autograd.Function):
          w1_8_EDF, w1_scale_E, w2_8_EFD, w2_scale_E) = ctx.saved_tensors
         # 1) through the gates. Each row's gradient is g8 · unit
         grad_gate_NK = (y_RD[row_NK].float() * grad_ND[:, None].float()).sum(2)
-        length_N1 = grad_ND.float().norm(dim=1, keepdim=True).clamp(min=1e-20)
-        g8_ND = realize((grad_ND.float() * (MOST / length_N1)).to(E4M3))
-        unit_NK = gate_NK * length_N1 / MOST
+        norm_N1 = grad_ND.float().norm(dim=1, keepdim=True).clamp(min=1e-20)
+        g8_ND = realize((grad_ND.float() * (MOST / norm_N1)).to(E4M3))
+        unit_NK = gate_NK * norm_N1 / MOST
 
         # 2) through w2 and SiLU: from here on without the unit, so that no row is too large
         grad_h_RF = float8_mm(g8_ND[token_R], w2_8_EFD, w2_scale_E, offset_E)
@@ -95,7 +95,7 @@ def weight_to_float8(w_EAB):
     return to_float8(w_EAB, scale_E[:, None, None], E4M3), scale_E
 
 
-def turned(w_EAB):
+def transposed(w_EAB):
     return w_EAB.transpose(1, 2).contiguous()
 
 

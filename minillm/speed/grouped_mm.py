@@ -75,18 +75,18 @@ def generating_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
 
 
 def lay_out_for_decoding(moe):
-    """Turn the experts' weights in memory, not in shape, so that a single row is summed along it.
+    """Transpose the experts' weights in memory, not in shape, so that each sum reads contiguously.
 
     Decoding makes 1.2 times the tokens/s (H200, `python -m bench.decode --n_expert=8`), in
     bfloat16 on a CPU 2.5 times (Xeon, the same with `--device=cpu`).
     """
     moe.router.weight_DE.data = moe.router.weight_DE.data.t().contiguous().t()
     for weight in (moe.w1_EDF, moe.w2_EFD):
-        shape = weight.data.transpose(1, 2)
-        turned = torch.empty_like(shape, memory_format=torch.contiguous_format)
-        for to, expert in zip(turned, weight.data):      # one by one is 2.6 times as fast on a CPU
-            to.copy_(expert.t())
-        weight.data = turned.transpose(1, 2)
+        view = weight.data.transpose(1, 2)
+        laid_out = torch.empty_like(view, memory_format=torch.contiguous_format)
+        for to, expert in zip(laid_out, view):           # one by one is 2.6 times as fast on a CPU
+            to.copy_(expert)
+        weight.data = laid_out.transpose(1, 2)
 
 
 def expert_mm(x_RA, w_EAB, offset_E):

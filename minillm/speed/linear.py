@@ -11,15 +11,15 @@ class Linear(nn.Linear):
     inside the optimizer (H200, `python -m bench.train`).
     """
 
-    def matmul(self, x):
-        """The autograd function that multiplies x; None: nn.Linear does."""
+    def matmul_function(self, x):
+        """The autograd function that multiplies x; None where nn.Linear does."""
         mixed = x.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
         if x.is_cuda and mixed and torch.is_grad_enabled():
             return LinearFunction
         return None
 
     def forward(self, x):
-        function = self.matmul(x)
+        function = self.matmul_function(x)
         if function is None:
             return super().forward(x)
         y = function.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
