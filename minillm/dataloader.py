@@ -7,6 +7,7 @@ the same data in the same order.
 """
 import hashlib
 import itertools
+import math
 import mmap
 import os
 
@@ -17,8 +18,8 @@ from minillm.errors import UserError
 from minillm.shuffle import scramble
 from minillm.token_files import read_meta
 
-# files up to this size are checked token by token at start, larger ones in samples
-SCAN_LIMIT = 64 << 20
+CHUNK = 1 << 20                      # tokens that are checked at once
+CHECKED_AT_START = 64                # chunks at most: of longer files every second, third …
 
 
 class TokenData:
@@ -64,15 +65,15 @@ class TokenData:
                         "train.py --eval_interval=0, eval.py --data_dir=none")
             raise UserError(f"{holds}, fewer than one window of {block_size + 1}{hint}")
         # a bad id would index past the embedding; every batch is checked too, see windows()
-        for start in range(0, len(self.tokens), max(1, len(self.tokens) * 2 // SCAN_LIMIT) << 20):
-            self._check_ids(self.tokens[start: start + (1 << 20)], start)
-            if sft and self.loss_mask[start: start + (1 << 20)].max() > 1:
+        chunks = range(0, len(self.tokens), CHUNK)
+        every = math.ceil(len(chunks) / CHECKED_AT_START)
+        for start in chunks[::every]:
+            self._check_ids(self.tokens[start: start + CHUNK], start)
+            if sft and self.loss_mask[start: start + CHUNK].max() > 1:
                 raise UserError(f"{mask_path} holds other values than 0 and 1: prepare it again")
-        if sft:
-            starts = range(0, len(self.loss_mask), 1 << 20)
-            if not any(self.loss_mask[start: start + (1 << 20)].any() for start in starts):
-                raise UserError(f"{mask_path} marks no token as supervised: "
-                                "there is nothing to train or to score")
+        if sft and not any(self.loss_mask[start: start + CHUNK].any() for start in chunks):
+            raise UserError(f"{mask_path} marks no token as supervised: "
+                            "there is nothing to train or to score")
         # Windows are read in random order, so what the system reads ahead is not used for hours.
         # Without read-ahead, windows of 513 tokens come from a cold disk ten times as fast (11,000
         # per second instead of 1,000)
