@@ -26,9 +26,11 @@ class StopSignal:
     def _on_signal(self, number, frame):
         if number == signal.SIGINT and self.asked and time.monotonic() - self.since >= self.grace:
             os._exit(128 + number)
-        if not self.asked and self.rank == 0:
+        if self.asked:
+            return
+        self.asked, self.since = 1, time.monotonic()
+        if self.rank == 0:
             self._say(number)
-        self.asked, self.since = 1, self.since if self.asked else time.monotonic()
 
     def _say(self, number):
         """Straight to stderr: print is not safe inside a signal handler."""

@@ -108,6 +108,7 @@ def fill_in(s, config, meta):
 
 
 def _check_identity(s, data, resumed):
+    """Raise UserError for other data than the checkpoint's; forget a best loss of other windows."""
     for key, value in data_identity(s, data).items():
         old = resumed["identity"].get(key)
         if old != value and not s.allow_other_data:

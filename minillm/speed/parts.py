@@ -24,7 +24,7 @@ def compile_in_parts(model, device):
         return trunk(copy, embed, run_block, copy.norm, *arguments)
     insist(model, "minillm/speed/parts.py", runs_the_blocks, plain_parts,
            advice="leave --compile out")
-    # torch would still look where to cut each of them
+    # without this, torch would look for a place to cut in each of them
     torch._dynamo.config.optimize_ddp = False
     parts = [compile_for_training(part, device) for part in (embed, run_block, model.norm)]
     model.trunk = partial(trunk, model, *parts)
