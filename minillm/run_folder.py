@@ -52,14 +52,17 @@ def open_resumed(s, data):
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") not in ("", "0")
     steps = checkpoint.saved_steps(s.out_dir)
     resumed = None
-    if s.init_from == "resume" or (restarted and steps):
-        resumed = _load_to_resume(s, steps)
-    if s.init_from != "resume":
-        if resumed is None or resumed["settings"].get("job") != launch_id():
-            if steps and not s.overwrite:
-                raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
-                                "--init_from=resume continues it, --overwrite=True starts over")
-            return None
+    if restarted and steps:
+        newest = _load_to_resume(s, steps, "newest")
+        if newest["settings"].get("job") == launch_id():
+            resumed, s.checkpoint = newest, "newest"     # it does not roll back a second time
+    if resumed is None and s.init_from == "resume":
+        resumed = _load_to_resume(s, steps, s.checkpoint)
+    if resumed is None:
+        if steps and not s.overwrite:
+            raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
+                            "--init_from=resume continues it, --overwrite=True starts over")
+        return None
     _check_identity(s, data, resumed)
     for key, default in KEPT.items():
         if key not in s.given:
@@ -69,15 +72,14 @@ def open_resumed(s, data):
     return resumed
 
 
-def _load_to_resume(s, steps):
-    which = s.checkpoint
+def _load_to_resume(s, steps, which):
     keys = checkpoint.MODEL_KEYS | checkpoint.RESUME_KEYS
-    if which == "best" and s.init_from == "resume":
+    if which == "best":
         raise UserError("checkpoint=best holds weights alone, which nothing can resume from: "
                         f"--init_from={s.out_dir} --checkpoint=best --out_dir=NEW starts from them")
     if not steps:
         raise UserError(f"no checkpoint in {s.out_dir}: nothing to resume")
-    if which != "newest" and s.init_from == "resume":
+    if which != "newest":
         return checkpoint.load_first(checkpoint.paths_of(s.out_dir, which), keys)
     paths = [checkpoint.step_path(s.out_dir, step) for step in steps]
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minillm import checkpoint, run_folder
-from support.training_runs import (TINY, Run, assert_same_run, assert_same_weights, finish,
+from support.training_runs import (SHORT, TINY, Run, assert_same_run, assert_same_weights, finish,
                                    make_data, make_data_of_another_tokenizer, newest, numbers,
                                    on_phase, on_step, refused, run_until_killed, send_itself)
 
@@ -119,6 +119,20 @@ def test_sft_resumes_without_naming_the_shape(data, tmp_path):
     line = refused([*argv, "--n_layer=4", f"--out_dir={tmp_path}/other"])
     assert "n_layer=2" in line and "4" in line
     assert not os.path.exists(tmp_path / "other")
+
+
+def test_a_restart_does_not_roll_back_again(data, tmp_path):
+    """torchrun repeats a command that rolls back to step 5, which is not kept for long."""
+    argv = [*SHORT, f"--data_dir={data}"]
+    finish([*argv, "--max_iters=10", f"--out_dir={tmp_path}/out"])
+    rolled_back = [*argv, f"--out_dir={tmp_path}/out", "--init_from=resume", "--checkpoint=5"]
+    run_until_killed(rolled_back, step=17, env=JOB)
+
+    output = finish(rolled_back, env=JOB | {"TORCHELASTIC_RESTART_COUNT": "1"})
+
+    assert "resuming at step 15" in output
+    finish([*argv, f"--out_dir={tmp_path}/straight"])
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
 
 
 def test_new_settings_take_effect_on_resuming(data, tmp_path):
