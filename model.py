@@ -9,8 +9,8 @@ Pre-norm blocks (norm → sub-layer → residual): RMSNorm, attention with RoPE 
 (GQA), a two-layer SiLU FFN or the experts of moe.py; the output projection is the embedding. With
 12 layers of width 1024, 16 query and 8 key/value heads and 32,000 tokens: 171M parameters.
 
-This is the plain model. `use_fast` (training) and `from_checkpoint` swap in the fast versions of
-minillm/speed that give the same numbers, also after a change here; without them everything runs.
+This is the plain model. `use_fast` (training) and `from_checkpoint` swap in fast versions of
+minillm/speed, which give the same numbers; one that no longer does after a change here is left out.
 
 Papers: RMSNorm arXiv 1910.07467, RoPE 2104.09864, GQA 2305.13245, tied embeddings 1608.05859.
 """

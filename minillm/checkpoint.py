@@ -1,4 +1,4 @@
-"""A checkpoint file: saved whole or not at all, checked before it is trusted, never executed.
+"""A checkpoint file: saved whole or not at all, checked before training trusts it, never executed.
 
 What goes into one is decided by `save` in train.py.
 
@@ -217,7 +217,7 @@ def paths_of(folder, which="newest"):
 def load_for_inference(folder, which="newest", check=False):
     """The weights in `folder`: a dict with model, model_config, step, tokenizer_dir and path.
 
-    which: as in paths_of. The optimizer's tensors stay in the file.
+    which: as in paths_of. check: as in load, False is quick. The optimizer stays in the file.
     """
     if str(folder).startswith("hf:"):            # a folder that export.py made
         if which != "newest":

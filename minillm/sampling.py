@@ -1,7 +1,7 @@
 """How the next token is drawn from the logits: temperature, top-k, top-p, repetition penalty.
 
-All of it runs without a GPU sync, so it can be part of a CUDA graph. The numbers stay finite for
-every setting that SamplingParams takes.
+All of it runs without a GPU sync, so it can be part of a CUDA graph. No setting that SamplingParams
+takes makes a NaN.
 
 Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """

@@ -1,7 +1,8 @@
 """Which plain function each fast version replaces, and on which device. For model.py and serve.py.
 
-Delete minillm/speed and everything still runs, slower, with the same numbers. One that no longer
-computes what its plain function does, because that was changed, is left out: agreement.py.
+Delete minillm/speed and everything still runs, slower, with the same numbers up to rounding. One
+that no longer computes what its plain function does, because that was changed, is left out:
+agreement.py.
 """
 from functools import partial
 
