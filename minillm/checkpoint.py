@@ -133,8 +133,7 @@ def load(path, check=True, keys=MODEL_KEYS):
         raise Damaged(f"cannot read checkpoint {path}, it is damaged or cut short: "
                       f"{reason}") from None
     if isinstance(state, dict):
-        missing = [key for key, kind in keys.items()
-                   if not _fits(key, state.get(key), kind)]
+        missing = [key for key, kind in keys.items() if not _fits(key, state.get(key), kind)]
     else:
         missing = keys
     if missing:
@@ -171,13 +170,13 @@ def load_first(paths, keys=MODEL_KEYS, report=print, **options):
     Raises the last one's Damaged if there is none, and UserError for a file without permission: an
     older checkpoint in its place would be a surprise.
     """
-    for path, after in zip(paths, [*paths[1:], None]):
+    for path in paths:
         try:
             return load(path, keys=keys, **options)
         except PermissionError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except Damaged as error:
-            if after is None:
+            if path == paths[-1]:
                 raise
             report(f"{error}; going on from the checkpoint before it")
 
@@ -196,18 +195,19 @@ def paths_of(folder, which="newest"):
         kind = "file" if str(folder).lower().endswith(".pt") else "folder"
         raise UserError(f"no model in {folder}: there is no such {kind}; train.py makes one")
     steps, best = saved_steps(folder), best_path(folder)
+    bests = [best] if os.path.exists(best) else []
     if which == "newest":
-        found = [step_path(folder, step) for step in steps]
-        if not found and os.path.exists(best):
-            found = [best]
+        found = [step_path(folder, step) for step in steps] or bests
     elif which == "best":
-        found = [best] if os.path.exists(best) else []
+        found = bests
     elif re.fullmatch("[0-9]{1,18}", which):
         found = [step_path(folder, int(which))] if int(which) in steps else []
     else:
         raise UserError(f"checkpoint={which[:40]!r} must be newest, best or the number of a step")
     if not found:
-        there = [*map(str, steps), *(["best"] if os.path.exists(best) else [])]
+        there = [str(step) for step in steps]
+        if bests:
+            there.append("best")
         hint = f"; there are {', '.join(there)}" if there else "; train.py writes them"
         name = f"checkpoint of step {which}" if which.isdecimal() else f"{which} checkpoint"
         raise UserError(f"no {name} in {folder}{hint}")

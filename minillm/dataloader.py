@@ -129,7 +129,7 @@ def permute(indices, n, key):
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = [int(_mix(np.array([number], np.uint64), key & (2**64 - 1))[0]) for number in range(4)]
+    keys = _mix(np.arange(4, dtype=np.uint64), key & (2**64 - 1)).tolist()
     x = np.asarray(indices, dtype=np.uint64).copy()
     pending = np.ones(x.shape, dtype=bool)
     with np.errstate(over="ignore"):

@@ -76,8 +76,10 @@ def parameters_by_role(model):
             role = "embedding"
         elif "router" in name:
             role = "routers"
+        elif name.endswith("qkv.weight"):
+            role = "qkv"
         else:
-            role = "qkv" if name.endswith("qkv.weight") else "matrices"
+            role = "matrices"
         roles[role].append(parameter)
     return roles
 

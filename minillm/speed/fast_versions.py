@@ -116,7 +116,8 @@ def decodes_on_cpu(model):
 
 def decodes_compiled(model, name):
     """Whether these parts of decode_gpu.py, VECTOR or BATCH, compute what this model does."""
-    step, rows = partial(run_parts, getattr(decode_gpu, name)), {"VECTOR": 1, "BATCH": 2}[name]
+    rows = {"VECTOR": 1, "BATCH": 2}[name]
+    step = partial(run_parts, getattr(decode_gpu, name))
     return agrees(model, f"{name} of minillm/speed/decode_gpu.py", decodes, step,
                   cuda_graph.GraphCache, rows)
 
