@@ -74,8 +74,26 @@ def data_parallel(model):
     # the same constant everywhere: not worth a broadcast per step
     model._ddp_params_and_buffers_to_ignore = ["rope"]
     # large buckets: each transfer takes multiprocessors from the matmuls that run beside it
-    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                                     bucket_cap_mb=250)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                         bucket_cap_mb=250)
+    _settle_buckets(parallel)
+    return parallel
+
+
+def _settle_buckets(parallel):
+    """Let DDP lay out its buckets before the first step, in an order that is always the same.
+
+    It lays them out anew after its first backward pass, in the order in which the gradients came.
+    The sum over three or more processes rounds by that layout, so the first step of a resumed run
+    would have other bits than the same step of a run that never stopped.
+    """
+    model = parallel.module
+    # gradients from the last parameter to the first, as in training: so sending overlaps as before
+    model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
+    for _ in range(2):                           # the second forward pass makes the new layout
+        parallel().backward()
+    del model.forward
+    model.zero_grad()
 
 
 def sum_over_ranks(group, *numbers):

@@ -199,6 +199,21 @@ def test_a_dead_process_ends_the_others(tmp_path, victim):
     assert_same_run(tmp_path / "straight", tmp_path / "out")
 
 
+def test_three_processes_resume_exactly(tmp_path):
+    """A sum of three numbers rounds by its order, which is that of DDP's buckets."""
+    data = make_data(tmp_path / "data")
+    argv = [*TINY, "--gradient_accumulation_steps=3", "--eval_interval=0", "--n_embd=64",
+            "--n_layer=4", f"--data_dir={data}"]
+    finish_ranks(3, [*argv, "--max_iters=12", f"--out_dir={tmp_path}/straight"])
+    argv += ["--max_iters=12", f"--out_dir={tmp_path}/out"]
+    children = ranks(3, argv, [lambda: die_at(7)] * 3)
+    assert [child.wait() for child in children] == [-9] * 3
+
+    assert "resuming at step 5" in finish_ranks(3, [*argv, "--init_from=resume"])
+
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
 # ---- the tests' own jobs
 
 def test_no_two_jobs_of_a_machine_get_the_same_port():
