@@ -124,9 +124,8 @@ def _check_identity(s, data, resumed):
 
 
 def _report_changes(s, resumed):
-    # the shape comes from the checkpoint, not from the settings
-    skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log"}
-    skip.add("optimizer")                        # another one is refused where its state is read
+    # the shape comes from the checkpoint; another optimizer is refused where its state is read
+    skip = {*NOT_SAVED, "init_from", "data_dir", "out_dir", "tokenizer", "wandb_log", "optimizer"}
     skip |= resumed["model_config"].keys() - {"block_size", "dropout"}
     changed = []
     for key, value in asdict(s).items():
