@@ -67,9 +67,7 @@ def pretended_parallel(model):
         future = torch.futures.Future(devices=devices)
         future.set_result(gradients)
         return future
-    parallel = data_parallel(model)
-    parallel.register_comm_hook(None, arrive)
-    return parallel
+    return data_parallel(model, exchange=arrive)
 
 
 def peak_gib(s):

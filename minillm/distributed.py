@@ -69,13 +69,18 @@ def join(device, rank, world):
     return dist.new_group(backend="gloo")
 
 
-def data_parallel(model):
-    """The model in DDP: once its backward pass is done, gradients are means over the processes."""
+def data_parallel(model, exchange=None):
+    """The model in DDP: once its backward pass is done, gradients are means over the processes.
+
+    exchange: a communication hook of DDP in place of its all-reduce.
+    """
     # the same constant everywhere: not worth a broadcast per step
     model._ddp_params_and_buffers_to_ignore = ["rope"]
     # large buckets: each transfer takes multiprocessors from the matmuls that run beside it
     parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True,
                                                          bucket_cap_mb=250)
+    if exchange:
+        parallel.register_comm_hook(None, exchange)
     _settle_buckets(parallel)
     return parallel
 
