@@ -9,10 +9,13 @@ import math
 import os
 import shlex
 import sys
+import threading
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from minillm.errors import UserError
+
+WAIT = 2.0                               # seconds without the end of stdin until a line says so
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,17 @@ def _read_stdin():
     with contextlib.suppress(OSError, AttributeError, ValueError):
         # another process on the same terminal or pipe may have made it non-blocking
         os.set_blocking(sys.stdin.fileno(), True)
+    # a pipe that nobody closes, as of ssh, would look like a model that hangs
+    note = threading.Timer(WAIT, print, ["waiting for the end of stdin; --prompt=TEXT reads none"],
+                           {"file": sys.stderr, "flush": True})
+    if not sys.stdin.isatty():
+        note.start()
     try:
         return sys.stdin.buffer.read()
     except OSError as error:                     # opened for writing alone
         raise UserError(f"cannot read stdin: {error.strerror or error}") from None
+    finally:
+        note.cancel()
 
 
 def read_prompt(text):

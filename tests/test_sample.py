@@ -1,8 +1,12 @@
 """sample.py: several texts in one batch, where a text ends, prompts that are too long."""
+import io
 import json
+import os
+import sys
 
 import pytest
 
+from minillm import sampling_params
 from support.processes import run
 from support.tiny_models import talkative, tiny_model, write_folder
 
@@ -55,6 +59,26 @@ def test_a_pipe_is_the_prompt_where_no_flag_is(folder, argv, stdin, prompt):
 
     assert (done.status, done.err) == (0, "")
     assert json.loads(done.out)["prompt"] == prompt
+
+
+def test_a_pipe_that_stays_open_is_waited_for_with_a_line(monkeypatch):
+    reading, writing = os.pipe()
+    said = []
+
+    class Terminal(io.StringIO):
+        def write(self, text):
+            said.append(text)
+            if len(said) == 1:                   # only now does the pipe end
+                os.write(writing, PROMPT.encode())
+                os.close(writing)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdin", open(reading))
+    monkeypatch.setattr(sampling_params, "WAIT", 0.01)
+
+    prompt = sampling_params.read_prompt("-")
+
+    assert prompt == PROMPT
+    assert said[0] == "waiting for the end of stdin; --prompt=TEXT reads none"
 
 
 def test_one_file_is_a_model_too(folder):
