@@ -16,7 +16,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from minillm.configurator import configure
+from minillm.configurator import NonNegative, configure
 from minillm.conversation import Conversation
 from minillm.errors import UserError, run
 from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
@@ -27,7 +27,7 @@ class Settings(GenerationSettings):
     out_dir: str = "out/demo_sft"          # folder of the model, as train.py leaves it
     prompt: str = ""                       # answer this one message and exit
     system: str = ""                       # the system prompt
-    truncate_ctx: int = 0                  # at most this many tokens of context; 0: all it has
+    truncate_ctx: NonNegative = 0          # at most this many tokens of context; 0: all it has
 
 
 def load_model(s):

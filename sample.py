@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from minillm.configurator import configure
+from minillm.configurator import NonNegative, configure, whole
 from minillm.conversation import STOP_IDS
 from minillm.errors import UserError, run
 from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
@@ -32,17 +32,14 @@ from minillm.tokenizer import END_OF_TEXT
 class Settings(GenerationSettings):
     out_dir: str = "out/demo_pretrain"     # folder of the model, as train.py leaves it
     prompt: str = ""                       # the text to continue; - reads stdin; empty: a new text
-    num_samples: int = 1                   # texts to make, in one batch
-    truncate_ctx: int = 0                  # use only the prompt's last tokens, this many; 0: all
+    num_samples: whole(1, 10_000) = 1      # texts to make, in one batch
+    truncate_ctx: NonNegative = 0          # use only the prompt's last tokens, this many; 0: all
 
 
 def main():
     s = configure(Settings)
     sys.stdout.reconfigure(errors="replace")
     options = s.sampling()
-    if not 1 <= s.num_samples <= 10_000:
-        raise UserError(f"num_samples={s.num_samples} must be at least 1, and at most 10,000: "
-                        "they are made in one batch")
     check_folder(s.out_dir)
     piped = "prompt" not in s.given and not sys.stdin.isatty()
     prompt = read_prompt("-" if piped else s.prompt)

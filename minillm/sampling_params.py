@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from minillm.configurator import NonNegative
 from minillm.errors import UserError
 
 WAIT = 2.0                               # seconds without the end of stdin until a line says so
@@ -68,7 +69,7 @@ class GenerationSettings:
     repetition_penalty: float = DEFAULTS.repetition_penalty  # above 1: repeats become less likely
     seed: int | None = None                # same seed, same text; auto: another one each time
     stop: str = ""                         # end before this text; several: a|b; \n is a line end
-    truncate_ctx: int = 0                  # at most this many tokens of context; 0: all
+    truncate_ctx: NonNegative = 0          # at most this many tokens of context; 0: all
     json: bool = False                     # print a JSON record instead of text
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
@@ -76,8 +77,6 @@ class GenerationSettings:
 
     def sampling(self):
         """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""
-        if self.truncate_ctx < 0:
-            raise UserError(f"truncate_ctx={self.truncate_ctx} must be 0 or more")
         options = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         SamplingParams(**options)
         stop = self.stop.replace("\\n", "\n").replace("\\t", "\t").split("|")
