@@ -74,7 +74,7 @@ def loss(say):
         picture.text(x + 310, 78, say(f"validation {last:.3f}", f"验证 {last:.3f}"), size=13,
                      colour=colour, anchor="end", weight=600)
     note = say("nats per token; thin: training, thick: validation on 4 batches; Muon, 171M",
-               "单位：每 token 的 nats；细线：训练，粗线：4 个批次上的验证；Muon，171M")
+               "单位：nat/token；细线：训练，粗线：4 个批次上的验证；Muon，171M")
     picture.note(20, 315, note)
     return picture
 
@@ -86,7 +86,7 @@ MS_PER_STEP = {"recipe_171m": 74.6, "adamw_171m": 70.6, "recipe_876m": 219.5, "a
 def recipe(say):
     """Muon against AdamW, by tokens (left) and by seconds (right), dense above MoE."""
     title = say("Muon reaches the last loss of AdamW with about a third of the tokens",
-                "达到 AdamW 最后的损失，Muon 只需约三分之一的 token")
+                "达到 AdamW 的最终损失，Muon 只需约三分之一的 token")
     picture = Picture(820, 600, title)
     for row, size, name in ((0, "171m", say("dense 171M", "稠密 171M")), (1, "876m", "MoE 876M")):
         for x, axis, label in ((60, "tokens", say(", million tokens", "，百万 token")),

@@ -39,7 +39,7 @@ class Settings:
 
 def pipeline(say):
     picture = Picture(820, 190, say("From raw text to a chat, one file per stage",
-                                    "从原始文本到对话：一个阶段一个文件"))
+                                    "从原始文本到对话：每个阶段一个文件"))
     stages = [("train_tokenizer.py", say("text → BPE", "文本 → BPE"), "blue"),
               ("prepare_*.py", say("text → uint16", "文本 → uint16"), "blue"),
               ("train.py", say("pretraining", "预训练"), "violet"),
@@ -64,7 +64,7 @@ def block(say):
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).blocks[0].named_parameters()}
     title = say(f"One of the {config.n_layer} blocks of the 171M model, with its shapes",
-                f"171M 模型 {config.n_layer} 个块之一，附张量形状")
+                f"171M 模型的 {config.n_layer} 个 Transformer 块之一，附张量形状")
     picture = Picture(720, 470, title)
     rows = [("x  (B, T, 1024)", "", "ink"),
             ("RMSNorm", "attn_norm.weight", "blue"), ("q, k, v", "attn.qkv.weight", "blue"),
@@ -97,7 +97,7 @@ def mask(say):
     messages = [{"role": "user", "content": "沈琴明住在哪里？"}, {"role": "assistant", "content": "住在桂花巷。"}]
     ids, supervised = tokenizer.encode_chat(messages)
     picture = Picture(820, 210, say("SFT learns the answer and its end, nothing else",
-                                    "SFT 只学习回答和回答的结束符"))
+                                    "SFT 只学回答和它的结束符"))
     x, y = 20, 55
     for token, learned in zip(ids, supervised):
         text = tokenizer.token_text(token)
@@ -120,7 +120,7 @@ def packing(say):
     lengths, capacity = [9, 4, 6, 5, 12, 7, 3, 2], 16
     rows = pack(lengths, capacity)
     title = say("Conversations are packed whole; attention never crosses from one to the next",
-                "对话整条打包，注意力不会跨到另一条对话")
+                "对话整段打包，注意力不会跨到另一段对话")
     picture = Picture(820, 330, title)
     colours = ["blue", "green", "orange", "violet", "red"]
     for r, row in enumerate(rows):
@@ -155,7 +155,7 @@ def routing(say):
     with torch.no_grad():
         gates, experts = router(torch.randn(6, 64))
     title = say("Each token visits the 4 of 8 experts that the router scores highest",
-                "每个 token 只经过路由打分最高的 4 个专家（共 8 个）")
+                "每个 token 只经过路由器打分最高的 4 个专家（共 8 个）")
     picture = Picture(720, 300, title)
     for expert in range(8):
         x = 170 + expert * 62
@@ -258,7 +258,7 @@ def load(say):
             picture.rect(x, y, 70, 23, "blue", round=4, opacity=opacity)
             picture.text(x + 35, y + 16, f"{fair:.2f}", size=12, anchor="middle", mono=True)
     note = say("tokens of each expert over the fair share; 876M MoE, Muon, last of 400 steps",
-               "每个专家分到的 token 与平均份额之比；876M MoE，Muon，共 400 步")
+               "每个专家分到的 token 数 ÷ 平均数；876M MoE，Muon，400 步的最后一步")
     picture.note(20, 84 + 26 * len(loads), note)
     return picture
 

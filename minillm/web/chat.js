@@ -11,7 +11,7 @@ const WORDS = {                              // [English, Chinese]
     "回车发送，Shift+回车换行。小模型会编造内容。"],
   system: ["System prompt", "系统提示词"], temperature: ["Temperature", "温度"],
   top_k: ["Top-k", "Top-k"], seed: ["Seed", "随机种子"], random: ["random", "随机"],
-  max_tokens: ["Max tokens", "最多生成"], key: ["API key:", "API 密钥："],
+  max_tokens: ["Max tokens", "最多生成 token 数"], key: ["API key:", "API 密钥："],
   context: ["Tokens of the context in use", "已用上下文（token 数）"],
   forgotten: ["The model no longer sees this message.", "模型已看不到这条消息。"],
   lost: ["The connection broke.", "连接中断了。"],
