@@ -30,7 +30,7 @@ from minillm.report import Report
 from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source, batches_of
-from minillm.text_reader import block_documents, check_text_keys
+from minillm.text_reader import TEXT_KEY_HINT, block_documents, check_text_keys
 from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import END_OF_TEXT, Tokenizer, pack_ids
 
@@ -65,7 +65,7 @@ def main():
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict)
+    report = Report(s.strict, TEXT_KEY_HINT)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     batches = batches_of(blocks, s.batch_size)

@@ -78,6 +78,7 @@ class Settings:
 
 
 FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json"}
+MAP_HINT = "; --map=KEY:user,KEY:assistant says which hold the question and the answer"
 SHOWN = 60                           # tokens of a turn that --show prints at least
 
 
@@ -88,7 +89,7 @@ def main():
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
     s.block_size = s.block_size or (512 if s.files else 128)
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict)
+    report = Report(s.strict, MAP_HINT)
     names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
     if source:

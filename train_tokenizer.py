@@ -33,7 +33,7 @@ from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
 from minillm.report import Report, counted
 from minillm.text_files import BLOCK, Block, Source
-from minillm.text_reader import block_documents, check_text_keys
+from minillm.text_reader import TEXT_KEY_HINT, block_documents, check_text_keys
 from minillm.token_files import advice
 from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
@@ -71,7 +71,7 @@ def main():
     s.out_dir = s.out_dir or f"{where}/tokenizer"
     s.vocab_size = s.vocab_size or (32000 if s.files else 1200)
     special = check_special(s.special_tokens, s.vocab_size)
-    report = Report(s.strict)
+    report = Report(s.strict, TEXT_KEY_HINT)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     sample = Sample(source, s, report)
     with replaced_folder(s.out_dir, FILES) as folder:

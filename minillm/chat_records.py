@@ -60,7 +60,8 @@ def clean_conversation(record, report, place, names=NAMES):
     try:
         return _alternating(_all_turns(record, names, left_out), report, place)
     except Skip as reason:
-        if not report.keys_seen and isinstance(record, dict):
+        by_name = str(reason) == "no conversation" or left_out.unknown   # else a value is at fault
+        if by_name and not report.keys_seen and isinstance(record, dict):
             report.keys_seen = tuple(map(str, list(record)[:8]))
         return report.skip(str(reason), place)
     finally:
@@ -188,6 +189,7 @@ def _turns_in(turn, names, left_out):
     if name is None:
         ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
         if not ordered:
+            left_out.unknown.update(turn.keys() - names.known - _BESIDE)
             raise Skip("unknown role")
         left_out.count(turn, [turn[key] for key in ordered])
         said = []

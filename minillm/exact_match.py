@@ -10,6 +10,9 @@ from minillm.generation import round_up
 from minillm.report import Report
 from minillm.text_files import Source
 from minillm.text_reader import conversations
+from minillm.token_files import advice
+
+SHAPES = '; a question is {"instruction": …, "output": …} or {"messages": […]}'
 
 
 class Question(NamedTuple):
@@ -20,26 +23,29 @@ class Question(NamedTuple):
 
 def read_questions(path):
     """(questions, lines that say what was skipped) of a file of chats that end with the answer."""
-    report = Report()
+    report = Report(hint=SHAPES)
     chats = conversations(Source([path], report, "utf-8"))
-    return questions_of(chats, path), report.lines()
+    questions = questions_of(chats)
+    lines = report.lines() + advice(report)
+    if not questions:
+        reasons = "; ".join(line.strip() for line in lines) or "the file is empty"
+        raise UserError(f"{path} holds no chat that ends with an answer ({reasons})")
+    return questions, lines
 
 
 def demo_questions(records):
     """The questions among the demo town's conversations, in Belle's format."""
     chats = ((f"demo:{i}", clean_conversation(record, Report(), f"demo:{i}"))
              for i, record in enumerate(records, 1))
-    return questions_of(chats, "demo")
+    return questions_of(chats)
 
 
-def questions_of(chats, name):
-    """The questions among (location, messages) pairs. UserError if there is none."""
+def questions_of(chats):
+    """The questions among (location, messages) pairs."""
     questions = []
     for location, messages in chats:
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
             questions.append(Question(location, messages[:-1], messages[-1]["content"]))
-    if not questions:
-        raise UserError(f"{name} holds no chat that ends with an answer")
     return questions
 
 

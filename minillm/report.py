@@ -27,8 +27,9 @@ class Report:
     that have it. `unknown` does so for keys that no rule knows, `unknown_roles` for such roles.
     """
 
-    def __init__(self, strict=False):
+    def __init__(self, strict=False, hint=""):
         self.strict = strict
+        self.hint = hint                 # what to do about keys that no rule knows
         self.skipped = {}
         self.repaired = {}
         self.other_files = {}            # by suffix, in place of a reason

@@ -19,6 +19,8 @@ from minillm.json_stream import WRAPPERS, are_messages, is_message
 from minillm.report import Report
 from minillm.text_files import Source
 
+TEXT_KEY_HINT = "; --text_key=KEY says which of them holds the text"
+
 __all__ = ["Report", "Source", "documents", "conversations", "block_documents",
            "block_conversations", "check_text_keys"]
 

@@ -120,10 +120,11 @@ def advice(report, encoding="utf-8"):
         fits = guess_encoding(report.undecodable)
         if fits and fits != encoding:
             lines.append(f"  what is not {encoding} looks like {fits}: try --encoding={fits} "
-                         "if all of the input is, else convert those files")
+                         "if all of the input is, else convert those files "
+                         f"(`iconv -f {fits} -t utf-8 OLD > NEW`)")
     if report.keys_seen:
         lines.append(f"  the keys of the first record that was not understood: "
-                     f"{', '.join(report.keys_seen)}")
+                     f"{', '.join(report.keys_seen)}{report.hint}")
     return lines
 
 

@@ -230,3 +230,28 @@ CASES = [
 def test_nothing_is_lost(tmp_path, case):
     """And so nothing is reported."""
     assert read_record(tmp_path, case.record) == Found([case.messages])
+
+
+# ---- names that no rule knows
+
+NOT_UNDERSTOOD = [
+    ("pair", {"q": "问", "a": "答"}, ("q", "a")),
+    ("answer alone", {"title": "问", "answer": "答"}, ("title", "answer")),
+    ("turns", {"id": 1, "conversations": [{"Q": "问"}, {"A": "答"}]}, ("id", "conversations")),
+    # here a value is at fault, and the names are known
+    ("empty answer", {"instruction": "问", "input": "", "output": ""}, ()),
+    ("several answers", {"instruction": "问", "output": ["一", "二"]}, ()),
+    ("no turn", {"messages": [], "tools": []}, ("messages", "tools")),
+]
+
+
+@pytest.mark.parametrize("unread, keys", [row[1:] for row in NOT_UNDERSTOOD],
+                         ids=[row[0] for row in NOT_UNDERSTOOD])
+def test_keys_are_named_only_where_a_name_was_not_understood(tmp_path, unread, keys):
+    path, report = tmp_path / "c.jsonl", Report()
+    path.write_text(json.dumps(unread))
+
+    found = list(conversations(Source([str(path)], report)))
+
+    assert not found and sum(entry["count"] for entry in report.skipped.values()) == 1
+    assert report.keys_seen == keys

@@ -179,13 +179,23 @@ def test_several_text_keys_that_hold_text_in_different_files(small_corpus, tmp_p
                       "no text under 'title', the other keys used": 30}
 
 
-@pytest.mark.parametrize("stage", ["prepare_pretrain", "prepare_sft"])
-def test_unknown_keys_are_named_where_nothing_was_understood(small_corpus, tmp_path, stage):
+HINTS = [
+    ("train_tokenizer", "--text_key=KEY says which"),
+    ("prepare_pretrain", "--text_key=KEY says which"),
+    ("prepare_sft", "--map=KEY:user,KEY:assistant says which"),
+]
+
+
+@pytest.mark.parametrize("stage, flag", HINTS)
+def test_unknown_keys_are_named_where_nothing_was_understood(small_corpus, tmp_path, stage, flag):
     path = write_lines(tmp_path / "c.jsonl", [{"Text": "甲"}, {"Text": "乙"}])
+    argv = small_corpus.argv(tmp_path / "o", [path])
+    if stage == "train_tokenizer":
+        argv = [str(path), f"--out_dir={tmp_path}/o"]
 
-    line = refused(stage, *small_corpus.argv(tmp_path / "o", [path]))
+    line = refused(stage, *argv)
 
-    assert "keys of the first record that was not understood: Text" in line
+    assert f"keys of the first record that was not understood: Text; {flag}" in line
 
 
 def qa(question, answer):
