@@ -392,8 +392,8 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if not last_save_worked:
-        raise UserError(f"the state at step {step} could not be saved: make room, then "
-                        "--init_from=resume continues from the checkpoint before")
+        raise UserError(f"the state at step {step} could not be saved: make room, then give "
+                        "--init_from=resume, or the same command if none was saved before")
 
 
 if __name__ == "__main__":

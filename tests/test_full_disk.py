@@ -63,8 +63,20 @@ def test_no_room_for_the_last_one_is_an_error(data, straight, tmp_path):
 
     line = refused(argv, before=small_files_only(17, 99, 100_000))
 
-    assert "the state at step 20 could not be saved: make room, then --init_from=resume" in line
+    assert "the state at step 20 could not be saved: make room, then give --init_from=resume" in line
     finish([*argv, "--init_from=resume"])
+    assert_same_run(straight, tmp_path / "out")
+
+
+def test_no_room_for_any_of_them(data, straight, tmp_path):
+    """Nothing can be resumed then: the line says that the same command starts over, and it does."""
+    argv = [*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    line = refused(argv, before=small_files_only(1, 99, 100_000))
+
+    assert "or the same command if none was saved before" in line
+    assert checkpoint.saved_steps(tmp_path / "out") == []
+    finish(argv)
     assert_same_run(straight, tmp_path / "out")
 
 
