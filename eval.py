@@ -233,7 +233,7 @@ def report_choices(s, questions, chosen, scores, report):
             shown += 1
             report(f"  wrong: {question.question} → {question.choices[index]} "
                    f"(right: {question.choices[question.answer]})")
-    report(f"{s.choices}, {scores['questions']} questions, by {s.answer_by}: "
+    report(f"{s.choices}, {counted(scores['questions'], 'questions')}, by {s.answer_by}: "
            f"accuracy {scores['accuracy']:.1%} ± {scores['accuracy_stderr']:.1%} · per character "
            f"{scores['accuracy_norm']:.1%} ± {scores['accuracy_norm_stderr']:.1%} · "
            f"chance {scores['chance']:.1%}")

@@ -205,10 +205,10 @@ def paths_of(folder, which="newest"):
     else:
         raise UserError(f"checkpoint={which[:40]!r} must be newest, best or the number of a step")
     if not found:
-        there = [str(step) for step in steps]
-        if bests:
-            there.append("best")
+        there = [str(step) for step in steps] + ["best" for _ in bests]
         hint = f"; there are {', '.join(there)}" if there else "; train.py writes them"
+        if not there and os.path.exists(os.path.join(folder, "config.json")):
+            hint = f"; it is for transformers, so name it hf:{folder}"
         name = f"checkpoint of step {which}" if which.isdecimal() else f"{which} checkpoint"
         raise UserError(f"no {name} in {folder}{hint}")
     return found

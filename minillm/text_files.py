@@ -68,8 +68,11 @@ class Source:
         for path in self.files:
             try:
                 self.size += os.path.getsize(path)
-            except OSError as error:     # a link to nowhere
-                raise UserError(f"cannot read {path}: {error.strerror}") from None
+            except OSError as error:
+                reason = error.strerror
+                if isinstance(error, FileNotFoundError) and os.path.islink(path):
+                    reason = f"it is a link to {os.readlink(path)}, which is not there: remove it"
+                raise UserError(f"cannot read {path}: {reason}") from None
         self.position = 0                # set by the thread that reads; others only look at it
 
     def leave_out_txt(self):

@@ -8,6 +8,8 @@ GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 0}\n'
 CASES = [
     Case("no model", "--out_dir=nowhere", "no model in nowhere.*train.py"),
     Case("no checkpoint", "--out_dir=pre", "no newest checkpoint in pre"),
+    Case("an exported folder", "--out_dir=pre", "it is for transformers, so name it hf:pre",
+         put("pre/config.json", "{}")),
     Case("nothing to score", "--out_dir=out --data_dir=none",
          "nothing to score: data_dir, questions and choices are all none"),
     Case("no best", "--out_dir=out --checkpoint=best",
