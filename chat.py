@@ -52,6 +52,8 @@ def answer_once(s, options, message):
         print(record(message, text, conversation))
     else:
         print()
+    from minillm.before_sft import warn_before_sft       # late: it imports torch
+    warn_before_sft(s.out_dir)                           # last: a mistake has one line on stderr
 
 
 def record(prompt, answer, conversation):
@@ -69,8 +71,11 @@ def main():
     check_folder(s.out_dir)
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if in_terminal and not s.prompt:
-        from minillm.terminal import Terminal    # late: it imports torch
-        Terminal(s, load_model(s)).run()
+        from minillm.before_sft import warn_before_sft   # late: it imports torch
+        from minillm.terminal import Terminal            # late: it imports torch
+        model = load_model(s)
+        warn_before_sft(s.out_dir)
+        Terminal(s, model).run()
         return
     try:
         answer_once(s, options, read_prompt(s.prompt or "-"))

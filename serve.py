@@ -140,10 +140,12 @@ def main():
 
     # 2) the model, and the thread that decodes
     from minillm.batch_decoder import BatchDecoder                 # late: torch
+    from minillm.before_sft import warn_before_sft                 # late: torch
     from minillm.http_app import Limits, is_loopback, make_app     # late: torch
     from minillm.openai_api import Service                         # late: torch
     from model import GPT, fast_versions                           # late: torch
     model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype=s.dtype, which=s.checkpoint)
+    warn_before_sft(s.out_dir)
     rows = s.rows or (64 if model.wte.weight.is_cuda else 8)
     cache = model.new_cache(rows)
     fast = {}
