@@ -13,7 +13,7 @@ import re
 
 from minillm.chat_names import FLAGS, LEFT_OUT, METADATA, NAMES
 from minillm.json_stream import are_messages, are_texts, is_message, parsed
-from minillm.loss_flags import is_supervised, with_flags
+from minillm.loss_flags import is_supervised, unforked, with_flags
 from minillm.report import Skip
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -88,7 +88,7 @@ def _all_turns(record, names, left_out):
         used.append(record.get(key))
     before = len(made)
     if turns is not None:
-        for turn in turns:
+        for turn in unforked(turns):
             made += _turns_in(turn, names, left_out)
         used += [text for _, text, _ in made]
     elif not record.keys().isdisjoint(names.answer_keys):

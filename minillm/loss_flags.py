@@ -3,7 +3,8 @@
     is_supervised({"role": "assistant", "weight": 0}, left_out) # False: it is context
     with_flags({"loss_mask": [0, 1]}, turns, 0, left_out)       # one flag for each answer
 
-A flag that is not understood is an error: nothing is learned against what its file says.
+A flag that is not understood is an error: nothing is learned against what its file says. Rejected
+answers (KTO's label) and trees of rival answers (OASST's parent_id) are refused.
 """
 from minillm.chat_names import FLAGS
 from minillm.json_stream import parsed
@@ -36,6 +37,8 @@ def with_flags(record, turns, before, left_out):
     that stands beside them, or one for each answer. The first `before` turns are the system prompt
     and the history; a list for the others alone leaves open what the history is.
     """
+    if record.get("label") is False:
+        raise Skip("label is false: a rejected answer")
     if record.keys().isdisjoint(FLAGS):
         return turns
     places = list(range(len(turns)))
@@ -56,4 +59,13 @@ def with_flags(record, turns, before, left_out):
         for place, flag in zip(fitting[0], flags):
             role, text, supervised = turns[place]
             turns[place] = (role, text, is_supervised({key: flag}, left_out) and supervised)
+    return turns
+
+
+def unforked(turns):
+    """The turns of a record. Raises Skip where two of them answer the same one: they are rivals."""
+    parents = [str(turn["parent_id"]) for turn in turns
+               if isinstance(turn, dict) and turn.get("parent_id") is not None]
+    if len(set(parents)) < len(parents):
+        raise Skip("a tree of turns (a parent_id stands twice)")
     return turns

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import pytest
 
-from support.chat_records import ANSWER, PLAIN, QA, QUESTION, read_record, record, said, turn
+from support.chat_records import ANSWER, PAIR, PLAIN, QA, QUESTION, read_record, record, said, turn
 from support.reading import Found
 
 CONTEXT = [
@@ -103,3 +103,21 @@ def test_a_list_of_flags_of_one_turn_is_not_understood(tmp_path):
 def test_a_flag_of_a_record_is_that_of_its_history_too(tmp_path):
     found = read_record(tmp_path, {**HISTORY, "train": False})
     assert found == Found([], {"no turn to learn: all have weight 0": 1})
+
+
+@pytest.mark.parametrize("pair", [PAIR, {"prompt": [QUESTION], "completion": [ANSWER]}])
+def test_a_rejected_answer_is_not_learned(tmp_path, pair):
+    assert read_record(tmp_path, {**pair, "label": True}).items == [PLAIN]
+    found = read_record(tmp_path, {**pair, "label": False})
+    assert found == Found([], {"label is false: a rejected answer": 1})
+
+
+def test_rival_answers_are_not_one_conversation(tmp_path):
+    chain = [turn("prompter", "问", message_id="a", parent_id=None),
+             turn("assistant", "答", message_id="b", parent_id="a")]
+    assert read_record(tmp_path, record(*chain)).items == [PLAIN]
+
+    rival = turn("assistant", "不", message_id="c", parent_id="a")
+    found = read_record(tmp_path, record(*chain, rival))
+
+    assert found == Found([], {"a tree of turns (a parent_id stands twice)": 1})
