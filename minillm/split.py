@@ -80,7 +80,7 @@ class ValidationSplit:
                 return
         if self.may_cut and chosen < wanted / 2:
             self._cut[self._giant[1]] = wanted - chosen
-        elif not chosen and self.fraction and self._lowest:
+        elif not chosen and self._lowest:
             self._whole.add(min(self._lowest))   # of a few conversations, one
 
     def _is_low(self, number, size):

@@ -67,3 +67,26 @@ def test_rows_that_have_not_collapsed_stay():
 
     assert redraw_collapsed_rows(model, data, seed=1) == 0
     assert torch.equal(model.wte.weight, before)
+
+
+def test_a_few_rows_that_are_alike_have_not_collapsed():
+    """Fewer than the bytes that UTF-8 doesn't use: words of one meaning, say."""
+    model = tiny_model()
+    model.wte.weight.data[60:72] = model.wte.weight[60].clone()
+    before = model.wte.weight.detach().clone()
+    data = SimpleNamespace(tokens=np.arange(100, dtype=np.uint16))
+
+    assert redraw_collapsed_rows(model, data, seed=1) == 0
+    assert torch.equal(model.wte.weight, before)
+
+
+def test_new_rows_are_as_large_as_the_trained_ones_however_many_have_collapsed():
+    model = tiny_model()
+    model.wte.weight.data[10:290] = 1e-3
+    trained = torch.cat((model.wte.weight[:10], model.wte.weight[290:]))
+    data = SimpleNamespace(tokens=np.arange(10, 290, dtype=np.uint16))
+
+    assert redraw_collapsed_rows(model, data, seed=1) == 280
+
+    ratio = model.wte.weight[10:290].square().mean().sqrt() / trained.square().mean().sqrt()
+    assert 0.9 < ratio < 1.1

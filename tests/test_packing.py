@@ -2,6 +2,7 @@
 import math
 import random
 import resource
+import struct
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from minillm import packing
 from minillm.documents import Document, columns
 from minillm.packing import pack
+from minillm.tokenizer import END_OF_TEXT
 
 
 def naive_best_fit_decreasing(lengths, capacity):
@@ -62,6 +64,36 @@ def test_pack(capacity, lengths, count):
     assert sorted(rooms) == sorted(naive_best_fit_decreasing(lengths, capacity))
     fewest = fewest_rows(lengths, capacity)
     assert fewest <= len(rows) <= 11 / 9 * fewest + 4
+
+
+def test_equal_lengths_keep_their_order():
+    """So that every machine packs the same rows, whatever sort its numpy has."""
+    assert pack([5] * 1000 + [7] * 1000, 7) == [[1000 + i] for i in range(1000)] + [
+        [i] for i in range(1000)]
+
+
+def test_conversations_of_several_pools_are_all_written(tmp_path, monkeypatch):
+    """More than are packed at once, and rows more than are written at once."""
+    monkeypatch.setattr(packing, "POOL_TOKENS", 50)
+    monkeypatch.setattr(packing, "ROWS_WRITTEN", 3)
+    capacity, lengths = 8, [2 + i % 6 for i in range(100)]           # with <|endoftext|>
+    writer = packing.RowWriter(str(tmp_path), "train", capacity)
+
+    for i, length in enumerate(lengths):
+        tokens = struct.pack(f"<{length - 1}H", *[100 + i] * (length - 1))
+        payload = packing.to_payload([tokens], [b"\1" * (length - 1)], supervised_bytes=3)
+        writer.add(columns([Document(bytes(16), 10, payload, "")]))
+    writer.close()
+
+    found = np.fromfile(tmp_path / "train.bin", "<u2")
+    mask = np.fromfile(tmp_path / "train_mask.bin", "u1")
+    values, counts = np.unique(found[found != END_OF_TEXT], return_counts=True)
+    assert dict(zip(values - 100, counts)) == {i: n - 1 for i, n in enumerate(lengths)}
+    assert (mask == (found != END_OF_TEXT)).all()
+    assert len(found) == writer.counts["rows"] * capacity == writer.counts["tokens"]
+    assert writer.counts["padding_tokens"] == len(found) - sum(lengths)
+    assert (writer.counts["documents"], writer.counts["bytes"]) == (100, 1000)
+    assert (writer.counts["learned_bytes"], writer.counts["learned_tokens"]) == (300, mask.sum())
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from minillm import generation
 from minillm.answer import Answer
 from minillm.batch_decoder import BatchDecoder
 from minillm.errors import UserError
-from minillm.sampling import sample
+from minillm.sampling import mix, sample
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph
 from support.tiny_models import tiny_model
@@ -82,6 +82,34 @@ def test_a_certain_token_is_drawn_whatever_its_number():
     logits[0, 29] = 1
 
     assert sample(logits, torch.tensor([34772 / 2**24]), temperature=1e-3).item() == 29
+
+
+def test_a_token_without_probability_is_never_drawn_whatever_u_is():
+    """For some ids there is a u whose hash is 0: the smallest exponential of all."""
+    hashes = mix(torch.arange(1000) + 1)
+    ids = (hashes < 2**24).nonzero()[:, 0]
+    logits = torch.zeros(len(ids), 1000).scatter(1, ids[:, None], -float("inf"))
+
+    drawn = sample(logits, hashes[ids] / 2**24)
+
+    assert len(ids) > 0 and not (drawn == ids).any()
+
+
+def test_top_p_takes_no_more_tokens_than_it_needs():
+    """Two equal ones and top_p=0.5: one of them is enough, whatever u is."""
+    u = torch.arange(1000) / 1000
+
+    drawn = sample(torch.zeros(1000, 2), u, top_p=0.5)
+
+    assert len(set(drawn.tolist())) == 1
+
+
+def test_probabilities_are_computed_in_float32():
+    """Logits in bfloat16, as a GPU leaves them, draw what the same numbers in float32 draw."""
+    torch.manual_seed(0)
+    logits, u = torch.randn(1000, 2000).bfloat16(), torch.rand(1000)
+
+    assert torch.equal(sample(logits, u, 0.7), sample(logits.float(), u, 0.7))
 
 
 def test_penalty_makes_what_was_said_less_likely():

@@ -97,3 +97,53 @@ def test_a_bucket_over_a_bound_is_cut_and_the_order_stays(tmp_path, monkeypatch,
     assert shuffled(tmp_path / "cut", dedup) == (documents, dropped)
     assert len(documents) == (1000 if dedup else 2000)
     assert dropped == (1000 if dedup else 0)
+
+
+def through(folder, documents, **options):
+    """The payloads of Documents that go into a shuffle one by one, as they come out."""
+    folder.mkdir()
+    disk_shuffle = DiskShuffle(str(folder), 3, **options)
+    for document in documents:
+        disk_shuffle.add(columns([document]))
+    return [bytes(payload) for part in disk_shuffle.shuffled() for payload in part.payloads]
+
+
+def test_documents_that_come_one_by_one_are_shuffled_too(tmp_path):
+    documents = [Document(bytes(16), 1, str(i).encode(), "") for i in range(1000)]
+
+    numbers = list(map(int, through(tmp_path / "s", documents)))
+
+    assert sorted(numbers) == list(range(1000))
+    assert abs(np.corrcoef(numbers, range(1000))[0, 1]) < 0.15           # 0.03 is usual
+
+
+def test_of_many_copies_the_first_that_arrived_stays(tmp_path):
+    """Also where a file's name is not UTF-8: its place is reported as it is."""
+    digests, dropped = [content_digest(str(i).encode()) for i in range(400)], []
+    documents = [Document(digests[i % 400], 4, str(i).encode(), f"\udcff:{i}")
+                 for i in range(10_000)]
+
+    kept = through(tmp_path / "s", documents, dedup=True, on_duplicate=dropped.append)
+
+    assert sorted(map(int, kept)) == list(range(400))
+    assert sorted(dropped) == sorted(f"\udcff:{i}" for i in range(400, 10_000))
+
+
+def test_half_a_digest_in_common_makes_no_copy(tmp_path):
+    documents = [Document(half * 8 + b"12345678", 1, half, "") for half in (b"a", b"b")]
+
+    kept = through(tmp_path / "s", documents, dedup=True)
+
+    assert sorted(kept) == [b"a", b"b"]
+
+
+def test_a_bucket_is_cut_until_its_documents_have_equal_keys(tmp_path, monkeypatch):
+    """Copies of one document have one key, which no cut can part."""
+    copies = [Document(content_digest(b"same"), 1, b"same", "f:1")] * 3
+    other = Document(content_digest(b"other"), 1, b"other", "f:4")
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 1)
+    dropped = []
+
+    kept = through(tmp_path / "s", [*copies, other], dedup=True, on_duplicate=dropped.append)
+
+    assert sorted(kept) == [b"other", b"same"] and len(dropped) == 2

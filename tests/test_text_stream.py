@@ -87,6 +87,22 @@ def test_stop_strings():
     assert 300 < n_stopped < 1300
 
 
+def test_of_two_stop_strings_that_have_begun_the_longer_is_held_back():
+    ids = tokenizer().encode("aab")
+
+    for stop in (("aab", "ab"), ("ab", "aab")):
+        assert "".join(pieces_of(ids, stop)) == ""
+
+
+def test_nothing_is_shown_after_a_stop_string():
+    """Whoever does not look at `stopped` at once gets no text either."""
+    stream = TextStream(tokenizer(), ["b"])
+
+    pieces = [stream.push(token) for token in tokenizer().encode("a b c")]
+
+    assert stream.stopped and "".join(pieces) + stream.flush() == "a "
+
+
 @pytest.mark.parametrize("form", [str, lambda stop: [stop, "never said"]], ids=["one", "several"])
 def test_stop_string_ends_the_answer_and_stays_out_of_it(form):
     model = tiny_model(block_size=256)

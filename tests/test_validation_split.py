@@ -1,4 +1,5 @@
 """The validation split: a property of the content, and about the share that was asked for."""
+import random
 from typing import NamedTuple
 
 import pytest
@@ -44,6 +45,7 @@ SIZES = [
     Sizes("one huge among many", [100] * 2000 + [10_000_000]),
     Sizes("few", [1000] * 5),
     Sizes("one huge among few", [10, 10, 10_000]),
+    Sizes("one huge before many", [10_000_000] + [100] * 2000),
 ]
 
 
@@ -56,8 +58,9 @@ def documents_of(sizes):
 
 def decided(documents):
     split = ValidationSplit(0.01, may_cut=True)
-    split.count(columns(documents[: len(documents) // 2]))
-    split.count(columns(documents[len(documents) // 2:]))
+    some = len(documents) // 10 + 1
+    for start in range(0, len(documents), some):
+        split.count(columns(documents[start: start + some]))
     split.decide()
     return split
 
@@ -93,6 +96,62 @@ def test_of_many_documents_the_hash_alone_decides():
 
     expected = [hash_of(document) < 0.01 * 2**64 for document in documents]
     assert split.in_validation(columns(documents)).tolist() == expected
+    assert split.to_cut(columns(documents)) == {}
+
+
+@pytest.mark.parametrize("n_below, expected", [(60, 60), (30, 50)])
+def test_half_of_the_share_is_enough_for_the_hash_to_decide_alone(n_below, expected):
+    """100 documents of 10,000 are asked for. What falls short of 50 is filled up to 50."""
+    below, above = [], []
+    for document in documents_of([100] * 12_000):
+        (below if hash_of(document) < 0.01 * 2**64 else above).append(document)
+    documents = [*below[:n_below], *above][:10_000]
+
+    split = decided(documents)
+
+    assert sum(split.in_validation(columns(documents))) == expected
+
+
+def test_copies_of_a_document_count_with_it():
+    """They go to validation together, so their bytes make the share together."""
+    documents = [document for document in documents_of([100] * 50) for _ in range(7)]
+
+    assert 0.005 <= share_for_validation(documents) <= 0.02
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_documents_of_very_different_sizes_give_about_the_share(seed):
+    draw = random.Random(seed)
+    sizes = [int(10 ** draw.uniform(1, 4)) for _ in range(draw.randrange(10, 1000))]
+
+    assert 0.005 <= share_for_validation(documents_of(sizes)) <= 0.02
+
+
+def test_a_cut_makes_the_share_what_was_asked_for():
+    """Beside the whole document, of the lowest hash, that is in it already."""
+    documents = sorted(documents_of([1000] * 3), key=hash_of)
+    documents[0] = documents[0]._replace(size=3)
+
+    assert share_for_validation(documents) == pytest.approx(0.01)
+
+
+def test_where_the_lowest_are_too_small_the_largest_document_is_cut():
+    documents = sorted(documents_of([1] * 200), key=hash_of)[::-1]
+    documents[0] = documents[0]._replace(size=1_000_000)
+
+    assert list(decided(documents).to_cut(columns(documents))) == [0]
+    assert share_for_validation(documents) == pytest.approx(0.01)
+
+
+def test_of_a_few_documents_that_may_not_be_cut_the_lowest_goes():
+    documents = documents_of([100] * 5)
+    split, all_documents = ValidationSplit(0.01, may_cut=False), columns(documents)
+    split.count(all_documents)
+    split.decide()
+
+    [index] = split.in_validation(all_documents).nonzero()[0]
+
+    assert documents[index] == min(documents, key=hash_of)
 
 
 def test_few_conversations_give_one_to_validation(small_corpus, tmp_path):
