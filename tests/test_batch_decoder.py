@@ -1,5 +1,6 @@
 """BatchDecoder by itself: whom it notifies and when, and what it decodes on a GPU."""
 import threading
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 
 from minillm import batch_decoder
 from minillm.answer import Answer
-from minillm.batch_decoder import BatchDecoder
-from minillm.conversation import STOP_IDS
+from minillm.batch_decoder import BatchDecoder, Busy, Row
+from minillm.conversation import STOP_IDS, Conversation
 from minillm.generation import decode_one_token, generate
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph
 from support.processes import LIMIT
 from support.tiny_models import talkative, tiny_model
+from support.tiny_tokenizer import VOCAB, tokenizer
 
 
 def text_prompt(ids):
@@ -105,6 +107,114 @@ def test_warming_up_decodes_and_leaves_no_trace(ends_at_once):
     assert set(steps[:in_warm_up] + steps[in_warm_up + 1:]) <= {"decoder"}
     assert [answer.ids for answer in warm] == [answer.ids for answer in cold]
     assert [answer.cached_tokens for answer in warm] == [answer.cached_tokens for answer in cold]
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(repetition_penalty=3.0), dict(temperature=0, repetition_penalty=1.5)], ids=str)
+@pytest.mark.parametrize("seed", [5, 6])             # 6 ends in time where temperature is not 0
+def test_an_answer_that_outgrows_the_context_is_that_of_a_conversation(seed, options):
+    """Its prompt is replaced in the middle; the embedding has rows without a token, too."""
+    model = tiny_model(block_size=90, vocab_size=VOCAB + 20)
+    model.wte.weight[VOCAB:] *= 5
+    params = SamplingParams(100, **options)
+    conversations = []
+    for _ in range(2):
+        conversation = Conversation(model, "助手")
+        for text in ("一", "好", "二", "好"):
+            conversation.add("assistant" if text == "好" else "user", text)
+        conversations.append(conversation)
+    expected, served = conversations
+
+    text = "".join(expected.ask("三", seed=seed, **asdict(params)))
+    served.add("user", "三")
+    answer = Answer(model.tokenizer, served.next_prompt, params, seed=seed)
+    shown = "".join(piece for step in decode_all(model, [answer]) for _, piece, _ in step)
+
+    assert (shown, answer.finish) == (text, expected.last["finish"])
+    assert (answer.tokens, served.first) == (expected.last["tokens"], expected.first)
+    assert answer.segment > 0 or answer.finish == "stop"
+
+
+@pytest.mark.parametrize("seed", [2**64, -1])
+def test_any_whole_number_is_a_seed(seed):
+    model = tiny_model()
+    params = SamplingParams(5)
+    answer = Answer(model.tokenizer, text_prompt, params, seed)
+
+    decode_all(model, [answer])
+
+    alone = [ids for (ids,) in generate(model, [answer.prompt], params, seed, STOP_IDS)]
+    assert answer.ids == [token for token in alone if token not in STOP_IDS]
+
+
+def test_the_queue_takes_as_many_as_fit_and_no_more():
+    """Two rows and one place to wait in. The decoder is not started: nothing ends."""
+    decoder = BatchDecoder(tiny_model(), tiny_model().new_cache(2), max_waiting=1)
+    answers = answers_of(decoder.model, count=4)
+
+    decoder.submit(answers[:2])
+    decoder._take_work()                         # both get a row
+    decoder.check_room()
+    decoder.submit(answers[2:3])
+    for more in (decoder.check_room, lambda: decoder.submit(answers[3:])):
+        with pytest.raises(Busy, match="busy with 3 answers"):
+            more()
+
+    decoder.cancel(answers[2])
+    assert answers[2].finish == "cancelled"
+    decoder.submit(answers[3:])
+
+
+@pytest.mark.parametrize("seconds, after", [(0.01, 1), (7.2, 8), (1e6, 60)])
+def test_who_is_refused_hears_when_to_come_back(seconds, after):
+    decoder = BatchDecoder(tiny_model(), tiny_model().new_cache(1), max_waiting=0)
+    decoder.mean_seconds = seconds
+
+    with pytest.raises(Busy) as refused:
+        decoder.submit(answers_of(decoder.model, count=2))
+
+    assert refused.value.retry_after == after
+
+
+def test_a_cancelled_answer_leaves_its_row_to_the_next():
+    """And of several free rows the first is taken: fewer rows are decoded."""
+    decoder = BatchDecoder(tiny_model(), tiny_model().new_cache(2), max_waiting=4)
+    first, second = answers_of(decoder.model, count=2)
+
+    for answer in (first, second):
+        decoder.submit([answer])
+        decoder._take_work()
+        assert [row.answer for row in decoder.rows] == [answer, None]
+        decoder.cancel(answer)
+
+    assert (first.finish, second.finish) == ("cancelled", None)
+
+
+def test_the_penalty_spares_what_ends_an_answer():
+    params = SamplingParams(repetition_penalty=2.0)
+    answer = Answer(tokenizer(), lambda ids: [*STOP_IDS, 5, 6], params)
+    row = Row(tiny_model().new_cache(1), 0)
+
+    row.start(answer, VOCAB)
+
+    assert row.seen.nonzero()[:, 0].tolist() == [5, 6]
+
+
+def test_after_a_fault_nothing_that_its_row_held_is_used_again():
+    model, faults = tiny_model(), [RuntimeError("a fault in one step")]
+
+    def decode(*arguments):
+        if faults:
+            raise faults.pop()
+        return decode_one_token(*arguments)
+    params = SamplingParams(10)
+    broken, same_prompt = (Answer(model.tokenizer, text_prompt, params, 1) for _ in range(2))
+
+    decode_all(model, [broken, same_prompt], rows=1, decode=decode)
+
+    alone = [ids for (ids,) in generate(model, [same_prompt.prompt], params, 1, STOP_IDS)]
+    assert broken.finish == "error"
+    assert same_prompt.ids == [token for token in alone if token not in STOP_IDS]
 
 
 def run_now(function):
