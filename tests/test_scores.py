@@ -1,0 +1,125 @@
+"""The validation loss of training and the scores of eval.py, on losses that are known."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minillm.attention import document_mask
+from minillm.dataloader import TokenData
+from minillm.errors import UserError
+from minillm.validation import bits_per_byte, check_counts, score, validation_loss
+from support.exports import lively_model
+from support.training_runs import BLOCK, make_data
+
+CPU = torch.device("cpu")
+GO_ON = SimpleNamespace(asked=False)
+
+
+@pytest.fixture(scope="module")
+def val_data(tmp_path_factory):
+    """SFT rows: 21 windows, of which each has its own number of supervised tokens."""
+    folder = make_data(tmp_path_factory.mktemp("scores") / "data", "sft")
+    return TokenData(folder, "val", BLOCK)
+
+
+def watched(batches):
+    """A forward pass whose loss is twice the sum of the supervised ids; it keeps the batches."""
+    def forward(x, y):
+        batches.append((x, y))
+        return 2 * y[y >= 0].sum().float().requires_grad_(), None
+    return forward
+
+
+def targets_of(batches):
+    return torch.cat([y[y >= 0] for _, y in batches])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_the_loss_is_the_mean_over_all_supervised_tokens(val_data, batch_size):
+    """Every window once, also where the last batch is not full; all batches have one shape."""
+    batches, s = [], SimpleNamespace(eval_iters=1000, batch_size=batch_size, seed=5)
+
+    loss = validation_loss(watched(batches), val_data, s, CPU, rank=0, world=1, stop=GO_ON)
+
+    _, y = val_data.windows(range(val_data.n_windows))
+    assert sorted(targets_of(batches).tolist()) == sorted(y[y >= 0].tolist())
+    assert loss == pytest.approx(2 * y[y >= 0].double().mean().item())
+    assert {len(x) for x, _ in batches} == {batch_size}
+
+
+def test_the_windows_are_the_same_for_every_seed(val_data):
+    chosen = []
+    for seed in (1, 2):
+        s = SimpleNamespace(eval_iters=2, batch_size=3, seed=seed)
+        validation_loss(watched(chosen), val_data, s, CPU, rank=0, world=1, stop=GO_ON)
+
+    assert len(chosen) == 4 and all(len(x) == 3 for x, _ in chosen)
+    assert torch.equal(chosen[0][0], chosen[2][0]) and torch.equal(chosen[1][0], chosen[3][0])
+
+
+def test_a_validation_that_is_cut_short_has_no_loss(val_data):
+    batches, s = [], SimpleNamespace(eval_iters=2, batch_size=3, seed=1)
+
+    loss = validation_loss(watched(batches), val_data, s, CPU, 0, 1, SimpleNamespace(asked=True))
+
+    assert loss is None and batches == []
+
+
+@pytest.mark.parametrize("batches, batch_size", [(0, 4), (0, 1000), (3, 4)])
+@pytest.mark.parametrize("doc_mask", [False, True])
+@torch.no_grad()
+def test_scores_are_those_of_the_windows_one_by_one(val_data, batches, batch_size, doc_mask):
+    model = lively_model(n_expert=4, block_size=BLOCK)
+    count = min(val_data.n_windows, batches * batch_size or val_data.n_windows)
+    losses, hits, loads = [], [], []
+    for window in range(count):
+        x, y = val_data.windows([window])
+        logits, (_, load) = model.logits_and_stats(x, document_mask(x) if doc_mask else None)
+        supervised = y[0] >= 0
+        logs = logits[0].log_softmax(-1)[supervised].gather(1, y[0][supervised][:, None])
+        losses += (-logs[:, 0]).tolist()
+        hits += (logits[0].argmax(-1) == y[0])[supervised].tolist()
+        loads.append(load)
+
+    result = score(model, val_data, doc_mask, batch_size, batches, CPU, torch.float32)
+
+    assert result["tokens"] == len(losses)
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert result["accuracy"] == pytest.approx(sum(hits) / len(hits))
+    torch.testing.assert_close(torch.tensor(result["load"]), torch.stack(loads).mean(0))
+
+
+def test_a_mask_between_documents_changes_the_score(val_data):
+    model = lively_model(block_size=BLOCK)
+
+    masked, whole = (score(model, val_data, mask, 8, 0, CPU, torch.float32)["loss"]
+                     for mask in (True, False))
+
+    assert masked != whole
+
+
+def test_weights_that_are_not_finite_are_said_so(val_data):
+    model = lively_model(block_size=BLOCK)
+    model.norm.weight[0] = math.nan
+
+    with pytest.raises(UserError, match="the loss on .* is nan: the model's weights"):
+        score(model, val_data, False, 8, 0, CPU, torch.float32)
+
+
+COUNTS = {"tokens": 100, "bytes": 400, "learned_tokens": 30, "learned_bytes": 60}
+
+
+@pytest.mark.parametrize("kind, bytes_per_token", [("pretrain", 4), ("sft", 2)])
+def test_bits_per_byte_are_of_what_is_supervised(kind, bytes_per_token):
+    meta = {"kind": kind, "splits": {"val": COUNTS}}
+
+    assert bits_per_byte(math.log(2) * 8, meta) == pytest.approx(8 / bytes_per_token)
+
+
+@pytest.mark.parametrize("count", [None, 0, "many", 1.5])
+def test_counts_that_make_no_bits_per_byte_are_refused(count):
+    check_counts({"kind": "sft", "splits": {"val": COUNTS}})
+
+    with pytest.raises(UserError, match="does not count 'learned_bytes': prepare the data again"):
+        check_counts({"kind": "sft", "splits": {"val": COUNTS | {"learned_bytes": count}}})
