@@ -205,7 +205,7 @@ def paths_of(folder, which="newest"):
     else:
         raise UserError(f"checkpoint={which[:40]!r} must be newest, best or the number of a step")
     if not found:
-        there = [str(step) for step in steps] + ["best" for _ in bests]
+        there = [str(step) for step in steps] + (["best"] if bests else [])
         hint = f"; there are {', '.join(there)}" if there else "; train.py writes them"
         if not there and os.path.exists(os.path.join(folder, "config.json")):
             hint = f"; it is for transformers, so name it hf:{folder}"
