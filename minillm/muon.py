@@ -233,9 +233,12 @@ def orthogonalise(x):
 
 def inverse_root(gram, a, pairs):
     """gram (n, k, k) to the power of -1/2, roughly."""
+    # at least in float32, which a and b need; baddbmm would first copy what it adds to
+    dtype = torch.promote_types(gram.dtype, torch.float32)
+    eye = torch.eye(gram.shape[-1], dtype=dtype, device=gram.device)
     for b, c in pairs:
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)      # b gram + c gram²
-    return a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) + gram
+        gram = gram @ (b * eye + c * gram).to(gram.dtype)
+    return (a * eye + gram).to(gram.dtype)
 
 
 def row_scales(directions, running, lr, apply, rows):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from minillm.attention import apply_rope
 from minillm.generation import sample_next
 from minillm.speed.fused import matvec, realize, row_terms
-from minillm.speed.topk import top_expert_list, topk_compiled
+from minillm.speed.topk import top_experts, topk_compiled
 
 MOST_GRAPHS = 200                    # of one function; torch's own limit is 8
 BLOCK = 64                           # slots of the cache that a batch's attention reads or skips
@@ -207,19 +207,16 @@ def linear(layer, x, norm=None):
 def moe(layer, x_D):
     """The chosen experts' rows, each read once. Returns (D,), float32."""
     logits_E = matvec(layer.router.weight_DE.t(), x_D)
-    experts_K = top_expert_list(logits_E[None], layer.router.k)
-    top = logits_E[experts_K[0][0]]
-    gates_K = [(logits_E[expert[0]] - top).exp() for expert in experts_K]
-    total = sum(gates_K)
+    expert_K = top_experts(logits_E[None], layer.router.k)[0]
+    gate_K = (logits_E[expert_K] - logits_E.max()).exp()
+    total = gate_K.sum()
     if layer.router.k == 1:
-        total = (logits_E - top).exp().sum()     # as in moe.py: a softmax over all experts
-    rows_KF = []
-    for expert, gate in zip(experts_K, gates_K):
-        hidden_F = row_terms(layer.w1_EDF.transpose(1, 2), x_D, expert[0]).sum(-1)
-        rows_KF.append(realize((F.silu(hidden_F) * gate / total).to(x_D.dtype)))
+        total = (logits_E - logits_E.max()).exp().sum()      # as in moe.py: over all experts
+    hidden_KF = row_terms(layer.w1_EDF.transpose(1, 2), x_D, expert_K).sum(-1)
+    rows_KF = realize((F.silu(hidden_KF) * (gate_K / total)[:, None]).to(x_D.dtype))
     terms = 0
-    for expert, row_F in zip(experts_K, rows_KF):
-        terms = terms + row_terms(layer.w2_EFD.transpose(1, 2), row_F, expert[0])
+    for expert, row_F in zip(expert_K.split(1), rows_KF):
+        terms = terms + row_terms(layer.w2_EFD.transpose(1, 2), row_F, expert)[0]
     return terms.sum(-1)
 
 

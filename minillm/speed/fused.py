@@ -11,7 +11,8 @@ the next product read goes through memory; otherwise each of them computes it ag
 def row_terms(weight, x, expert=None):
     """What `weight @ x` sums along its rows, in float32: (out, in), or folded to (out, 1024).
 
-    weight: (out, in); with `expert`, a tensor of one index: (n, out, in), of which weight[expert].
+    weight: (out, in). With `expert`, indices (K,), weight is (E, out, in) and the terms are those
+    of weight[expert], (K, out, in).
     """
     fold = 1
     if len(x) % 1024 == 0:
@@ -21,7 +22,7 @@ def row_terms(weight, x, expert=None):
     x_parts = x.unflatten(-1, (fold, -1)).unbind(0)
     for part, x_part in zip(parts, x_parts):
         if expert is not None:
-            part = part[expert][0]
+            part = part[expert]
         terms = terms + part.float() * x_part.float()
     return terms
 
