@@ -13,6 +13,8 @@ card (README.md) with what its users must know. In float32 the logits are the sa
 Needs `pip install -r requirements-export.txt`. Exit status: 0; 2 after a mistake that you can
 correct, with one line on stderr; 130 after Ctrl-C.
 """
+if __name__ == "__main__":
+    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
 import os
 from dataclasses import dataclass
 from typing import Literal

@@ -17,13 +17,14 @@ A log line: step 100/1500 · loss (nats per supervised token, before the update)
 gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:
 tokens of the least and the most loaded expert, 1.00 is a fair share) · time left.
 """
+if __name__ == "__main__":
+    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from minillm import checkpoint, run_folder, trackers
 from minillm.activation_checkpointing import checkpoint_blocks
@@ -253,8 +254,7 @@ def main():
         optimizer.load_state_dict(resumed["optimizer"])
         if resumed["scaler"].keys() == scaler.state_dict().keys():
             scaler.load_state_dict(resumed["scaler"])
-        # where the run began, not "resume"
-        s.init_from = resumed["settings"].get("init_from", "scratch")
+        s.init_from = resumed["settings"].get("init_from", "scratch")    # where the run began
     if sum_over_ranks(host_group, first_step)[0] != first_step * world:
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
                         "that all of them share")
@@ -382,7 +382,7 @@ def main():
             numbers = torch.cat((numbers, balance_mean[None], load_mean.flatten()))
         if world > 1:
             numbers[1:] /= world                     # the loss is a sum over ranks, the rest a mean
-            dist.all_reduce(numbers)
+            torch.distributed.all_reduce(numbers)
         log.step(step, lr, numbers)
         step += 1
 
@@ -390,7 +390,7 @@ def main():
     if rank == 0:
         log.close(step)
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     if not last_save_worked:
         raise UserError(f"the state at step {step} could not be saved: make room, then give "
                         "--init_from=resume, or the same command if none was saved before")

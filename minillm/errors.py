@@ -8,6 +8,7 @@ Anything else is a bug and keeps its traceback.
 """
 import errno
 import os
+import signal
 import sys
 
 # what the machine refuses, whatever the program: a full disk, a closed terminal, a limit
@@ -25,6 +26,8 @@ def run(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # see early_ctrl_c.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _check_current_folder()
         _call_and_flush(main)
     except UserError as error:

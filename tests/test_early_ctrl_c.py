@@ -1,0 +1,63 @@
+"""Ctrl-C while a program still imports: exit status 130, and nothing is printed."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT
+from support.processes import LIMIT
+from support.tiny_models import tiny_model, write_folder
+
+# modules that each imports, some of them inside main(): an early one, and slow ones
+IMPORTS = {
+    "train": ["minillm.errors", "torch", "model"],
+    "eval": ["minillm.errors", "torch", "model"],
+    "export": ["minillm.errors", "torch", "model"],
+    "train_tokenizer": ["minillm.errors", "tokenizers"],
+    "prepare_pretrain": ["minillm.errors", "numpy", "tokenizers"],
+    "prepare_sft": ["minillm.errors", "numpy", "tokenizers"],
+    "sample": ["minillm.errors", "tokenizers", "torch", "model"],
+    "chat": ["minillm.errors", "tokenizers", "torch", "model"],
+    "serve": ["minillm.errors", "torch", "model"],
+}
+# the program, which is sent a Ctrl-C when it begins to import a module
+CHILD = """
+import os, runpy, signal, sys
+script, module = sys.argv[1:3]
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+sys.path.insert(0, os.path.dirname(script))
+sys.argv = [script, *sys.argv[3:]]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tiny_model())
+
+
+@pytest.mark.parametrize("program, module", [
+    (program, module) for program, modules in IMPORTS.items() for module in modules])
+def test_ctrl_c_in_an_import_ends_the_program_quietly(model_folder, program, module):
+    argv = [sys.executable, "-c", CHILD, os.path.join(ROOT, program + ".py"), module]
+    if program in ("sample", "chat", "serve"):           # these import torch once they see a model
+        argv += [f"--out_dir={model_folder}", "--port=0" if program == "serve" else "--prompt=x"]
+
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, cwd=model_folder)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_who_imports_a_program_keeps_ctrl_c():
+    """A test, or a notebook: there Ctrl-C must raise KeyboardInterrupt, as always."""
+    source = "import signal, prepare_sft; print(signal.getsignal(signal.SIGINT).__name__)"
+
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
+                          timeout=LIMIT, cwd=ROOT)
+
+    assert done.stdout == "default_int_handler\n", done.stderr
