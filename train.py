@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from minillm import checkpoint, run_folder, trackers
+from minillm import checkpoint, run_folder, run_tokenizer, trackers
 from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive,
@@ -219,7 +219,7 @@ def main():
     val_data = TokenData(s.data_dir, "val", s.block_size) if s.eval_interval else None
     global_batch = s.batch_size * s.gradient_accumulation_steps
     s.steps = count_steps(s, train_data)
-    tokenizer = run_folder.find_tokenizer(train_data, s)
+    tokenizer = run_tokenizer.find_tokenizer(train_data, s)
     if s.inspect_step >= 0:
         if rank == 0:
             windows = batch_windows(s.seed, s.inspect_step, global_batch, train_data.n_windows)

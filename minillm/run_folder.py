@@ -21,12 +21,14 @@ from minillm.atomic_folder import hold
 from minillm.configurator import field_comments
 from minillm.distributed import launch_id, print0
 from minillm.errors import UserError
-from minillm.token_files import fingerprint, sha256_of
+from minillm.run_tokenizer import copy_tokenizer
+from minillm.token_files import fingerprint
 
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
 MADE_OF_A_RUN = ("hf", "gguf", "loss.png", "load.png")  # by export.py and scripts/plot.py
 # settings that a resumed run keeps where its command does not repeat them, and their old values
 KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
+DECIDES_VALIDATION = ("data", "block_size", "batch_size", "eval_iters", "doc_mask")
 
 
 # ---- may a run start or resume here
@@ -62,14 +64,26 @@ def open_resumed(s, data):
         if steps and not s.overwrite:
             raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
                             "--init_from=resume continues it, --overwrite=True starts over")
+        if not steps:
+            _refuse_strangers(s.out_dir)
         return None
-    _check_identity(s, data, resumed)
     for key, default in KEPT.items():
         if key not in s.given:
             value = resumed["settings"].get(key)
             setattr(s, key, value if type(value) is type(default) else default)
+    _check_identity(s, data, resumed)
     _report_changes(s, resumed)
     return resumed
+
+
+def _refuse_strangers(folder):
+    """Raise UserError if `folder` holds other things than what a run left that saved nothing."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    strangers = sorted(name for name in names if not name.startswith(".")
+                       and not name.endswith(".log"))       # of the shell that starts the run
+    if strangers and not {".lock", "metrics.jsonl", "best.pt"}.intersection(names):
+        raise UserError(f"{folder} holds other things ({', '.join(strangers[:3])}): "
+                        "give --out_dir a folder of its own")
 
 
 def _load_to_resume(s, steps, which):
@@ -92,10 +106,11 @@ def _load_to_resume(s, steps, which):
 
 def check_tokenizer(start, data):
     """Raise UserError if a checkpoint and the data are not of the same tokenizer."""
-    old, new = start["tokenizer_hash"], data.meta["tokenizer_hash"]
-    if old != new:
-        raise UserError(f"the checkpoint was trained with tokenizer {old[:12]}, {data.folder} was "
-                        f"prepared with {new[:12]}: prepare the data with the former")
+    if start["tokenizer_hash"] != data.meta["tokenizer_hash"]:
+        beside = os.path.join(os.path.dirname(start["path"]), "tokenizer")
+        folder = start.get("tokenizer_dir", beside)
+        raise UserError(f"{data.folder} was prepared with another tokenizer than {start['path']} "
+                        f"was trained with: prepare the data with --tokenizer={folder}")
 
 
 def fill_in(s, config, meta):
@@ -113,14 +128,27 @@ def _check_identity(s, data, resumed):
     """Raise UserError for other data than the checkpoint's; forget a best loss of other windows."""
     for key, value in data_identity(s, data).items():
         old = resumed["identity"].get(key)
-        if old != value and not s.allow_other_data:
-            raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
-                            f"now it is {value}; --allow_other_data=True resumes anyway")
-    old, now = resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
-    if any(old.get(key) != now[key] for key in ("data", "block_size", "batch_size", "eval_iters")):
-        resumed["best_val_loss"] = math.inf      # of other windows: not comparable
+        if old == value or s.allow_other_data:
+            continue
+        if key == "data":
+            raise UserError(_other_data(s, resumed["settings"].get("data_dir")))
+        raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
+                        f"now it is {value}; --allow_other_data=True resumes anyway")
+    old, now = KEPT | resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
+    if any(old.get(key) != now[key] for key in DECIDES_VALIDATION):
+        resumed["best_val_loss"] = math.inf      # of other windows or masks: not comparable
     if checkpoint.best_step(s.out_dir) > resumed["step"]:
         resumed["best_val_loss"] = math.inf      # best.pt will be set aside with what is newer
+
+
+def _other_data(s, folder):
+    """What to say of data that are not those of the checkpoint, which were in `folder`."""
+    anyway = "--allow_other_data=True resumes with the new data"
+    if not isinstance(folder, str) or os.path.realpath(folder) == os.path.realpath(s.data_dir):
+        return (f"{s.data_dir} was prepared again, and differs from what the checkpoint in "
+                f"{s.out_dir} was trained on: prepare it as before, or {anyway}")
+    return (f"{s.data_dir} is not what the checkpoint in {s.out_dir} was trained on, which was "
+            f"{folder}: give --data_dir={folder}, or {anyway}")
 
 
 def _report_changes(s, resumed):
@@ -273,58 +301,3 @@ def write_settings(folder, settings, facts):
         for key, value in facts.items():
             file.write(f"# {key}: {value}\n")
     os.replace(path + ".tmp", path)
-
-
-# ---- the tokenizer
-
-def find_tokenizer(data, s):
-    """The folder of the tokenizer that the data were prepared with, known by its hash.
-
-    It is looked for where --tokenizer and meta.json say, beside the data, in init_from, in out_dir.
-    Raises UserError that names these places if it is in none of them.
-    """
-    stated, wanted = data.meta["tokenizer"], data.meta["tokenizer_hash"]
-    if s.tokenizer and _hash_of(s.tokenizer) not in (wanted, None):
-        raise UserError(f"--tokenizer={s.tokenizer} is not the one that {data.folder} was prepared "
-                        "with: prepare the data with it, or leave --tokenizer out")
-    beside = os.path.dirname(os.path.abspath(data.folder))
-    places = [s.tokenizer, stated, os.path.join(beside, stated),
-              os.path.join(beside, os.path.basename(os.path.normpath(stated))),
-              os.path.join(beside, "tokenizer"), os.path.join(data.folder, "tokenizer")]
-    if s.init_from not in ("scratch", "resume"):
-        model = s.init_from.removeprefix("hf:")
-        if os.path.isfile(model):
-            model = os.path.dirname(model)
-        places += [os.path.join(model, "tokenizer"), model]
-    places.append(os.path.join(s.out_dir, "tokenizer"))
-    places = list(dict.fromkeys(filter(None, places)))
-    for place in places:
-        if _hash_of(place) == wanted:
-            return place
-    raise UserError(f"the tokenizer that {data.folder} was prepared with "
-                    f"(tokenizer.json of sha256 {wanted[:12]}) is in none of {', '.join(places)}: "
-                    "give its folder with --tokenizer=DIR, or prepare the data again")
-
-
-def _hash_of(folder):
-    """sha256 of a folder's tokenizer.json, or None where there is none that can be read."""
-    try:
-        return sha256_of(os.path.join(folder, "tokenizer.json"))
-    except (OSError, ValueError):
-        return None
-
-
-def copy_tokenizer(source, folder):
-    """Put the tokenizer's files into folder/tokenizer."""
-    target = os.path.join(folder, "tokenizer")
-    if os.path.realpath(source) == os.path.realpath(target):
-        return
-    try:
-        os.makedirs(target + ".tmp")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if os.path.exists(os.path.join(source, name)):
-                shutil.copy(os.path.join(source, name), target + ".tmp")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(target + ".tmp", target)
-    finally:
-        shutil.rmtree(target + ".tmp", ignore_errors=True)

@@ -129,10 +129,16 @@ CASES = [
     Case("resume with another shape", TRAIN + "--out_dir=out --init_from=resume --n_layer=2",
          "n_layer=1, these settings say 2"),
     Case("resume with other data", TRAIN + "--out_dir=out --init_from=resume --data_dir=sft",
-         "--allow_other_data=True"),
+         "^train.py: sft is not what the checkpoint in out was trained on, which was pre: "
+         "give --data_dir=pre, or --allow_other_data=True"),
+    Case("resume with data prepared again", TRAIN + "--out_dir=out --init_from=resume",
+         "pre was prepared again, and differs from what the checkpoint in out was trained on",
+         meta("pre", seed=7)),
     Case("out_dir is a file", TRAIN + "--out_dir=corpus.jsonl", "corpus.jsonl"),
     Case("out_dir below a file", TRAIN + "--out_dir=corpus.jsonl/out",
          "out_dir='corpus.jsonl/out' cannot be made: Not a directory"),
+    Case("out_dir holds the user's files", TRAIN + "--out_dir=sft --overwrite=True",
+         r"sft holds other things \(meta.json, train.bin, train_mask.bin\): give --out_dir a folder"),
     Case("empty out_dir", TRAIN + "--out_dir=", "out_dir"),
 ]
 

@@ -116,6 +116,7 @@ def test_what_a_fine_tuning_run_does_not_take_over_is_said(data, tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.py", "metrics.jsonl.tmp"])
 def test_a_folder_in_the_place_of_a_file_is_one_line(data, tmp_path, name):
     os.makedirs(tmp_path / "out" / name / "inside")
+    (tmp_path / "out/.lock").touch()             # of a run that ended before its first step
 
     line = refused([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
 

@@ -270,8 +270,9 @@ def test_other_data_are_refused_until_they_are_allowed(data, tmp_path):
     again = [*argv, "--init_from=resume"]
     allowed = [*again, "--allow_other_data"]
 
-    assert "trained with data" in refused([*again, f"--data_dir={other}"])
-    assert "trained with tokenizer" in refused([*allowed, f"--data_dir={foreign}"])
+    assert f"{other} is not what the checkpoint in" in refused([*again, f"--data_dir={other}"])
+    assert (f"prepare the data with --tokenizer={tmp_path}/out/tokenizer"
+            in refused([*allowed, f"--data_dir={foreign}"]))
     output = finish([*allowed, f"--data_dir={other}", "--seed=7", "--max_iters=6",
                      "--weight_decay=0.3"])
 
@@ -280,7 +281,7 @@ def test_other_data_are_refused_until_they_are_allowed(data, tmp_path):
     assert newest(tmp_path / "out")["step"] == 6
 
 
-@pytest.mark.parametrize("what", ["the data", "block_size", "batch_size", "eval_iters"])
+@pytest.mark.parametrize("what", ["the data", "block_size", "batch_size", "eval_iters", "doc_mask"])
 def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what):
     """Losses on other windows can't be compared: an old low one would keep best.pt for ever."""
     argv = [*TINY, f"--out_dir={tmp_path}/out", f"--data_dir={data}", "--learning_rate=0"]
@@ -290,7 +291,7 @@ def test_the_best_loss_does_not_outlive_its_validation_data(data, tmp_path, what
     other = make_data(tmp_path / "other", train=5000)
     changes = {"the data": [f"--data_dir={other}"], "block_size": ["--block_size=16"],
                "batch_size": ["--batch_size=4", "--gradient_accumulation_steps=1"],
-               "eval_iters": ["--eval_iters=2"]}
+               "eval_iters": ["--eval_iters=2"], "doc_mask": ["--doc_mask"]}
     argv += ["--max_iters=6", "--eval_interval=2", "--init_from=resume", "--allow_other_data"]
 
     finish([*argv, *changes[what]])

@@ -78,7 +78,7 @@ def test_what_one_command_allows_is_not_allowed_for_ever(data, base, tmp_path):
     config = f"{tmp_path}/out/config.py"
     line = refused([config, "--init_from=resume", f"--data_dir={third}"])
 
-    assert "trained with data" in line
+    assert f"was trained on, which was {other}: give --data_dir={other}" in line
 
 
 # ---- an old run stays until the new one has made a step
