@@ -171,14 +171,15 @@ class BatchDecoder:
     @torch.inference_mode()
     def _run(self):
         self._set_device()
-        while self._take_work():
-            answers = [row.answer for row in self.rows if row.answer]
+        while True:
             try:
+                if not self._take_work():
+                    return
                 self._turn()
-            except Exception:                    # of this step; other requests may still work
+            except Exception:                    # of these answers; other requests may still work
                 traceback.print_exc(file=sys.stderr)
                 self._fail()
-            if news := self._news(answers):
+            if news := self._news([row.answer for row in self.rows if row.answer]):
                 self.notify(news)
 
     def _set_device(self):
@@ -222,9 +223,9 @@ class BatchDecoder:
         free = [row for row in self.rows if row.answer is None]
         row = max(free, key=lambda row: (row.shared(answer.prompt), -row.number))
         answer.started = time.monotonic()
+        self.active += 1
         row.start(answer, self.vocab_size)
         answer.cached_tokens = row.read
-        self.active += 1
 
     def _fail(self):
         for row in self.rows:

@@ -217,6 +217,44 @@ def test_after_a_fault_nothing_that_its_row_held_is_used_again():
     assert same_prompt.ids == [token for token in alone if token not in STOP_IDS]
 
 
+def test_an_answer_that_cannot_join_fails_and_the_next_is_served():
+    """Its prompt is longer than a row, which nobody has checked."""
+    model = tiny_model(block_size=48)
+    params = SamplingParams(10)
+    too_long = Answer(model.tokenizer, lambda ids: [5] * 49, params, 1)
+    fits = Answer(model.tokenizer, text_prompt, params, 1)
+
+    news = decode_all(model, [too_long, fits], rows=1)
+
+    assert too_long.finish == "error" and (0, "", "error") in news[0]
+    assert fits.ids and fits.finish != "error"
+
+
+def test_a_fault_between_two_steps_ends_the_answers_at_work_and_no_other():
+    model, params = tiny_model(), SamplingParams(10)
+    answers = [Answer(model.tokenizer, text_prompt, params, 1) for _ in range(2)]
+    decoder, ended = BatchDecoder(model, model.new_cache(1), max_waiting=2), threading.Event()
+    inner, calls = decoder._take_work, []
+
+    def take_work():
+        calls.append(None)
+        if len(calls) == 3:
+            raise RuntimeError("a fault between two steps")
+        return inner()
+
+    def notify(news):
+        if all(answer.finish for answer in answers):
+            ended.set()
+    decoder._take_work = take_work
+    decoder.start(notify)
+
+    decoder.submit(answers)
+    assert ended.wait(LIMIT)
+    decoder.close()
+
+    assert [answer.finish == "error" for answer in answers] == [True, False]
+
+
 def run_now(function):
     """cuda_graph.capture without a GPU: replay() runs the function and overwrites its output."""
     output = function()
