@@ -43,7 +43,8 @@ def redraw_collapsed_rows(model, data, seed):
     collapsed = collapsed_rows(weight)
     tokens = torch.from_numpy(np.unique(data.tokens[:SCANNED]).astype(np.int64))
     rows = tokens[collapsed[tokens]]
-    size = weight[~collapsed].square().mean().sqrt()
+    others = weight if collapsed.all() else weight[~collapsed]
+    size = others.square().mean().sqrt()
     generator = torch.Generator().manual_seed(derive_seed(seed, "embedding"))
     weight[rows] = torch.randn(len(rows), weight.shape[1], generator=generator) * size
     return len(rows)

@@ -39,7 +39,10 @@ def validation_loss(forward, data, s, device, rank, world, stop):
     if world > 1:
         dist.all_reduce(sums)
     loss_sum, n_supervised, cut_short = sums.tolist()
-    return None if cut_short else loss_sum / max(n_supervised, 1)
+    if cut_short:
+        return None
+    _check_supervised(n_supervised, data)
+    return loss_sum / n_supervised
 
 
 @torch.inference_mode()
@@ -69,14 +72,23 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
             _, batch_load = moe_stats
             load = load + batch_load.double() * x.numel()
             seen += x.numel()
-    count = max(n_supervised, 1)
+    _check_supervised(n_supervised, data)
     if not math.isfinite(loss):
         raise UserError(f"the loss on {data.folder} is {loss}: the model's weights are not finite, "
                         f"or too large for {str(dtype).removeprefix('torch.')}")
-    result = {"loss": loss / count, "accuracy": correct / count, "tokens": n_supervised}
+    result = {"loss": loss / n_supervised, "accuracy": correct / n_supervised,
+              "tokens": n_supervised}
     if seen:
         result["load"] = (load / seen).tolist()
     return result
+
+
+def _check_supervised(n_supervised, data):
+    """Raise UserError where no token was predicted: a loss of 0 would look like a perfect model."""
+    if not n_supervised:
+        raise UserError(f"the validation windows of {data.folder} that were read hold no "
+                        "supervised token: raise --eval_iters, or prepare the data again with a "
+                        "larger --val_fraction")
 
 
 def check_counts(meta):

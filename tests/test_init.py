@@ -73,6 +73,16 @@ def test_rows_that_have_not_collapsed_stay(alike):
     assert torch.equal(model.wte.weight, before)
 
 
+def test_rows_are_finite_where_all_have_collapsed():
+    model = tiny_model()
+    model.wte.weight.data[:] = 0.5
+    data = SimpleNamespace(tokens=np.arange(100, dtype=np.uint16))
+
+    assert redraw_collapsed_rows(model, data, seed=1) == 100
+
+    assert 0.45 < model.wte.weight[:100].square().mean().sqrt() < 0.55
+
+
 def test_new_rows_are_as_large_as_the_trained_ones_however_many_have_collapsed():
     model = tiny_model()
     model.wte.weight.data[10:290] = 1e-3

@@ -1,7 +1,9 @@
 """The validation loss of training and the scores of eval.py, on losses that are known."""
+import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +66,19 @@ def test_a_validation_that_is_cut_short_has_no_loss(val_data):
     loss = validation_loss(watched(batches), val_data, s, CPU, 0, 1, SimpleNamespace(asked=True))
 
     assert loss is None and batches == []
+
+
+def test_windows_without_a_supervised_token_have_no_loss(val_data):
+    """The loss would be 0, and the best for ever."""
+    data = copy.copy(val_data)
+    data.loss_mask = np.zeros_like(val_data.loss_mask)
+    data.loss_mask[-1] = 1                       # so the split does hold one, in its last window
+    s = SimpleNamespace(eval_iters=1, batch_size=3)
+
+    with pytest.raises(UserError, match="hold no supervised token: raise --eval_iters"):
+        validation_loss(watched([]), data, s, CPU, 0, 1, GO_ON)
+    with pytest.raises(UserError, match="hold no supervised token: raise --eval_iters"):
+        score(lively_model(block_size=BLOCK), data, False, 3, 1, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("batches, batch_size", [(0, 4), (0, 1000), (3, 4)])
