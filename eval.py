@@ -69,7 +69,7 @@ def main():
     started = time.monotonic()
     device = pick_device(s.device)
     dtype = pick_dtype(s.dtype, device)
-    model = GPT.from_checkpoint(s.out_dir, device=s.device, dtype="float32", which=s.checkpoint)
+    model = GPT.from_checkpoint(s.out_dir, s.device, "float32", s.checkpoint, check=True)
     report = (lambda line: None) if s.json else print
 
     # 1) find what is missing before anything is scored

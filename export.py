@@ -53,7 +53,7 @@ def main():
         raise UserError(f"no model in {s.out_dir}: --out_dir is the folder of a run, "
                         "as train.py leaves it")
     folder = s.export_dir or os.path.join(s.out_dir, s.format)
-    model = GPT.from_checkpoint(s.out_dir, device="cpu", dtype="float32", which=s.checkpoint)
+    model = GPT.from_checkpoint(s.out_dir, "cpu", "float32", s.checkpoint, check=True)
     if s.format == "hf":
         to_hf(s, model, folder, getattr(torch, dtype))
     else:

@@ -250,20 +250,20 @@ class GPT(nn.Module):
     # ---- a trained model in use
 
     @classmethod
-    def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest"):
+    def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest", check=False):
         """The model that train.py left in `folder`, ready to generate; its tokenizer: `.tokenizer`.
 
         device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in
         it, float16 on older GPUs, else float32; or a torch.dtype. which: "newest", "best" (by
-        validation loss) or a step. On the CPU in float32 the weights stay in the file, mapped, and
-        are read when used. `.step`: their step. Raises UserError without a model and its tokenizer.
+        validation loss) or a step. check: find flipped bits, 1 s per GB. On the CPU in float32 the
+        weights stay in the mapped file until used. `.step`: their step. UserError without a model.
 
             model = GPT.from_checkpoint("out/demo_sft", device="cpu")
             model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
         """
         device = pick_device(device)
         dtype = dtype if isinstance(dtype, torch.dtype) else pick_dtype(dtype, device)
-        saved = checkpoint.load_for_inference(folder, which)
+        saved = checkpoint.load_for_inference(folder, which, check)
         with checkpoint.skip_init():             # the weights come from the file
             model = cls(checkpoint.model_config(saved, GPTConfig))
         checkpoint.load_weights(model, saved, assign=True)

@@ -224,7 +224,7 @@ def load_for_inference(folder, which="newest", check=False):
             raise UserError(f"checkpoint={which}: {folder} holds but one")
         return read_model(folder.removeprefix("hf:")) | {"path": folder}
     paths = paths_of(folder, which)
-    state = load_first(paths, check=check)
+    state = load_first(paths, report=say, check=check)
     state["tokenizer_dir"] = os.path.join(os.path.dirname(paths[0]), "tokenizer")
     return state
 

@@ -39,6 +39,19 @@ def test_best_stands_in_where_there_is_nothing_else(tmp_path):
     assert paths_of(folder) == [best_path(folder)]
 
 
+def test_a_damaged_newest_is_named_on_stderr(tmp_path, capsys):
+    """stdout belongs to the text that sample.py makes, and to the JSON of eval.py."""
+    whole = {"model": {}, "model_config": {}, "step": 5, "tokenizer_hash": ""}
+    checkpoint.save(step_path(tmp_path, 5), whole)
+    folder = folder_with(tmp_path, "ckpt_00000010.pt")
+
+    loaded = checkpoint.load_for_inference(folder)
+
+    out, err = capsys.readouterr()
+    assert (loaded["step"], out) == (5, "")
+    assert "ckpt_00000010.pt" in err and "going on from the checkpoint before it" in err
+
+
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     folder = folder_with(tmp_path, "ckpt_00000005.pt", "best.pt")
 

@@ -15,6 +15,7 @@ from minillm.export_hf import read_model
 from minillm.model_card import write_card
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from support import training_runs
+from support.damage import flip
 from support.exports import LONG, export_folder, lively_model
 from support.tiny_models import talkative, tiny_model, write_folder
 
@@ -232,6 +233,7 @@ def test_what_export_refuses(tmp_path, monkeypatch):
     (tmp_path / "full" / "exported").mkdir(parents=True)
     (tmp_path / "full" / "exported" / "thesis.txt").touch()
     write_folder(tmp_path / "full", tiny_model())
+    flip(write_folder(tmp_path / "flipped", tiny_model()) / "ckpt_00000007.pt", 0.5)
 
     with pytest.raises(UserError, match="--stock=llama is for dense models"):
         export_folder(moe, ["--stock=llama"])
@@ -239,6 +241,8 @@ def test_what_export_refuses(tmp_path, monkeypatch):
         export_folder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds other things .thesis.txt.*--export_dir"):
         export_folder(tmp_path / "full")
+    with pytest.raises(UserError, match="ckpt_00000007.pt is damaged: the checksum"):
+        export_folder(tmp_path / "flipped")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         export_folder(dense)

@@ -1,6 +1,6 @@
 """Bad input to eval.py."""
 from support.bad_input import Case, check, common, parametrize
-from support.damage import append, cut, meta, put, put_token, remove, uncounted
+from support.damage import append, cut, flip_bit, meta, put, put_token, remove, uncounted
 from support.small_project import CHECKPOINT
 
 GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 0}\n'
@@ -18,6 +18,8 @@ CASES = [
          "'oldest' must be newest, best or the number of a step"),
     Case("half a checkpoint", "--out_dir=out",
          "ckpt_00000002.pt, it is damaged or cut short", cut(CHECKPOINT, 0.5)),
+    Case("a flipped bit", "--out_dir=out",
+         "ckpt_00000002.pt is damaged: the checksum", flip_bit(CHECKPOINT, 0.3)),
     Case("no tokenizer in it", "--out_dir=out",
          "cannot read out/tokenizer/tokenizer.json.*train.py copies it to a model",
          remove("out/tokenizer/tokenizer.json")),
