@@ -5,8 +5,8 @@
             for name, kind, stream in open_streams(path, raw, report): …
 
 A directory stands for the files of a known kind below it, in the order of their paths, without
-those that begin with a dot; links are followed, and nothing is read twice. Files of other kinds are
-counted in the report. A file's suffix says what it holds, its first bytes how it is packed.
+those that begin with a dot; links are followed. Files of other kinds are counted in the report. A
+file's suffix says what it holds, its first bytes how it is packed.
 """
 import bz2
 import gzip
@@ -61,7 +61,7 @@ def find_files(path, report):
         for other in found:
             if not kind_of(other):
                 report.other_file(other)
-        return _each_once(known, report)
+        return known
     if not os.path.exists(path):
         raise UserError(f"no such file or directory: {path}")
     if not kind_of(path):
@@ -86,16 +86,20 @@ def _files_below(path):
     return sorted(found)
 
 
-def _each_once(paths, report):
-    """The paths, without links to what another of them is or leads to: no text is read twice."""
+def each_once(paths, report):
+    """The paths, each file once: without links to others of them, and without what is named twice.
+
+    No text is read twice. What goes is counted in the report.
+    """
     first = {}
-    for path in sorted(paths, key=os.path.islink):       # the file, then the links to it
-        first.setdefault(os.path.realpath(path), path)
+    links_last = sorted(enumerate(paths), key=lambda item: os.path.islink(item[1]))
+    for number, path in links_last:
+        first.setdefault(os.path.realpath(path), number)
     kept = set(first.values())
-    for path in paths:
-        if path not in kept:
-            report.other_file(path, "link")
-    return [path for path in paths if path in kept]
+    for number, path in enumerate(paths):
+        if number not in kept:
+            report.other_file(path, "link" if os.path.islink(path) else "named twice")
+    return [path for number, path in enumerate(paths) if number in kept]
 
 
 def kind_of(name):

@@ -24,7 +24,7 @@ from minillm.encodings import (Transcoded, guess_encoding, is_wide, known_encodi
                                marked_encoding, refuse_utf8)
 from minillm.errors import UserError
 from minillm.json_stream import MAX_LINE, form_of, json_values
-from minillm.open_files import (Rewound, find_files, kind_of, look_ahead, open_streams,
+from minillm.open_files import (Rewound, each_once, find_files, kind_of, look_ahead, open_streams,
                                 zstd_errors)
 from minillm.txt_documents import txt_documents
 
@@ -63,7 +63,8 @@ class Source:
         self.encoding = known_encoding(encoding)
         self.document = document
         self.named = [os.fspath(path) for path in paths]
-        self.files = [file for path in paths for file in find_files(path, report)]
+        found = [file for path in paths for file in find_files(path, report)]
+        self.files = each_once(found, report)
         self.size = 0
         for path in self.files:
             try:

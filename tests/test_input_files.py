@@ -119,6 +119,19 @@ def test_a_file_and_links_to_it_are_read_once(tmp_path):
     assert report.other_files == {"link": {"count": 3, "first": f"{raw}/before.txt"}}
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    """By its own name, by another one for it, and by its folder; the report says so."""
+    for name in ("a.jsonl", "b.jsonl"):
+        write_texts(tmp_path / name, [name])
+    report = Report()
+
+    source = Source([f"{tmp_path}/b.jsonl", f"{tmp_path}", f"{tmp_path}/./b.jsonl"], report)
+
+    assert source.files == [f"{tmp_path}/b.jsonl", f"{tmp_path}/a.jsonl"]
+    assert report.other_files == {
+        "named twice": {"count": 2, "first": f"{tmp_path}/b.jsonl"}}
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     write_texts(tmp_path / "a.jsonl", ["甲"])
