@@ -59,6 +59,7 @@ demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	@printf '\nInstalling into .venv. PyTorch alone can take several minutes.\n'
+	@echo 'A mirror in China: PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple make demo'
 	$(PIP) -r requirements.txt
 	@touch $@
 

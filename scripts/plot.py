@@ -1,4 +1,4 @@
-"""Draw metrics.jsonl, the record that every run leaves in its folder (needs matplotlib).
+"""Draw metrics.jsonl, the record that every run leaves in its folder.
 
     python scripts/plot.py out/pretrain                        # loss over tokens
     python scripts/plot.py out/pretrain --watch                # again and again while it trains
@@ -9,7 +9,7 @@ A run is a folder or a .jsonl file, with label= before it where the folder's nam
 may still be going on, or have been killed. The picture of one run lies beside its metrics.jsonl, of
 several in the current folder; --out=FILE puts it elsewhere. Training losses are thin lines,
 validation losses thick ones. With bytes_per_token (bytes / tokens of the split in meta.json) losses
-are bits per byte.
+are bits per byte. Needs `pip install matplotlib`.
 """
 import json
 import math

@@ -57,6 +57,16 @@ def test_a_new_run_starts_over(project):
     assert train_command(project) == "train.py --overwrite=True"
 
 
+def test_the_installation_names_the_mirror_of_the_faq(project):
+    done = subprocess.run(["make", "-nB", ".venv/installed"], cwd=project, check=True,
+                          capture_output=True, encoding="utf-8")
+
+    command = re.search("PIP_INDEX_URL=.* make demo", done.stdout)[0]
+    for name in ("docs/FAQ.md", "docs/FAQ_ZH.md", "README_ZH.md"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+            assert command in file.read()
+
+
 def test_an_interrupted_run_resumes(project):
     touch(project, CHECKPOINT, seconds=3000)
 
