@@ -1,7 +1,7 @@
 """Imported first by a program: while it imports the rest, Ctrl-C ends it at once, exit status 130.
 
-KeyboardInterrupt would print a traceback, or be lost in a library. errors.run() brings it back, so
-that main() can tidy up.
+KeyboardInterrupt would print a traceback, or be lost in a library. errors.run() brings it back for
+main(), which may have to tidy up.
 """
 import os
 import signal

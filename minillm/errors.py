@@ -26,8 +26,8 @@ def run(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # see early_ctrl_c.py
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # before this: early_ctrl_c.py
+            signal.signal(signal.SIGINT, _on_ctrl_c)
         _check_current_folder()
         _call_and_flush(main)
     except UserError as error:
@@ -68,6 +68,15 @@ def reason(error):
     if error.errno in (errno.EMFILE, errno.ENFILE):
         text += ": `ulimit -n 1024` allows more"
     return text
+
+
+def _on_ctrl_c(number, frame):
+    """Raise KeyboardInterrupt; but leave at once from inside an import, which may drop it."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _check_current_folder():

@@ -21,14 +21,15 @@ IMPORTS = {
     "chat": ["minillm.errors", "tokenizers", "torch", "model"],
     "serve": ["minillm.errors", "torch", "model"],
 }
-# the program, which is sent a Ctrl-C when it begins to import a module
+# the program, which is sent a Ctrl-C when it begins to import a module: in a callback, where Python
+# drops a KeyboardInterrupt, as it does in some of an import's own
 CHILD = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, weakref
 script, module = sys.argv[1:3]
 class CtrlC:
     def find_spec(self, name, path=None, target=None):
         if name == module:
-            os.kill(os.getpid(), signal.SIGINT)
+            weakref.finalize(CtrlC(), os.kill, os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, CtrlC())
 sys.path.insert(0, os.path.dirname(script))
 sys.argv = [script, *sys.argv[3:]]
