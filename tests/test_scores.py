@@ -1,14 +1,17 @@
 """The validation loss of training and the scores of eval.py, on losses that are known."""
 import copy
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from minillm.attention import document_mask
 from minillm.dataloader import TokenData
+from minillm.device import autocast
 from minillm.errors import UserError
 from minillm.validation import bits_per_byte, check_counts, score, validation_loss
 from support.exports import lively_model
@@ -60,6 +63,34 @@ def test_the_windows_are_the_same_for_every_seed(val_data):
     assert torch.equal(chosen[0][0], chosen[2][0]) and torch.equal(chosen[1][0], chosen[3][0])
 
 
+def test_validation_data_without_a_supervised_token_have_loss_0(val_data):
+    class Unsupervised:
+        n_windows = val_data.n_windows
+
+        def windows(self, indices):
+            x, y = val_data.windows(indices)
+            return x, torch.full_like(y, -1)
+    s = SimpleNamespace(eval_iters=2, batch_size=3, seed=1)
+
+    assert validation_loss(watched([]), Unsupervised(), s, CPU, 0, 1, GO_ON) == 0
+
+
+def test_no_batch_keeps_the_activations_of_the_one_before(val_data):
+    """Where the caller keeps gradients on, a whole validation would not fit into memory."""
+    alive, held = [], []
+
+    def forward(x, y):
+        alive.append(sum(reference() is not None for reference in held))
+        activations = y.float().requires_grad_().exp()
+        held.append(weakref.ref(activations))
+        return (activations * activations).sum(), None
+    s = SimpleNamespace(eval_iters=4, batch_size=3, seed=1)
+
+    validation_loss(forward, val_data, s, CPU, 0, 1, GO_ON)
+
+    assert alive == [0, 0, 0, 0]
+
+
 def test_a_validation_that_is_cut_short_has_no_loss(val_data):
     batches, s = [], SimpleNamespace(eval_iters=2, batch_size=3, seed=1)
 
@@ -103,6 +134,20 @@ def test_scores_are_those_of_the_windows_one_by_one(val_data, batches, batch_siz
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert result["accuracy"] == pytest.approx(sum(hits) / len(hits))
     torch.testing.assert_close(torch.tensor(result["load"]), torch.stack(loads).mean(0))
+
+
+@torch.no_grad()
+def test_logits_in_bfloat16_are_scored_in_float32(val_data):
+    model = lively_model(block_size=BLOCK)
+    x, y = val_data.windows(range(val_data.n_windows))
+    with autocast(CPU, torch.bfloat16):
+        logits = model(x)[y >= 0]
+    expected = F.cross_entropy(logits.double(), y[y >= 0]).item()
+
+    result = score(model, val_data, False, val_data.n_windows, 0, CPU, torch.bfloat16)
+
+    assert logits.dtype == torch.bfloat16
+    assert result["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_mask_between_documents_changes_the_score(val_data):
