@@ -7,11 +7,12 @@ from torch.nn import functional as F
 
 from minillm import checkpoint, same_function, stock_model
 from minillm.errors import UserError
+from minillm.generation import KVCache, decode_one_token
 from minillm.speed import agreement, fast_versions, parts
 from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8_experts import float8_experts
 from minillm.speed.topk import top_experts
-from model import FFN, GPT
+from model import FFN, GPT, cross_entropy
 from support.model_changes import (CHANGES, EXPERTS, KINDS, gelu, other_experts, post_norm, qk_norm,
                                    relu_squared, relu_squared_experts, scaled_embedding,
                                    sigmoid_router, softcap)
@@ -73,6 +74,79 @@ def test_what_no_longer_agrees_is_left_out(change, left_out, monkeypatch, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(left_out)
     assert all("computes something else than model.py and moe.py" in line for line in lines)
+
+
+def halved_gradient(x):
+    """x, of which half the gradient comes back."""
+    return x / 2 + x.detach() / 2
+
+
+@pytest.mark.parametrize("argument", [0, 1, 3, 4], ids=["x", "gates", "w1", "w2"])
+def test_experts_with_one_wrong_gradient_do_not_agree(argument):
+    def wrong(*arguments):
+        arguments = list(arguments)
+        arguments[argument] = halved_gradient(arguments[argument])
+        return fast_versions.grouped_experts(*arguments)
+    copy = same_function.small_copy(tiny_model(**KINDS["MoE"]))
+
+    assert agreement.multiplies_experts(copy, fast_versions.grouped_experts)
+    assert not agreement.multiplies_experts(copy, wrong)
+
+
+def test_a_loss_with_anything_wrong_does_not_agree():
+    copy = same_function.small_copy(tiny_model())
+
+    def of_x(x, weight, targets):
+        return copy.cross_entropy(halved_gradient(x), weight, targets)
+
+    def of_weight(x, weight, targets):
+        return copy.cross_entropy(x, halved_gradient(weight), targets)
+
+    def of_no_target(x, weight, targets):
+        return copy.cross_entropy(x, weight, targets.clamp(min=0))
+    assert agreement.has_the_loss(copy, copy.cross_entropy)
+    for wrong in (of_x, of_weight, of_no_target):
+        assert not agreement.has_the_loss(copy, wrong)
+
+
+@pytest.mark.parametrize("wrong", range(agreement.STEPS))
+def test_one_wrong_step_of_decoding_is_enough(wrong):
+    steps = []
+
+    def step(*arguments):
+        steps.append(arguments)
+        return decode_one_token(*arguments) + (len(steps) == wrong + 1)
+    copy = same_function.small_copy(tiny_model())
+
+    assert not agreement.decodes(copy, step, KVCache)
+
+
+def test_what_is_left_out_is_said_once_for_each_model(monkeypatch, capsys):
+    softcap(monkeypatch)
+    for _ in range(2):
+        model = tiny_model()
+        assert not fast_versions.decodes_on_cpu(model)
+        assert not fast_versions.decodes_on_cpu(model)
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype, without_gradient, plainly", [
+    (torch.float32, False, False), (torch.float16, False, True), (torch.float32, True, True)],
+    ids=["float32", "float16", "no gradient"])
+def test_where_the_loss_is_the_plain_one(dtype, without_gradient, plainly):
+    """Float16 could not hold a gradient that is not yet divided by the number of tokens."""
+    calls = []
+
+    def plain(x, weight, targets):
+        calls.append(x.dtype)
+        return cross_entropy(x, weight, targets)
+    x = torch.randn(6, 8).to(dtype).requires_grad_()
+    weight = torch.randn(11, 8).to(dtype).requires_grad_()
+
+    with torch.set_grad_enabled(not without_gradient):
+        linear_cross_entropy(x, weight, torch.arange(6), plain)
+
+    assert calls == [dtype] * plainly
 
 
 def greedy(model, prompt, steps):
