@@ -1,9 +1,11 @@
 """The model: transformers' Arcee as referee, causality, document masks, loss, gradients."""
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from minillm.attention import document_mask
+from minillm.attention import document_mask, rope_table
 from minillm.device import compile_for_training
 from minillm.errors import UserError
 from minillm.speed.cross_entropy import LinearCrossEntropy
@@ -186,6 +188,17 @@ def test_gradients_in_bfloat16_are_near_float64():
     assert abs(loss.item() / expected.item() - 1) < 0.01
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         assert (p.grad - q.grad).norm() < 0.06 * q.grad.norm(), name
+
+
+def test_the_angles_of_far_positions_are_exact():
+    """At position 100,000 an angle in float32 would be off by up to 0.004."""
+    table = rope_table(GPTConfig(**SMALL | dict(block_size=100_001)))
+
+    assert table.dtype == torch.float32 and table.shape == (2, 100_001, 8)
+    for i in range(8):
+        angle = 100_000 * 10000.0 ** (-i / 8)
+        expected = [math.cos(angle), math.sin(angle)]
+        assert table[:, -1, i].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def plain_cross_entropy(x, weight, targets):

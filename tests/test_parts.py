@@ -42,6 +42,23 @@ def test_parts_compute_what_the_whole_computes(monkeypatch, shape):
     assert len(graphs) == 4                      # embedding, block, norm, loss
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_trunk_drops_and_rounds_as_the_plain_one(training):
+    """Dropout in training alone; under autocast the residual stream is in bfloat16."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, dropout=0.5)).train(training)
+    idx = torch.randint(1, 300, (2, 32))
+    in_parts = partial(parts.trunk, model, parts.embed, parts.run_block, model.norm)
+    found = []
+    for function in (model.trunk, in_parts):
+        model.trunk = function
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(idx))
+
+    assert torch.equal(*found)
+
+
 def losses(records):
     """The loss of each step, and of each validation."""
     return [record.get("loss", record.get("val_loss")) for record in records]
