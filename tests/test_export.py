@@ -230,6 +230,7 @@ def test_a_second_export_takes_the_place_of_the_first(tmp_path):
 def test_what_export_refuses(tmp_path, monkeypatch):
     dense = write_folder(tmp_path / "dense", tiny_model())
     moe = write_folder(tmp_path / "moe", tiny_model(n_expert=4))
+    single = write_folder(tmp_path / "single", tiny_model(n_expert=4, n_expert_per_tok=1))
     (tmp_path / "full" / "exported").mkdir(parents=True)
     (tmp_path / "full" / "exported" / "thesis.txt").touch()
     write_folder(tmp_path / "full", tiny_model())
@@ -237,6 +238,8 @@ def test_what_export_refuses(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="--stock=llama is for dense models"):
         export_folder(moe, ["--stock=llama"])
+    with pytest.raises(UserError, match="n_expert_per_tok=1 can't be exported"):
+        export_folder(single)
     with pytest.raises(UserError, match="no model in .*nowhere"):
         export_folder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds other things .thesis.txt.*--export_dir"):

@@ -70,16 +70,17 @@ def test_steps_that_cannot_be_as_asked_are_named(four_steps, tmp_path):
     assert "min_lr=0.0004 is above learning_rate=1e-05: it rises to that" in output
 
 
-def test_a_new_run_removes_the_score_of_the_old_one(four_steps, tmp_path):
+def test_a_new_run_removes_what_is_left_of_the_old_one(four_steps, tmp_path):
     argv, out = four_steps
     shutil.copytree(out, tmp_path / "out")
     (tmp_path / "out/eval.json").write_text("{}")
 
     finish([*argv, f"--out_dir={tmp_path}/out", "--init_from=resume", "--max_iters=5"])
-    assert (tmp_path / "out/eval.json").exists()
-    finish([*argv, f"--out_dir={tmp_path}/out", "--overwrite"])
+    assert (tmp_path / "out/eval.json").exists() and (tmp_path / "out/best.pt").exists()
+    (tmp_path / "out/tokenizer.tmp").mkdir()
+    finish([*argv, f"--out_dir={tmp_path}/out", "--overwrite", "--save_best=False"])
 
-    assert not (tmp_path / "out/eval.json").exists()
+    assert not {"eval.json", "best.pt", "tokenizer.tmp"} & set(os.listdir(tmp_path / "out"))
 
 
 class Again(NamedTuple):
