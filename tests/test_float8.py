@@ -1,12 +1,16 @@
 """Training in 8 bits: products against float64, what is cut off or refused, a whole run."""
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from minillm.device import compile_for_training
 from minillm.errors import UserError
 from minillm.speed.fast_versions import use_float8
-from minillm.speed.float8 import GRADIENT_SCALE, Float8Function, Float8Linear
+from minillm.speed.float8 import GRADIENT_SCALE, Float8Function, Float8Linear, to_float8
 from minillm.speed.float8_experts import float8_experts
+from minillm.speed.linear import Linear, LinearFunction
 from model import GPT, GPTConfig
 from support.training_runs import MOE, TINY, assert_same_run, finish, make_data, numbers
 
@@ -49,6 +53,7 @@ def test_products_are_those_of_the_rounded_numbers(compiled):
     for ours, rounded, exact in products:
         assert error(ours, rounded) < 0.003
         assert 0.02 < error(ours, exact) < 0.08
+    assert error(weight.grad, grad8.t() @ x8) < 1e-5     # it is never in bfloat16
     assert y.dtype == x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
 
 
@@ -63,6 +68,54 @@ def test_what_8_bits_cannot_hold():
     assert y[0, 0] == 448 and y[0, 1] == 1
     assert y[1].isnan().all() and y[2:].isfinite().all()
     assert (of_zeros == 0).all()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)])
+def test_beyond_the_range_is_the_largest_number_of_either_sign(dtype, most):
+    beyond = torch.tensor([1e6, -1e6, math.inf, -math.inf])
+
+    assert to_float8(beyond, 1, dtype).tolist() == [most, -most, most, -most]
+
+
+@pytest.mark.parametrize("size", [1e-5, 1, 1000])
+def test_gradients_of_a_mean_over_the_tokens_are_held(size):
+    """Neither rounded to 0 nor cut off, though their scale is fixed."""
+    x = torch.ones(16, 16).bfloat16().requires_grad_()
+
+    y = Float8Function.apply(x, torch.eye(16))
+    y.backward(torch.full_like(y, size / 16))
+
+    assert x.grad.flatten().tolist() == pytest.approx([size / 16] * 256, rel=0.13)
+
+
+def test_a_bias_is_added_in_the_type_of_the_product():
+    layer = Float8Linear(16, 32)
+    x = torch.randn(16, 16).bfloat16()
+
+    with_bias = layer(x)
+    bias, layer.bias = layer.bias, None
+
+    assert with_bias.dtype == torch.bfloat16
+    assert torch.equal(with_bias, layer(x) + bias.bfloat16())
+
+
+class Input(NamedTuple):
+    """What a layer asks of its input."""
+    dtype: torch.dtype
+    is_cuda: bool = True
+
+
+def test_which_layers_keep_their_weights_gradient_in_float32():
+    """On a GPU, in training with 16 bits of float32 weights; elsewhere it is nn.Linear."""
+    layer, bfloat16 = Linear(4, 4), Input(torch.bfloat16)
+
+    assert layer.matmul_function(bfloat16) is LinearFunction
+    assert layer.matmul_function(Input(torch.float16)) is LinearFunction
+    assert layer.matmul_function(Input(torch.float32)) is None
+    assert layer.matmul_function(Input(torch.bfloat16, is_cuda=False)) is None
+    with torch.no_grad():
+        assert layer.matmul_function(bfloat16) is None
+    assert layer.bfloat16().matmul_function(bfloat16) is None
 
 
 def model_and_its_float8(device=CPU, **options):
