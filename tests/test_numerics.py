@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+import train
 from minillm import checkpoint
 from minillm.dataloader import TokenData, batch_windows
 from model import GPT
@@ -151,6 +152,30 @@ def test_all_processes_stop_together(data, tmp_path):
     children = ranks(2, argv, before=[None, spoil("gradient", {6, 7})])
     assert [child.wait() for child in children] == [2, 2]
     assert all("stopped at step 7, the last of 2 in a row" in child.output for child in children)
+
+
+def read_late():
+    """In the child: a step's numbers wait until somebody asks for them, as on a GPU."""
+    def step(log, *numbers):
+        log.catch_up()
+        log.waiting = *numbers, None
+    train.RunLog.step = step
+
+
+def test_numbers_that_are_read_a_step_late_are_the_same(data, tmp_path):
+    """A validation is logged after the step before it; a checkpoint counts the bad one before."""
+    argv = [*TINY, "--max_iters=8", "--eval_interval=7", f"--data_dir={data}"]
+
+    def late():
+        read_late()
+        spoil("nan", {4})()
+    finish([*argv, f"--out_dir={tmp_path}/out"], before=spoil("nan", {4}))
+    finish([*argv, f"--out_dir={tmp_path}/late"], before=late)
+
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "late")
+    for out in ("out", "late"):
+        path = checkpoint.step_path(tmp_path / out, 5)
+        assert checkpoint.load(path)["bad_steps"] == [1, 1]
 
 
 def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 
+import train
 from minillm.attention import document_mask
 from minillm.speed import parts
 from model import GPT, GPTConfig
@@ -84,6 +85,33 @@ def note_graphs(path):
         with open(path, "a") as file:
             file.write("graph\n")
     call_with_graphs(pytest.MonkeyPatch(), note)
+
+
+def note_validation(path):
+    """In the child: write to `path` whether a validation keeps gradients. Nothing is compiled."""
+    inner = train.validation_loss
+
+    def validation_loss(*arguments):
+        with open(path, "w") as file:
+            file.write(str(torch.is_grad_enabled()))
+        return inner(*arguments)
+    train.validation_loss = validation_loss
+    train.compile_for_training = lambda model, device: model
+
+
+COMPILED = ["--compile=True", "--dropout=0"]
+
+
+@pytest.mark.parametrize("flags, keeps", [
+    (["--dropout=0"], False), (COMPILED, True), ([*COMPILED, "--dropout=0.1"], False),
+    ([*COMPILED, *MOE], False), ([*COMPILED, "--fp8=True", "--dtype=bfloat16"], False)],
+    ids=["not compiled", "no noise", "dropout", "router noise", "8 bits"])
+def test_validation_keeps_gradients_only_to_share_a_graph(data, tmp_path, flags, keeps):
+    """They cost memory; and what it computes must be what training computes."""
+    finish([*TINY, *flags, "--max_iters=1", f"--data_dir={data}", f"--out_dir={tmp_path}/out"],
+           before=partial(note_validation, f"{tmp_path}/keeps"))
+
+    assert open(f"{tmp_path}/keeps").read() == str(keeps)
 
 
 @pytest.mark.parametrize("flags, count", [

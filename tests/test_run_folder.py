@@ -197,8 +197,11 @@ def test_a_record_without_a_whole_step_is_dropped(data, base, tmp_path):
 def test_rolling_back_repeats_the_run(data, base, tmp_path):
     shutil.copytree(base, tmp_path / "out")
 
-    output = finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out",
-                     "--init_from=resume", "--checkpoint=5"])
+    argv = [*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--init_from=resume"]
+
+    finish([*argv, "--checkpoint=5", "--max_iters=5", "--eval_interval=0"])
+    assert checkpoint.saved_steps(tmp_path / "out") == [5]      # also where nothing is trained
+    output = finish(argv)
 
     assert "resuming at step 5" in output
     assert_same_run(base, tmp_path / "out")

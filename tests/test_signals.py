@@ -102,14 +102,27 @@ def test_a_long_evaluation_is_cut_short(data, tmp_path):
     assert [r["step"] for r in numbers(tmp_path / "out") if "val_loss" in r] == [0, 10, 12]
 
 
-def test_a_stop_before_the_first_step_leaves_the_run_before_it(data, tmp_path):
-    """--overwrite=True, and Ctrl-C in the first validation, by somebody who saw the wrong name."""
+def in_the_first_validation():
+    on_phase("evaluation", 1, lambda: send_itself(signal.SIGINT))
+
+
+def while_the_first_batch_is_read():
+    inner = train.rank_batches
+
+    def rank_batches(*arguments):
+        send_itself(signal.SIGINT)
+        return inner(*arguments)
+    train.rank_batches = rank_batches
+
+
+@pytest.mark.parametrize("ctrl_c", [in_the_first_validation, while_the_first_batch_is_read])
+def test_a_stop_before_the_first_step_leaves_the_run_before_it(data, tmp_path, ctrl_c):
+    """--overwrite=True, and Ctrl-C by somebody who saw the wrong name."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--max_iters=3"]
     finish([*argv, "--eval_interval=3"])
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
 
-    child = Run([*argv, "--overwrite=True", "--eval_interval=5"],
-                before=lambda: on_phase("evaluation", 1, lambda: send_itself(signal.SIGINT)))
+    child = Run([*argv, "--overwrite=True", "--eval_interval=5"], before=ctrl_c)
 
     assert child.wait() == 0, child.output
     assert "stopped at step 0" in child.output and "nothing was written" in child.output
