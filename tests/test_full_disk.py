@@ -52,6 +52,9 @@ def test_a_save_that_finds_no_room_is_survived(data, straight, tmp_path):
     assert "ckpt_00000010.pt: " in output and "best.pt: " in output
     assert "the checkpoints before it are untouched, training continues" in output
     assert checkpoint.saved_steps(out) == [20, 15, 5]
+    # the better weights of step 10 are lost: only step 0 was better than those to come
+    saved = checkpoint.load(checkpoint.step_path(out, 15))
+    assert saved["best_val_loss"] == numbers(out)[0]["val_loss"]
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     assert numbers(out) == numbers(straight)
     assert_same_weights(newest(out)["model"], newest(straight)["model"])

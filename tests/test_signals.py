@@ -13,8 +13,8 @@ import pytest
 import train
 from minillm import checkpoint, interrupt
 from support.processes import LIMIT
-from support.training_runs import (TINY, Run, assert_same_run, finish, finish_ranks, newest,
-                                   numbers, on_phase, on_step, ranks, send_itself)
+from support.training_runs import (TINY, Run, assert_same_run, die_at, finish, finish_ranks,
+                                   newest, numbers, on_phase, on_step, ranks, send_itself)
 
 LONG = [*TINY, "--checkpoint_interval=1000", "--eval_interval=0", "--max_iters=30"]
 
@@ -126,6 +126,10 @@ def test_a_stop_before_the_first_step_leaves_the_run_before_it(data, tmp_path, c
 
     assert child.wait() == 0, child.output
     assert "stopped at step 0" in child.output and "nothing was written" in child.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
+    # nor does a whole validation write
+    child = Run([*argv, "--overwrite=True", "--eval_interval=5"], before=lambda: die_at(0))
+    assert child.wait() == -signal.SIGKILL
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
 
 
