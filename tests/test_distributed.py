@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.dataloader import TokenData, batch_windows
+from minillm.dataloader import TokenData, batch_windows, derive_seed, rank_batches
 from minillm.validation import validation_loss
 from model import GPT, GPTConfig
 from support.training_runs import (BLOCK, MOE, TINY, assert_same_run, die_at, finish, finish_ranks,
@@ -120,6 +120,38 @@ def test_any_cut_gives_loss_and_gradients_of_the_whole(base, tmp_path, kind):
         for path in kept[cut]:
             for found, wanted in zip(torch.load(path), gradients, strict=True):
                 assert (found - wanted).norm() <= 1e-5 * wanted.norm(), (cut, path)
+
+
+def test_experts_learn_their_load_balancing_loss_in_any_cut(tmp_path):
+    """The mean over the micro-batches, each with the router noise of its place in the step."""
+    data = make_data(tmp_path / "data")
+    base, cuts = f"{tmp_path}/base", [Cut(1, 4, 4), Cut(2, 4, 4)]
+    finish([*TINY, *MOE, "--dropout=0", "--max_iters=3", f"--data_dir={data}", f"--out_dir={base}"])
+    for cut in cuts:
+        train(cut, base, data, f"{tmp_path}/{cut.world}", "--max_iters=1", "--eval_interval=0",
+              "--dtype=float32", "--aux_loss_weight=3",
+              before=[functools.partial(keep_gradients, f"{tmp_path}/gradients_{cut.world}")] * 2)
+
+    saved = newest(base)
+    model = GPT(GPTConfig(**saved["model_config"])).train()
+    model.load_state_dict(saved["model"])
+    batches, n_supervised = rank_batches(TokenData(data, "train", BLOCK), 1337, 0, 4, 4, 0, 1)
+    stats = []
+    for place, (x, y) in enumerate(batches):
+        torch.manual_seed(derive_seed(1337, 0, place))
+        loss, (balance_loss, load) = model(x, y)
+        (loss / n_supervised + 3 * balance_loss / len(batches)).backward()
+        stats.append((balance_loss.item(), load))
+    balance, load = zip(*stats)
+
+    for cut in cuts:
+        record = numbers(f"{tmp_path}/{cut.world}")[0]
+        assert record["balance_loss"] == pytest.approx(np.mean(balance), rel=1e-4)
+        torch.testing.assert_close(torch.tensor(record["load"]), torch.stack(load).mean(0),
+                                   rtol=0, atol=1e-5)
+        found = torch.load(f"{tmp_path}/gradients_{cut.world}")
+        for gradient, p in zip(found, model.parameters(), strict=True):
+            assert (gradient - p.grad).norm() <= 1e-4 * p.grad.norm(), cut
 
 
 @pytest.mark.parametrize("cut", [Cut(1, 4, 4), Cut(2, 4, 4)])

@@ -178,6 +178,17 @@ def test_numbers_that_are_read_a_step_late_are_the_same(data, tmp_path):
         assert checkpoint.load(path)["bad_steps"] == [1, 1]
 
 
+def test_the_norm_is_that_of_the_gradient_without_the_loss_scale(data, tmp_path):
+    """In float16 as in float32: it is what grad_clip is compared with."""
+    norms = []
+    for dtype in ("float32", "float16"):
+        finish([*TINY, "--max_iters=1", "--eval_interval=0", "--dropout=0", f"--dtype={dtype}",
+                f"--data_dir={data}", f"--out_dir={tmp_path}/{dtype}"])
+        norms.append(numbers(tmp_path / dtype)[0]["grad_norm"])
+
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
 def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):
     """float16: an overflow halves the scale.
 
