@@ -63,18 +63,6 @@ def test_the_windows_are_the_same_for_every_seed(val_data):
     assert torch.equal(chosen[0][0], chosen[2][0]) and torch.equal(chosen[1][0], chosen[3][0])
 
 
-def test_validation_data_without_a_supervised_token_have_loss_0(val_data):
-    class Unsupervised:
-        n_windows = val_data.n_windows
-
-        def windows(self, indices):
-            x, y = val_data.windows(indices)
-            return x, torch.full_like(y, -1)
-    s = SimpleNamespace(eval_iters=2, batch_size=3, seed=1)
-
-    assert validation_loss(watched([]), Unsupervised(), s, CPU, 0, 1, GO_ON) == 0
-
-
 def test_no_batch_keeps_the_activations_of_the_one_before(val_data):
     """Where the caller keeps gradients on, a whole validation would not fit into memory."""
     alive, held = [], []
