@@ -97,8 +97,7 @@ class Report:
         total = sum(entry["count"] for entry in self.other_files.values())
         kinds = [f"{kind} {entry['count']:,}" for kind, entry in self.other_files.items()]
         first = next(iter(self.other_files.values()))["first"]
-        return (f"{counted(total, 'files')} of another kind "
-                f"({', '.join(kinds)}; the first: {first})")
+        return f"{counted(total, 'files')} ({', '.join(kinds)}; the first: {first})"
 
     def _unknown_keys(self):
         """Those in more than 1% of the records, and how many others there are."""

@@ -48,7 +48,7 @@ def test_files_of_another_kind_are_counted(small_corpus, tmp_path):
 
     output, made = small_corpus.pretrain(tmp_path / "p", files=[raw])
 
-    assert (f"  left out: 6 files of another kind (no suffix 1, .csv 3, .lz4 1, .tar 1; "
+    assert (f"  left out: 6 files (no suffix 1, .csv 3, .lz4 1, .tar 1; "
             f"the first: {raw}/LICENSE)") in output.splitlines()
     assert made["other_files"] == {
         "no suffix": {"count": 1, "first": f"{raw}/LICENSE"},
@@ -82,7 +82,7 @@ def test_texts_beside_conversations_are_counted(small_corpus, tmp_path):
 
     output, made = small_corpus.sft(tmp_path / "s", files=[folder])
 
-    assert "left out: 1 file of another kind (.txt 1; the first: " in output
+    assert "left out: 1 file (.txt 1; the first: " in output
     assert made["splits"]["train"]["documents"] > 50
     named = small_corpus.argv(tmp_path / "t", [folder, folder / "README.txt"])
     assert "not as .txt" in refused("prepare_sft", *named)
