@@ -45,6 +45,13 @@ def test_a_long_warm_up_ends_where_it_meets_the_falling_rate(share):
     assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_after_lr_decay_iters_the_rate_stays_at_min_lr(kind):
+    rates = schedule(schedule=kind, lr_decay_iters=60, min_lr=0.1)
+
+    assert rates[59] > 0.1 and rates[60:] == pytest.approx([0.1] * 50)
+
+
 # ---- in a run
 
 @pytest.mark.parametrize("extra", [[], MOE, ["--dtype=float16"]], ids=["dense", "moe", "fp16"])
