@@ -33,6 +33,13 @@ def replaced_file(path):
             os.remove(temporary)
 
 
+def refuse_strangers(path, strangers, flag):
+    """Raise UserError if there are `strangers`, names in the folder `path` that `flag` chose."""
+    if strangers:
+        raise UserError(f"{path} holds other things ({', '.join(strangers[:3])}): "
+                        f"give {flag} a folder of its own")
+
+
 @contextlib.contextmanager
 def replaced_folder(path, names, flag="--out_dir"):
     """Yield an empty folder that takes the place of `path` at the end of the block.
@@ -48,9 +55,7 @@ def replaced_folder(path, names, flag="--out_dir"):
         strangers = sorted(set(os.listdir(path)) - set(names)) if os.path.exists(path) else []
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
-    if strangers:
-        raise UserError(f"{path} holds other things ({', '.join(strangers[:3])}): "
-                        f"give {flag} a folder of its own")
+    refuse_strangers(path, strangers, flag)
     if os.path.ismount(path):
         raise UserError(f"{path} is a mount point, which cannot be replaced: "
                         f"give {flag} a folder below it")

@@ -17,7 +17,7 @@ import shutil
 from dataclasses import asdict
 
 from minillm import checkpoint
-from minillm.atomic_folder import hold
+from minillm.atomic_folder import hold, refuse_strangers
 from minillm.configurator import field_comments
 from minillm.distributed import launch_id, print0
 from minillm.errors import UserError
@@ -65,7 +65,7 @@ def open_resumed(s, data):
             raise UserError(f"{s.out_dir} already holds a run at step {steps[0]}: "
                             "--init_from=resume continues it, --overwrite=True starts over")
         if not steps:
-            _refuse_strangers(s.out_dir)
+            _check_new(s.out_dir)
         return None
     for key, default in KEPT.items():
         if key not in s.given:
@@ -76,14 +76,13 @@ def open_resumed(s, data):
     return resumed
 
 
-def _refuse_strangers(folder):
+def _check_new(folder):
     """Raise UserError if `folder` holds other things than what a run left that saved nothing."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     strangers = sorted(name for name in names if not name.startswith(".")
                        and not name.endswith(".log"))       # of the shell that starts the run
-    if strangers and not {".lock", "metrics.jsonl", "best.pt"}.intersection(names):
-        raise UserError(f"{folder} holds other things ({', '.join(strangers[:3])}): "
-                        "give --out_dir a folder of its own")
+    if not {".lock", "metrics.jsonl", "best.pt"}.intersection(names):
+        refuse_strangers(folder, strangers, "--out_dir")
 
 
 def _load_to_resume(s, steps, which):

@@ -106,16 +106,20 @@ def in_the_first_validation():
     on_phase("evaluation", 1, lambda: send_itself(signal.SIGINT))
 
 
-def while_the_first_batch_is_read():
-    inner = train.rank_batches
+def in_a_call_of(name):
+    """For a Run's `before`: Ctrl-C just before train.py calls what it knows by this name."""
+    def before():
+        inner = getattr(train, name)
 
-    def rank_batches(*arguments):
-        send_itself(signal.SIGINT)
-        return inner(*arguments)
-    train.rank_batches = rank_batches
+        def call(*arguments):
+            send_itself(signal.SIGINT)
+            return inner(*arguments)
+        setattr(train, name, call)
+    return before
 
 
-@pytest.mark.parametrize("ctrl_c", [in_the_first_validation, while_the_first_batch_is_read])
+@pytest.mark.parametrize("ctrl_c", [in_the_first_validation, in_a_call_of("rank_batches")],
+                         ids=["first validation", "first batch"])
 def test_a_stop_before_the_first_step_leaves_the_run_before_it(data, tmp_path, ctrl_c):
     """--overwrite=True, and Ctrl-C by somebody who saw the wrong name."""
     argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--max_iters=3"]
@@ -241,15 +245,9 @@ def test_ctrl_c_twice_inside_a_checkpoint(data, straight, tmp_path):
 
 def test_ctrl_c_while_starting_is_no_traceback(data, tmp_path):
     """Before the first step there is nothing to save: exit 130 without a traceback."""
-    def before():
-        inner = train.TokenData
+    argv = [*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
 
-        def opening(*args):
-            send_itself(signal.SIGINT)
-            return inner(*args)
-        train.TokenData = opening
-
-    child = Run([*LONG, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
+    child = Run(argv, before=in_a_call_of("TokenData"))
 
     assert child.wait() == 130
     assert "Traceback" not in child.output

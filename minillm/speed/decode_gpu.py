@@ -208,10 +208,11 @@ def moe(layer, x_D):
     """The chosen experts' rows, each read once. Returns (D,), float32."""
     logits_E = matvec(layer.router.weight_DE.t(), x_D)
     expert_K = top_experts(logits_E[None], layer.router.k)[0]
-    gate_K = (logits_E[expert_K] - logits_E.max()).exp()
+    top = logits_E.max()
+    gate_K = (logits_E[expert_K] - top).exp()
     total = gate_K.sum()
     if layer.router.k == 1:
-        total = (logits_E - logits_E.max()).exp().sum()      # as in moe.py: over all experts
+        total = (logits_E - top).exp().sum()     # as in moe.py: a softmax over all experts
     hidden_KF = row_terms(layer.w1_EDF.transpose(1, 2), x_D, expert_K).sum(-1)
     rows_KF = realize((F.silu(hidden_KF) * (gate_K / total)[:, None]).to(x_D.dtype))
     terms = 0
