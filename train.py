@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from minillm import checkpoint, run_folder, run_tokenizer, trackers
+from minillm import checkpoint, run_facts, run_folder, run_tokenizer, trackers
 from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.attention import document_mask
 from minillm.configurator import (BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive,
@@ -39,7 +39,7 @@ from minillm.errors import UserError, run
 from minillm.init import init_for_muon, redraw_collapsed_rows
 from minillm.interrupt import StopSignal
 from minillm.optimizer import make_optimizer
-from minillm.run_log import RunLog, bad_steps_message, describe_run, report_left_behind
+from minillm.run_log import RunLog, bad_steps_message
 from minillm.same_function import check_attention, check_loss, fingerprint, noisy_in_training
 from minillm.tokenizer import Tokenizer
 from minillm.validation import validation_loss
@@ -235,7 +235,7 @@ def main():
         s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
     model = build_model(s, train_data, start)
     if finetuning:
-        report_left_behind(s, start)
+        run_facts.report_left_behind(s, start)
         redraw_collapsed_rows(model, train_data, s.seed)
     run_folder.fill_in(s, model.config, train_data.meta)
     compiled = s.compile and device.type != "mps"    # torch has no compiler for Apple's GPUs
@@ -258,7 +258,7 @@ def main():
     if sum_over_ranks(host_group, first_step)[0] != first_step * world:
         raise UserError(f"the processes see different checkpoints: {s.out_dir} must lie on a disk "
                         "that all of them share")
-    facts = describe_run(s, model, train_data, device, dtype, world, first_step)
+    facts = run_facts.describe_run(s, model, train_data, device, dtype, world, first_step)
     step_model = make_step_model(model, device, compiled, data_parallel if world > 1 else None)
 
     def forward(x, y):

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from minillm import trackers
 from minillm.dataloader import batch_windows
-from minillm.device import describe, peak_flops
+from minillm.device import peak_flops
 from minillm.distributed import forget_lost_lines, print0
-from minillm.report import counted
 
 
 class MetricsFile:
@@ -279,43 +278,6 @@ class RunLog:
             parts.append("--init_from=resume continues it" if step > 0 else "nothing was written")
         print0(" · ".join(parts))
         forget_lost_lines()
-
-
-def describe_run(s, model, data, device, dtype, world, first_step):
-    """Print what will be trained, where and for how long. Returns the facts as a dict."""
-    total, active = model.n_params()
-    global_batch = s.batch_size * s.gradient_accumulation_steps
-    epochs = s.steps * global_batch / data.n_windows
-    number_type = str(dtype).removeprefix("torch.") + (" and float8" if s.fp8 else "")
-    size = f"{total:,} parameters"
-    if active != total:
-        size += f", {active:,} active per token"
-    processes = "1 process" if world == 1 else f"{world} processes"
-    print0(f"{describe(device)}, {number_type}, {processes} · {size}")
-    if s.shard and world == 1:
-        print0("shard=True changes nothing with one process: it keeps all of the optimizer's state")
-    resuming = f" · resuming at step {first_step}" if first_step else ""
-    if first_step > s.steps:
-        resuming += ", which is beyond them: nothing is left to train"
-    print0(f"{s.data_dir}: {len(data.tokens):,} tokens, {counted(data.n_windows, 'windows')} · "
-           f"{counted(s.steps, 'steps')} of {counted(global_batch, 'windows')}, "
-           f"{epochs:.2f} epochs{resuming}")
-    if s.warmup_iters > s.steps:
-        print0(f"warmup_iters={s.warmup_iters} is more than these steps: the learning rate stays "
-               f"under {s.learning_rate:g}")
-    if s.min_lr > s.learning_rate:
-        print0(f"min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: it rises to that")
-    return {"steps": s.steps, "epochs_of_data": round(epochs, 4), "parameters": total,
-            "active_parameters": active, "tokens_per_step": global_batch * s.block_size,
-            "device_name": describe(device), "number_type": number_type, "processes": world}
-
-
-def report_left_behind(s, start):
-    """Say which settings of a checkpoint's model the run does not take over, if none was given."""
-    for key in ("block_size", "dropout"):
-        old, now = start["model_config"].get(key, getattr(s, key)), getattr(s, key)
-        if old != now and key not in s.given:
-            print0(f"{key}={now} from here on; the checkpoint had {old}: --{key}={old} keeps it")
 
 
 def bad_steps_message(s, log, data):
