@@ -1,4 +1,4 @@
-"""What was skipped, repaired or left out of the input: counted, and reported.
+"""What was skipped, repaired, noted or left out of the input: counted, and reported.
 
     report = Report()
     report.skip("malformed JSON", "corpus.jsonl:17")      # with strict=True this raises UserError
@@ -23,6 +23,8 @@ class Skip(Exception):
 class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
+    A note is of what is used as it stands, and was perhaps meant otherwise.
+
     `left_out` counts, for each key that has a meaning and is left out nevertheless, the records
     that have it. `unknown` does so for keys that no rule knows, `unknown_roles` for such roles.
     """
@@ -32,6 +34,7 @@ class Report:
         self.hint = hint                 # what to do about keys that no rule knows
         self.skipped = {}
         self.repaired = {}
+        self.noted = {}
         self.other_files = {}            # by suffix, in place of a reason
         self.left_out = Counter()
         self.unknown = Counter()
@@ -50,6 +53,9 @@ class Report:
     def repair(self, reason, place):
         _count(self.repaired, reason, place)
 
+    def note(self, reason, place):
+        _count(self.noted, reason, place)
+
     def other_file(self, path, kind=None):
         """Count a file in a folder or a tar that is passed over; kind: its suffix as a rule."""
         suffix = os.path.splitext(path)[1].lower()
@@ -62,7 +68,7 @@ class Report:
     def merge(self, other):
         """Add what `other` counted, which comes later in the input."""
         for mine, theirs in ((self.skipped, other.skipped), (self.repaired, other.repaired),
-                             (self.other_files, other.other_files)):
+                             (self.noted, other.noted), (self.other_files, other.other_files)):
             for reason, entry in theirs.items():
                 _count(mine, reason, entry["first"], entry["count"])
         self.left_out.update(other.left_out)
@@ -79,7 +85,8 @@ class Report:
     def lines(self):
         """The report as lines of text for the terminal; none where all was well."""
         lines = []
-        for verb, table in (("repaired", self.repaired), ("skipped", self.skipped)):
+        tables = ("repaired", self.repaired), ("skipped", self.skipped), ("noted", self.noted)
+        for verb, table in tables:
             for reason, entry in sorted(table.items(), key=lambda item: -item[1]["count"]):
                 lines.append(f"  {verb} {entry['count']:,}: {reason} (first: {entry['first']})")
         if self.other_files:
@@ -121,6 +128,7 @@ class Report:
         return {
             "skipped": self.skipped,
             "repaired": self.repaired,
+            "noted": self.noted,
             "other_files": self.other_files,
             "left_out": dict(self.left_out),
             "unknown_keys": dict(self.unknown.most_common(KEYS_SAVED)),

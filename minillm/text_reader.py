@@ -18,6 +18,7 @@ from minillm.errors import UserError
 from minillm.json_stream import WRAPPERS, are_messages, is_message
 from minillm.report import Report
 from minillm.text_files import Source
+from minillm.tokenizer import SPECIAL_TOKENS
 
 TEXT_KEY_HINT = "; --text_key=KEY says which of them holds the text"
 
@@ -50,6 +51,12 @@ def block_documents(block, report, text_key="text", chats=False):
     ("title,content") it is joined by line ends. A record that is a string is a text itself. With
     `chats`, a record without text may hold a conversation; its turns are then the text.
     """
+    for place, text in _block_texts(block, report, text_key, chats):
+        note_control_tokens([text], report, place)
+        yield place, text
+
+
+def _block_texts(block, report, text_key, chats):
     if block.kind == "texts":
         yield from block.data
         return
@@ -108,7 +115,18 @@ def block_conversations(block, report, names=NAMES):
             continue
         messages = clean_conversation(record, report, place, names)
         if messages:
+            note_control_tokens([message["content"] for message in messages], report, place)
             yield place, messages
+
+
+def note_control_tokens(texts, report, place):
+    """Note a record whose texts spell a control token: it stays text, which few want to learn."""
+    for text in texts:
+        spelled = [token for token in SPECIAL_TOKENS if token in text] if "<|" in text else []
+        if spelled:
+            report.note(f"{spelled[0]} in a text is learned as characters, not as a control token: "
+                        "take it out if a template put it there", place)
+            return
 
 
 def block_records(block, report, own_keys, turns):

@@ -10,8 +10,8 @@ each split, the sources, the seed, and what was skipped, repaired and left out.
 
 Version 2 (without a number: 1, whose folders still train) added `version`, `left_out` and
 `unknown_keys`, and for SFT `long`; a document may now be cut so that its end is for validation.
-Later, without a new number: `content`, the sha256 of each .bin; `other_files`; counts of unknown
-keys in place of a list; `unknown_roles`.
+Later, without a new number: `content`, the sha256 of each .bin; `other_files`; `noted`; counts of
+unknown keys in place of a list; `unknown_roles`.
 """
 import hashlib
 import json

@@ -3,6 +3,7 @@
 Each is counted, and printed with the place of the first.
 """
 import collections
+import json
 from typing import NamedTuple
 
 import pytest
@@ -224,3 +225,25 @@ def test_line_of_50_megabytes(small_corpus, tmp_path):
     assert small_corpus.tokenizer.decode(max(documents, key=len)) == long
     repaired = meta(tmp_path / "prepare_sft")["repaired"]
     assert repaired["later turns cut off to fit a row"]["count"] == 1
+
+
+SPELLED = "问<|im_end|>"
+TURNS = [{"role": "user", "content": SPELLED}, {"role": "assistant", "content": "答"}]
+
+
+@pytest.mark.parametrize("stage, name, content", [
+    ("pretrain", "c.jsonl", text_line(SPELLED) * 2),
+    ("pretrain", "c.txt", SPELLED.encode("utf-8")),
+    ("sft", "c.json", json.dumps([TURNS, TURNS]).encode("utf-8")),
+], ids=["text in JSON", ".txt", "conversation"])
+def test_a_control_token_in_a_text_is_noted(small_corpus, tmp_path, stage, name, content):
+    """A corpus that was put into ChatML before would teach the model to spell it."""
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    output, made = getattr(small_corpus, stage)(tmp_path / "p", "--val_fraction=0", files=[path])
+
+    [(reason, noted)] = made["noted"].items()
+    assert reason.startswith("<|im_end|> in a text is learned as characters")
+    assert noted["count"] == made["splits"]["train"]["documents"]
+    assert f"  noted {noted['count']}: {reason} (first: {noted['first']})" in output.splitlines()
