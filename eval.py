@@ -119,8 +119,11 @@ def open_data(s, model):
     (best.pt was copied alone) data_dir must be given.
     """
     trained = {}
-    if not s.data_dir or os.path.exists(os.path.join(s.out_dir, "config.py")):
+    if os.path.exists(os.path.join(s.out_dir, "config.py")):
         trained = read_settings(s.out_dir, data_dir=str, doc_mask=bool)
+    elif not s.data_dir:
+        raise UserError(f"{s.out_dir} has no config.py that names its data: give --data_dir=DIR, "
+                        "or none")
     s.data_dir = s.data_dir or trained["data_dir"]
     data = TokenData(s.data_dir, "val", model.config.block_size)
     if data.meta["tokenizer_hash"] != model.tokenizer.hash:

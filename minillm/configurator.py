@@ -198,11 +198,18 @@ def _choices(hint):
 def _check_key(key, hints, inputs, kind):
     if key in hints and key not in inputs:
         return
-    near = difflib.get_close_matches(key, [name for name in hints if name not in inputs], 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else "see --help"
+    names = [name for name in hints if name not in inputs]
+    near = [name for name in names if "_" in name and initials(name) == key]     # lr, bs
+    near = near or difflib.get_close_matches(key, names, 1, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
     if kind == "flag":
         raise UserError(f"unknown flag --{key}: {hint}")
     raise UserError(f"unknown {kind} {key}: {hint} (begin a name that is no setting with _)")
+
+
+def initials(name):
+    """ "lr" of learning_rate."""
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _parts(hint):

@@ -59,7 +59,7 @@ class TokenData:
             self.stride = block_size
             self.n_windows = (len(self.tokens) - 1) // self.stride
         if self.n_windows < 1:
-            hint = ""
+            hint = ": give a smaller --block_size, or prepare more text"
             if split == "val":
                 hint = (": prepare with a larger --val_fraction, or leave validation out, with "
                         "train.py --eval_interval=0, eval.py --data_dir=none")

@@ -52,8 +52,11 @@ def test_bounds_hold_for_flags_and_config_files(tmp_path):
     ("--scale=0", "scale=0.0 must be above 0"),
     ("--theta=nan", "theta=nan must be at least 1"),
     ("--dtype=int4", "dtype=int4 must be one of auto, float32"),
+    ("--bs=4", "unknown flag --bs: did you mean batch_size?"),
+    ("--lyer=4", "unknown flag --lyer: did you mean n_layer?"),
+    ("--s=4", "unknown flag --s: see --help"),
 ])
-def test_what_is_out_of_bounds_is_named_with_its_bounds(flag, message):
+def test_a_wrong_flag_is_named_with_what_would_fit(flag, message):
     with pytest.raises(UserError) as error:
         configure(Settings, [flag])
 

@@ -58,7 +58,7 @@ CASES = [
          each(append("sft/train.bin", b"\0\0"), append("sft/train_mask.bin", b"\0"),
               count("sft", "train"))),
     Case("corpus smaller than a window", TRAIN + "--block_size=100000",
-         "fewer than one window of 100,?001"),
+         "fewer than one window of 100,?001: give a smaller --block_size"),
     Case("validation smaller than a window", TRAIN,
          "pre/val.bin holds 9 tokens, fewer than one window.*--eval_interval=0",
          each(put("pre/val.bin", bytes(18)), count("pre", "val", 9))),
