@@ -2,6 +2,8 @@
 
     for place, text in txt_documents(name, stream, "utf-8", "file", report): …
 """
+import codecs
+
 from minillm.json_stream import MAX_LINE
 
 TXT_DOCUMENT = 32 << 10      # bytes; a .txt is cut at the first line end after this many
@@ -75,18 +77,18 @@ def _limited_lines(name, stream, encoding, report):
 
 
 def _last_sentence_end(line, encoding):
-    """Where to cut a line: after its last sentence, or at most 8 bytes before its end."""
+    """Where to cut a line: after its last sentence, or else after its last whole character."""
     window = line[-(1 << 20):]
     best = max(_after_last(window, end.encode(encoding, "ignore")) for end in SENTENCE_ENDS)
     if best:
         return len(line) - len(window) + best
-    for cut in range(len(line), len(line) - 8, -1):      # between two characters
-        try:
-            line[-64 + cut - len(line): cut].decode(encoding)
-            return cut
-        except UnicodeDecodeError:
-            pass
-    return len(line)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        decoder.decode(line)
+    except UnicodeDecodeError:                           # it will be skipped
+        return len(line)
+    begun, _ = decoder.getstate()                        # the bytes of half a character
+    return len(line) - len(begun)
 
 
 def _after_last(data, word):

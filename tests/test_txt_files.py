@@ -157,6 +157,19 @@ def test_an_endless_line_is_cut_at_sentence_ends(tmp_path, monkeypatch, encoding
     assert list(found.repaired) == ["line longer than 0 MiB cut at a sentence end"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030"])
+@pytest.mark.parametrize("text", ["天地玄黄，" * 900, "a天地𠀀" * 900], ids=["Han", "mixed"])
+def test_a_long_line_without_a_sentence_is_cut_between_characters(tmp_path, monkeypatch, text,
+                                                                  encoding):
+    for limit in range(1000, 1008):
+        monkeypatch.setattr(txt_documents, "MAX_LINE", limit)
+        (tmp_path / "c.txt").write_bytes(text.encode(encoding))
+
+        found = read(tmp_path / "c.txt", encoding=encoding)
+
+        assert "".join(found.items) == text and not found.skipped
+
+
 # ---- documents
 
 DOCUMENTS = {
