@@ -12,7 +12,7 @@ these ten characters.
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 if __name__ == "__main__":
-    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import json
 import os
 import sys

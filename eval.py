@@ -16,7 +16,7 @@ an earlier command measured of the same weights.
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
 if __name__ == "__main__":
-    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import hashlib
 import json
 import math

@@ -14,7 +14,7 @@ Needs `pip install -r requirements-export.txt`. Exit status: 0; 2 after a mistak
 correct, with one line on stderr; 130 after Ctrl-C.
 """
 if __name__ == "__main__":
-    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import os
 from dataclasses import dataclass
 from typing import Literal

@@ -19,7 +19,7 @@ Needs `pip install -r requirements-serve.txt`. Exit status: 0 after SIGTERM; 130
 after a mistake that you can correct, with one line on stderr.
 """
 if __name__ == "__main__":
-    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import errno
 import os
 import signal

@@ -18,7 +18,7 @@ gradient, before clipping) · tokens per second · MFU (share of the GPU's peak 
 tokens of the least and the most loaded expert, 1.00 is a fair share) · time left.
 """
 if __name__ == "__main__":
-    import minillm.early_ctrl_c      # first: no traceback while the rest is imported
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import math
 import sys
 from dataclasses import asdict, dataclass, fields

@@ -26,7 +26,7 @@ def run(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
     try:
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # before this: early_ctrl_c.py
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # before this: early_exit.py
             signal.signal(signal.SIGINT, _on_ctrl_c)
         _check_current_folder()
         _call_and_flush(main)

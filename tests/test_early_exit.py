@@ -1,4 +1,4 @@
-"""Ctrl-C while a program still imports: exit status 130, and nothing is printed."""
+"""Ctrl-C while a program still imports, or a package that is not there: no traceback."""
 import os
 import subprocess
 import sys
@@ -52,6 +52,19 @@ def test_ctrl_c_in_an_import_ends_the_program_quietly(model_folder, program, mod
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, cwd=model_folder)
 
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("program", [name for name in IMPORTS if name != "serve"])
+def test_a_python_without_the_packages_is_named_in_one_line(program, model_folder):
+    """As in a new terminal, where the environment is not active. -S: no site-packages."""
+    argv = [sys.executable, "-S", os.path.join(ROOT, program + ".py")]
+
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT,
+                          env={"PATH": os.environ["PATH"]}, cwd=model_folder)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"{program}.py: this Python has no ") and ".venv/bin/activate" in line
 
 
 def test_who_imports_a_program_keeps_ctrl_c():
