@@ -20,7 +20,7 @@ import random
 from dataclasses import dataclass
 
 from minillm.configurator import configure
-from minillm.errors import run
+from minillm.errors import UserError, reason, run
 
 SURNAMES = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕张孔曹严华金魏陶姜"
 GIVEN = "伟芳娜敏静磊强洋艳勇军杰娟涛明超霞平刚桂英华玉兰红梅建国春生海燕志远思雨嘉文浩然子涵书瑶晓峰雅琴立新"
@@ -172,11 +172,14 @@ def main():
     if not s.out_dir:
         show(s.seed)
         return
-    os.makedirs(s.out_dir, exist_ok=True)
-    write(s, "pretrain", ({"text": text} for text in biographies(s.seed)))
-    write(s, "sft", conversations(s.seed))
-    write(s, "held_out", held_out_questions(s.seed))
-    write(s, "choices", choice_questions(s.seed))
+    try:
+        os.makedirs(s.out_dir, exist_ok=True)
+        write(s, "pretrain", ({"text": text} for text in biographies(s.seed)))
+        write(s, "sft", conversations(s.seed))
+        write(s, "held_out", held_out_questions(s.seed))
+        write(s, "choices", choice_questions(s.seed))
+    except OSError as error:
+        raise UserError(f"{error.filename or s.out_dir}: {reason(error)}") from None
 
 
 def show(seed):

@@ -34,7 +34,7 @@ def rank_and_world():
 
 
 def _number(key, default):
-    text = os.environ.get(key, "").strip()
+    text = os.environ.get(key, "")
     if not text:
         return default
     if not text.isdecimal():
@@ -94,7 +94,7 @@ def _settle_buckets(parallel):
     """
     model = parallel.module
     # gradients from the last parameter to the first, as in training: so sending overlaps as before
-    model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
+    model.forward = lambda: sum(p.sum() for p in model.parameters())
     for _ in range(2):                           # the second forward pass makes the new layout
         parallel().backward()
     del model.forward

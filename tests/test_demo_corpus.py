@@ -182,3 +182,12 @@ def test_command_line_writes_json_lines(tmp_path):
 def test_command_line_refuses_an_unknown_flag():
     wrong = run_town("--sead=5")
     assert wrong.returncode == 2 and "seed" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    done = run_town(f"--out_dir={tmp_path}/file/raw")
+
+    assert done.returncode == 2
+    assert done.stderr == f"demo.town: {tmp_path}/file/raw: Not a directory\n"

@@ -10,6 +10,7 @@ import torch
 
 import train
 from minillm import device, run_log, trackers
+from minillm.distributed import launch_id
 from minillm.errors import UserError
 from minillm.muon import Muon
 from minillm.speed import cuda_graph, decode_gpu
@@ -113,11 +114,22 @@ def test_an_optimizer_that_asks_the_host_gives_the_same_weights(data, tmp_path):
 @pytest.mark.parametrize("env, says", [
     ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set in the environment, but RANK is not"),
     ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR is not"),
     ({"RANK": "1"}, "RANK=1 in the environment must be at least 0 and below WORLD_SIZE=1"),
+    ({"RANK": " "}, "RANK=' ' in the environment must be a whole number"),
     ({"RANK": "one"}, "RANK='one' in the environment must be a whole number"),
 ])
 def test_half_an_environment_is_one_line(data, tmp_path, env, says):
     assert says in refused([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], env=env)
+
+
+def test_launches_of_torchrun_without_a_name_are_told_apart(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch_id() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a name")
+    assert launch_id() == "a name"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")        # what torchrun sets without --rdzv_id
+    assert launch_id().endswith(f":{os.getppid()}")
 
 
 def test_an_empty_rank_is_none(data, tmp_path):
