@@ -123,6 +123,20 @@ def test_half_an_environment_is_one_line(data, tmp_path, env, says):
     assert says in refused([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], env=env)
 
 
+@pytest.mark.parametrize("settings, says", [
+    ({"gradient_accumulation_steps": 3}, "cannot be shared evenly by 2 processes: make it a mult"),
+    ({"device": "cuda:1"}, "device=cuda:1 is one device for 2 processes: give --device=cuda"),
+    ({"batch_size": 10**5, "gradient_accumulation_steps": 1002}, "more windows than one step can"),
+    ({"checkpoint": "best"}, "checkpoint=best needs --init_from=DIR, or --init_from=resume"),
+])
+def test_settings_that_two_processes_cannot_follow(settings, says):
+    two = {"gradient_accumulation_steps": 2}
+    train.check(train.Settings(**two), world=2)
+
+    with pytest.raises(UserError, match=says):
+        train.check(train.Settings(**two | settings), world=2)
+
+
 def test_launches_of_torchrun_without_a_name_are_told_apart(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert launch_id() is None
