@@ -283,7 +283,7 @@ class TenWindows:
         return x, x.clone()
 
 
-def validate(rank, world):
+def validate(rank, world, asked=False):
     """(batches that this rank computes, the [loss, tokens, cut short] that it adds, the loss)."""
     batches, added = [], []
 
@@ -298,7 +298,7 @@ def validate(rank, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "all_reduce", all_reduce)
         loss = validation_loss(forward, TenWindows(), s, torch.device("cpu"), rank, world,
-                               SimpleNamespace(asked=False))
+                               SimpleNamespace(asked=asked))
     return batches, added, loss
 
 
@@ -312,3 +312,10 @@ def test_all_ranks_validate_equally_often(world):
     assert all(shapes == [(2, 2)] * -(-5 // world) for shapes in batches)
     total, tokens, _ = np.sum([sums for sums, in added], axis=0)
     assert tokens == 20 and total / tokens == loss == 4.5
+
+
+def test_a_rank_that_is_told_to_stop_says_so_to_the_others():
+    """It meets them at the sum: otherwise they wait for it."""
+    batches, added, loss = validate(1, 2, asked=True)
+
+    assert batches == [] and added == [[0, 0, 1]] and loss is None

@@ -1,4 +1,4 @@
-"""The log of a run: which expert it warns of, and when; what its speed counts."""
+"""The log of a run: which expert it warns of and when, what its records say."""
 import json
 import math
 import time
@@ -12,6 +12,11 @@ from minillm.run_log import RunLog
 from support.tiny_models import tiny_model
 from support.training_runs import TINY, finish
 from train import Settings
+
+
+def records(log):
+    """What the log has written of the steps, while its file is not open yet."""
+    return [json.loads(line) for line in log.metrics.unwritten.splitlines()[1:]]
 
 
 @pytest.fixture
@@ -28,7 +33,8 @@ def log_step(log, step, load):
 
 
 def test_an_expert_without_work_is_named_after_100_steps_in_a_row(log, capsys):
-    idle, even = [0.5, 0.001, 0.249, 0.25], [0.25] * 4
+    # 1% of the fair share of four experts is 0.0025: the last one has more
+    idle, even = [0.5, 0.001, 0.496, 0.003], [0.25] * 4
     for step in range(99):
         log_step(log, step, idle)
     log_step(log, 99, even)                      # counting begins anew
@@ -65,3 +71,35 @@ def test_what_evaluating_and_saving_take_does_not_count_as_training(data, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     assert len(speeds) == 8 and min(speeds) > 1e6
+
+
+def test_a_record_says_how_evenly_the_experts_work(log):
+    log_step(log, 0, [0.5, 0.25, 0.125, 0.125])
+
+    record, = records(log)
+    assert record["load_max"] == 2 and record["load_min"] == 0.5
+    assert record["load_entropy"] == pytest.approx(1.75 / 2)
+    assert record["load"] == [[0.5, 0.25, 0.125, 0.125]] * 2
+    assert record["balance_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("loss, norm", [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_a_step_that_is_not_finite_is_counted_and_shown(log, capsys, loss, norm):
+    load = [0.25] * 8
+
+    log.step(7, 0.1, torch.tensor([loss, norm, 0.0, *load]))
+    log.step(8, 0.1, torch.tensor([1.0, 1.0, 0.0, *load]))
+
+    record, = records(log)                       # although log_interval is 1000
+    assert record["step"] == 7 and record["skipped"] == 1
+    assert (log.bad_in_a_row, log.bad_in_all) == (0, 1)
+    assert "not finite, update skipped (1 so far)" in capsys.readouterr().out
+
+
+def test_the_last_step_is_logged_with_all_tokens_trained(log, capsys):
+    for step in (998, 999):                      # log_interval is 1000
+        log_step(log, step, [0.25] * 4)
+
+    record, = records(log)
+    assert record["step"] == 999 and record["tokens"] == 1000 * 48
+    assert "step    999/1000" in capsys.readouterr().out

@@ -147,12 +147,30 @@ def test_a_mask_between_documents_changes_the_score(val_data):
     assert masked != whole
 
 
-def test_weights_that_are_not_finite_are_said_so(val_data):
+@pytest.mark.parametrize("scale, loss", [(math.nan, "nan"), (1e36, "inf")])
+def test_weights_that_are_not_finite_are_said_so(val_data, scale, loss):
+    """Also those whose logits are finite, and the loss is not."""
     model = lively_model(block_size=BLOCK)
-    model.norm.weight[0] = math.nan
+    model.norm.weight.data *= scale
 
-    with pytest.raises(UserError, match="the loss on .* is nan: the model's weights"):
+    with pytest.raises(UserError, match=f"the loss on .* is {loss}: the model's weights"):
         score(model, val_data, False, 8, 0, CPU, torch.float32)
+
+
+def test_scoring_keeps_no_activations(val_data, monkeypatch):
+    model, kept = lively_model(block_size=BLOCK).requires_grad_(), []
+    inner = model.logits_and_stats
+
+    def forward(x, attn_mask):
+        logits, stats = inner(x, attn_mask)
+        kept.append(logits.requires_grad)
+        return logits, stats
+    monkeypatch.setattr(model, "logits_and_stats", forward)
+
+    with torch.enable_grad():
+        score(model, val_data, False, 8, 1, CPU, torch.float32)
+
+    assert kept == [False]
 
 
 COUNTS = {"tokens": 100, "bytes": 400, "learned_tokens": 30, "learned_bytes": 60}
