@@ -1,5 +1,6 @@
 """The validation loss of training and the scores of eval.py, on losses that are known."""
 import copy
+import json
 import math
 import weakref
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from minillm.dataloader import TokenData
 from minillm.device import autocast
 from minillm.errors import UserError
 from minillm.validation import bits_per_byte, check_counts, score, validation_loss
+from support import processes
 from support.exports import lively_model
+from support.tiny_models import write_folder
 from support.training_runs import BLOCK, make_data
 
 CPU = torch.device("cpu")
@@ -189,3 +192,16 @@ def test_counts_that_make_no_bits_per_byte_are_refused(count):
 
     with pytest.raises(UserError, match="does not count 'learned_bytes': prepare the data again"):
         check_counts({"kind": "sft", "splits": {"val": COUNTS | {"learned_bytes": count}}})
+
+
+def test_a_model_that_is_very_wrong_has_a_score(val_data, tmp_path):
+    """exp of its loss is more than a float holds."""
+    model = lively_model(block_size=BLOCK)
+    model.norm.weight.data *= 1e6
+    write_folder(tmp_path, model)
+
+    processes.finish("eval", [f"--out_dir={tmp_path}", f"--data_dir={val_data.folder}",
+                              "--questions=none", "--device=cpu"])
+
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["loss"] > 1000 and math.isfinite(result["perplexity"])
