@@ -208,7 +208,7 @@ def _check_key(key, hints, inputs, kind):
 
 
 def initials(name):
-    """ "lr" of learning_rate."""
+    """The first letters of a name's words: lr of learning_rate."""
     return "".join(word[:1] for word in name.split("_"))
 
 

@@ -30,7 +30,7 @@ def describe_run(s, model, data, device, dtype, world, first_step):
     if s.warmup_iters > s.steps:
         print0(f"warmup_iters={s.warmup_iters} is more than these steps: the learning rate stays "
                f"under {s.learning_rate:g}")
-    if not resuming and s.max_iters != s.steps < FEW_STEPS:
+    if not (resuming or s.max_iters) and s.steps < FEW_STEPS:    # epochs alone decide
         advise_smaller_steps(s, data, world)
     if s.min_lr > s.learning_rate:
         print0(f"min_lr={s.min_lr:g} is above learning_rate={s.learning_rate:g}: it rises to that")

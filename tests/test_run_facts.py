@@ -41,6 +41,7 @@ def test_few_steps_are_told_which_settings_make_more(epochs, world, capsys):
     {"gradient_accumulation_steps": 1},                          # already as small as they get
     {"gradient_accumulation_steps": 8, "epochs": 20},            # many
     {"gradient_accumulation_steps": 8, "max_iters": 5},          # as few as were asked for
+    {"gradient_accumulation_steps": 8, "max_iters": 500},        # more would end there
     {"gradient_accumulation_steps": 8, "first_step": 5},         # a resumed run keeps its batch
 ])
 def test_runs_that_cannot_or_need_not_have_more_steps(settings, capsys):
