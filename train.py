@@ -20,7 +20,6 @@ tokens of the least and the most loaded expert, 1.00 is a fair share) · time le
 if __name__ == "__main__":
     import minillm.early_exit        # first: no traceback while the rest is imported
 import math
-import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -205,7 +204,6 @@ def make_step_model(model, device, compiled, parallel=None):
 def main():
     s = configure(Settings)
     rank, local_rank, world = rank_and_world()
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
     # ---- where to run
     check(s, world)

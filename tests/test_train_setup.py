@@ -1,0 +1,78 @@
+"""What train.py sets up before its first step, as the settings and the environment say."""
+import json
+import os
+
+import torch
+
+import train
+from minillm import checkpoint
+from support.training_runs import TINY, finish, make_data, newest
+
+SHORT = [*TINY, "--max_iters=2", "--eval_interval=0"]
+
+
+def test_a_process_takes_the_gpu_of_its_local_rank(data, tmp_path):
+    """Its number on its machine: rank 8 of two machines with eight GPUs takes the first one."""
+    def before():
+        def pick_device(name, local_rank, world):
+            print(f"GPU {local_rank} of {name}")
+            return torch.device("cpu")
+        train.pick_device = pick_device
+
+    output = finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before,
+                    env={"LOCAL_RANK": "3"})
+
+    assert "GPU 3 of cpu" in output
+
+
+def test_deterministic_is_what_torch_hears(data, tmp_path):
+    argv = [*SHORT, f"--data_dir={data}"]
+
+    def before():
+        inner = train.make_optimizer
+
+        def make(*args):
+            print(f"deterministic: {torch.are_deterministic_algorithms_enabled()}")
+            return inner(*args)
+        train.make_optimizer = make
+
+    for flags, heard in (([], False), (["--deterministic"], True)):
+        output = finish([*argv, *flags, f"--out_dir={tmp_path}/{heard}"], before=before)
+        assert f"deterministic: {heard}" in output
+
+
+def test_without_validation_no_validation_split_is_needed(tmp_path):
+    """What prepare_pretrain.py --val_fraction=0 leaves: too few tokens for a window."""
+    data = make_data(tmp_path / "data")
+    with open(os.path.join(data, "meta.json")) as file:
+        meta = json.load(file)
+    meta["splits"]["val"] = {"documents": 0, "tokens": 0, "bytes": 0}
+    with open(os.path.join(data, "meta.json"), "w") as file:
+        json.dump(meta, file)
+    os.truncate(os.path.join(data, "val.bin"), 0)
+
+    finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"])
+
+    assert newest(tmp_path / "out")["step"] == 2
+
+
+def test_embeddings_that_collapsed_are_drawn_anew_for_other_data(data, tmp_path):
+    """By the seed; the others stay."""
+    base, same = tmp_path / "base", slice(100, 200)
+    finish([*SHORT, f"--data_dir={data}", f"--out_dir={base}"])
+    path = checkpoint.step_path(base, 2)
+    state = checkpoint.load(path)
+    old = state["model"]["wte.weight"]
+    old[same] = old[same.start].clone()
+    checkpoint.save(path, state)
+
+    rows = []
+    for seed in (1, 2):
+        finish([*SHORT, "--learning_rate=0", "--min_lr=0", f"--seed={seed}", f"--init_from={base}",
+                f"--data_dir={data}", f"--out_dir={tmp_path}/{seed}"])
+        rows.append(newest(tmp_path / str(seed))["model"]["wte.weight"])
+
+    for new in rows:
+        changed = (new != old).any(1)
+        assert changed[same].all() and changed.sum() == 100
+    assert not torch.equal(*rows)
