@@ -203,3 +203,15 @@ def test_the_loss_scale_is_in_the_checkpoint(data, tmp_path):
     saved = newest(tmp_path / "out")["scaler"]
     assert saved["scale"] == 2.0**15 and saved["_growth_tracker"] == 5
     assert newest(tmp_path / "out")["bad_steps"] == [0, 1]
+
+
+@pytest.mark.parametrize("first, then", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_resumes_in_another_number_type(data, tmp_path, first, then):
+    """Only float16 has a loss scale to keep."""
+    argv = [*TINY, "--eval_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=2", f"--dtype={first}"])
+
+    finish([*argv, "--max_iters=4", f"--dtype={then}", "--init_from=resume"])
+
+    saved = newest(tmp_path / "out")
+    assert saved["step"] == 4 and ("scale" in saved["scaler"]) == (then == "float16")

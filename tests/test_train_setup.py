@@ -6,7 +6,8 @@ import torch
 
 import train
 from minillm import checkpoint
-from support.training_runs import TINY, finish, make_data, newest
+from model import GPT
+from support.training_runs import TINY, finish, make_data, newest, refused
 
 SHORT = [*TINY, "--max_iters=2", "--eval_interval=0"]
 
@@ -76,3 +77,33 @@ def test_embeddings_that_collapsed_are_drawn_anew_for_other_data(data, tmp_path)
         changed = (new != old).any(1)
         assert changed[same].all() and changed.sum() == 100
     assert not torch.equal(*rows)
+
+
+def test_the_fast_versions_are_chosen_for_what_will_be_compiled(data, tmp_path):
+    """Without a word they would not be, and training would be slower. Nothing is compiled here."""
+    def before():
+        def use_fast(model, compiled):
+            print(f"fast versions, compiled: {compiled}")
+            return model
+        GPT.use_fast = use_fast
+        train.compile_for_training = lambda model, device: model
+        inner = train.make_optimizer
+
+        def make(model, s, compile, shard):
+            print(f"optimizer, compiled: {compile}")
+            return inner(model, s, compile, shard)
+        train.make_optimizer = make
+
+    for flags, compiled in (([], False), (["--compile"], True)):
+        output = finish([*SHORT, *flags, f"--data_dir={data}", f"--out_dir={tmp_path}/{compiled}"],
+                        before=before)
+        assert f"fast versions, compiled: {compiled}\noptimizer, compiled: {compiled}\n" in output
+
+
+def test_8_bits_need_16_tokens_in_all_the_windows_of_a_product(data, tmp_path):
+    argv = [*SHORT, "--fp8", "--dtype=bfloat16", "--block_size=24", f"--data_dir={data}"]
+
+    finish([*argv, "--batch_size=2", f"--out_dir={tmp_path}/out"])
+
+    line = refused([*argv, "--batch_size=1", f"--out_dir={tmp_path}/other"])
+    assert "multiples of 16: batch_size * block_size is 24" in line
