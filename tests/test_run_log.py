@@ -1,4 +1,5 @@
-"""The log of a run: which expert it warns of and when, what its records say."""
+"""The log of a run: its speed and what is left, which expert it warns of, what its records say."""
+import io
 import json
 import math
 import time
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import train
-from minillm import run_folder
+from minillm import run_folder, run_log
 from minillm.run_log import RunLog
 from support.tiny_models import tiny_model
 from support.training_runs import TINY, finish
@@ -30,6 +31,114 @@ def log(tmp_path):
 def log_step(log, step, load):
     """A step in which both layers of the tiny model have this load."""
     log.step(step, 0.1, torch.tensor([1.0, 1.0, math.log(2), *load, *load]))
+
+
+class Timed:
+    """A log on a clock by which each step takes 2 s, and the lines that it prints."""
+
+    def __init__(self, monkeypatch, capsys, out_dir, resumed=None, world=1, **settings):
+        self.now, self.capsys = 0.0, capsys
+        monkeypatch.setattr(run_log.time, "perf_counter", lambda: self.now)
+        s = Settings(out_dir=str(out_dir), block_size=48, log_interval=10, **settings)
+        s.steps = 100
+        self.model = tiny_model()
+        self.log = RunLog(s, self.model, {"tokens_per_step": 480}, torch.device("cpu"), world,
+                          resumed, writes=True)
+
+    def lines(self, steps):
+        """What the log prints of these steps."""
+        for step in steps:
+            self.now += 2
+            self.log.step(step, 0.1, torch.tensor([1.0, 1.0]))
+        return self.capsys.readouterr().out.splitlines()
+
+
+def ends(lines):
+    """The last two parts of each line: the speed, and how long the rest will take."""
+    return [line.split(" · ")[-2:] for line in lines]
+
+
+@pytest.fixture
+def timed(monkeypatch, capsys, tmp_path):
+    return lambda **options: Timed(monkeypatch, capsys, tmp_path, **options)
+
+
+def test_speed_and_the_time_that_is_left(timed):
+    """240 tokens/s in every line, also in the first, and 2 s for each step that is to come."""
+    run = timed()
+
+    lines = run.lines(range(100))
+
+    assert [line.split(" · ")[0] for line in lines] == [
+        f"step {step:>6}/100" for step in (*range(0, 100, 10), 99)]
+    left = ["3:18", "2:58", "2:38", "2:18", "1:58", "1:38", "1:18", "0:58", "0:38", "0:18", "0:00"]
+    assert ends(lines) == [["240 tok/s", f"{time} left"] for time in left]
+    assert [record["tokens_per_s"] for record in records(run.log)] == [240] * 11
+
+
+def test_a_resumed_run_times_its_own_steps(timed):
+    run = timed(resumed={"step": 95})
+
+    assert ends(run.lines(range(95, 100))) == [["240 tok/s", "0:00 left"]]
+
+
+def test_a_first_step_that_was_compiled_is_not_timed(timed):
+    run = timed(compile=True)
+
+    first, second = run.lines(range(11))
+
+    assert "tok/s" not in first and "left" not in first
+    assert ends([second]) == [["240 tok/s", "2:58 left"]]
+    assert [record["tokens_per_s"] for record in records(run.log)] == [None, 240]
+
+
+def test_the_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch, timed):
+    monkeypatch.setattr(run_log, "peak_flops", lambda device: 1e9)
+    run = timed(world=4)
+
+    [line] = run.lines(range(1))
+
+    mfu = 240 * run.model.flops_per_token(48) / 4e9
+    assert records(run.log)[0]["mfu"] == pytest.approx(mfu)
+    assert f" · MFU {100 * mfu:.1f}% · " in line
+
+
+def test_the_progress_bar_begins_where_the_run_does(monkeypatch, timed):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    run = timed(resumed={"step": 95})
+
+    run.lines((95, 96))
+
+    assert (run.log.bar.n, run.log.bar.total) == (97, 100)
+    run.log.bar.close()
+
+
+@pytest.mark.parametrize("first, step, says", [
+    (None, 0, "stopped at step 0 after 7 s · nothing was written"),
+    (None, 40, "stopped at step 40 after 7 s · --init_from=resume continues it"),
+    (None, 100, "done at step 100 after 7 s"),
+    ({"step": 90, "seconds": 60.0, "tokens": 5}, 100, "done at step 100 after 67 s"),
+], ids=["at once", "on the way", "at the end", "after resuming"])
+def test_the_last_line_is_of_the_whole_run(monkeypatch, timed, capsys, first, step, says):
+    now = [1000.0]
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+    run = timed(resumed=first)
+    now[0] += 7
+
+    run.log.close(step)
+
+    parts = capsys.readouterr().out.strip().split(" · ")
+    assert " · ".join(part for part in parts if part != run.log.s.out_dir) == says
+    last = json.loads(run.log.metrics.unwritten.splitlines()[-1])
+    tokens = 5 + 10 * 480 if first else step * 480
+    assert last == {"step": step, "seconds": 67 if first else 7, "tokens": tokens,
+                    **run.log.parameters}
+
+
+def test_an_old_checkpoint_that_counts_no_tokens_has_trained_all_its_steps(timed):
+    assert timed(resumed={"step": 95}).log.state(97)["tokens"] == 97 * 480
 
 
 def test_an_expert_without_work_is_named_after_100_steps_in_a_row(log, capsys):
@@ -73,7 +182,7 @@ def test_what_evaluating_and_saving_take_does_not_count_as_training(data, tmp_pa
     assert len(speeds) == 8 and min(speeds) > 1e6
 
 
-def test_a_record_says_how_evenly_the_experts_work(log):
+def test_a_record_says_how_evenly_the_experts_work(log, capsys):
     log_step(log, 0, [0.5, 0.25, 0.125, 0.125])
 
     record, = records(log)
@@ -81,6 +190,7 @@ def test_a_record_says_how_evenly_the_experts_work(log):
     assert record["load_entropy"] == pytest.approx(1.75 / 2)
     assert record["load"] == [[0.5, 0.25, 0.125, 0.125]] * 2
     assert record["balance_loss"] == pytest.approx(math.log(2))
+    assert "load 0.50–2.00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss, norm", [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
