@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
+from minillm import exact_match, multiple_choice
 from minillm.exact_match import Question
 from minillm.multiple_choice import Question as ChoiceQuestion
 from support import processes
@@ -40,20 +41,70 @@ def test_the_table_of_experts_is_in_multiples_of_the_fair_share():
     assert {len(line) for line in (header, *rows)} == {len(header)}
 
 
+# ---- the program
+
+ARGV = ["--out_dir=out", "--device=cpu", "--dtype=float32"]
+QUESTIONS = ["--questions=chats.jsonl"]
+
+
 def test_json_is_one_line_and_nothing_else(project):
     """Also where questions were skipped, which is said otherwise."""
     with open(project / "chats.jsonl", "a") as file:
         file.write("no JSON\n")
-    argv = ["--out_dir=out", "--device=cpu", "--dtype=float32", "--questions=chats.jsonl"]
 
-    line = processes.run("eval", [*argv, "--json"], folder=project).out
-    text = processes.run("eval", argv, folder=project).out
+    line = processes.run("eval", [*ARGV, *QUESTIONS, "--json"], folder=project).out
+    text = processes.run("eval", [*ARGV, *QUESTIONS], folder=project).out
 
     results = json.loads(line)
     assert line.count("\n") == 1
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
     assert 0 < results["seconds"] < processes.LIMIT
     assert "skipped 1: malformed JSON (first: chats.jsonl:41)" in text and "{" not in text
+
+
+def test_results_that_could_not_be_written_are_printed(project):
+    def before():
+        evaluation.write_results = lambda s, results: "cannot write"
+    done = processes.run("eval", ARGV, folder=project, before=before)
+
+    assert done.status == 0 and done.err == "eval.py: cannot write\n"
+    assert json.loads(done.out.splitlines()[-1])["loss"] > 0
+
+
+@pytest.mark.parametrize("owner, name, kept", [
+    (exact_match, "answer_all", "loss"), (multiple_choice, "score", "exact_match")])
+def test_what_is_scored_stays_when_the_rest_is_interrupted(project, owner, name, kept):
+    def before():
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+        setattr(owner, name, interrupt)
+    argv = [*ARGV, *QUESTIONS, "--choices=demo"]
+
+    done = processes.run("eval", argv, folder=project, before=before)
+
+    assert done.status == 130
+    assert kept in json.loads((project / "out/eval.json").read_text())
+
+
+def test_each_part_is_scored_as_the_settings_say(project):
+    """Whatever --dtype says, questions are answered in float32."""
+    def before():
+        def answer_all(model, questions, *arguments):
+            print(model.wte.weight.dtype, *arguments)
+            return [""] * len(questions)
+
+        def score(model, questions, *arguments):
+            print(*arguments)
+            return SCORES, [0] * len(questions)
+        exact_match.answer_all, multiple_choice.score = answer_all, score
+    argv = [*ARGV, *QUESTIONS, "--choices=demo", "--dtype=bfloat16", "--batch_size=2",
+            "--eval_iters=1", "--max_new_tokens=5", "--answer_by=letters", "--template=plain"]
+
+    output = processes.finish("eval", argv, folder=project, before=before)
+
+    assert "pre, 128 tokens: " in output         # 2 windows of 64
+    assert "torch.float32 2 5\n" in output
+    assert "letters plain 2 cpu torch.bfloat16\n" in output
 
 
 # ---- questions

@@ -34,7 +34,7 @@ def log_step(log, step, load):
 
 
 class Timed:
-    """A log on a clock by which each step takes 2 s, and the lines that it prints."""
+    """A log of 100 steps of 480 tokens on a clock that stands still but for them."""
 
     def __init__(self, monkeypatch, capsys, out_dir, resumed=None, world=1, **settings):
         self.now, self.capsys = 0.0, capsys
@@ -45,10 +45,10 @@ class Timed:
         self.log = RunLog(s, self.model, {"tokens_per_step": 480}, torch.device("cpu"), world,
                           resumed, writes=True)
 
-    def lines(self, steps):
-        """What the log prints of these steps."""
+    def lines(self, steps, seconds=2):
+        """What the log prints of these steps, each of so many seconds."""
         for step in steps:
-            self.now += 2
+            self.now += seconds
             self.log.step(step, 0.1, torch.tensor([1.0, 1.0]))
         return self.capsys.readouterr().out.splitlines()
 
@@ -74,6 +74,13 @@ def test_speed_and_the_time_that_is_left(timed):
     left = ["3:18", "2:58", "2:38", "2:18", "1:58", "1:38", "1:18", "0:58", "0:38", "0:18", "0:00"]
     assert ends(lines) == [["240 tok/s", f"{time} left"] for time in left]
     assert [record["tokens_per_s"] for record in records(run.log)] == [240] * 11
+
+
+def test_the_speed_is_that_since_the_line_before(timed):
+    run = timed()
+    run.lines(range(41), seconds=8)
+
+    assert ends(run.lines(range(41, 60), seconds=1)) == [["480 tok/s", "0:49 left"]]
 
 
 def test_a_resumed_run_times_its_own_steps(timed):
@@ -135,6 +142,14 @@ def test_the_last_line_is_of_the_whole_run(monkeypatch, timed, capsys, first, st
     tokens = 5 + 10 * 480 if first else step * 480
     assert last == {"step": step, "seconds": 67 if first else 7, "tokens": tokens,
                     **run.log.parameters}
+
+
+def test_a_validation_is_after_the_steps_that_are_done(timed):
+    run = timed()
+
+    run.log.validation(7, 1.5)
+
+    assert records(run.log) == [{"step": 7, "val_loss": 1.5, "tokens": 7 * 480}]
 
 
 def test_an_old_checkpoint_that_counts_no_tokens_has_trained_all_its_steps(timed):
