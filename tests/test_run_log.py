@@ -3,6 +3,7 @@ import io
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,11 +215,37 @@ def test_a_step_that_is_not_finite_is_counted_and_shown(log, capsys, loss, norm)
 
     log.step(7, 0.1, torch.tensor([loss, norm, 0.0, *load]))
     log.step(8, 0.1, torch.tensor([1.0, 1.0, 0.0, *load]))
+    log.step(9, 0.1, torch.tensor([loss, norm, 0.0, *load]))
 
-    record, = records(log)                       # although log_interval is 1000
-    assert record["step"] == 7 and record["skipped"] == 1
-    assert (log.bad_in_a_row, log.bad_in_all) == (0, 1)
-    assert "not finite, update skipped (1 so far)" in capsys.readouterr().out
+    first, second = records(log)                 # although log_interval is 1000
+    assert (first["step"], first["skipped"]) == (7, 1)
+    assert (second["step"], second["skipped"]) == (9, 2)
+    assert (log.bad_in_a_row, log.bad_in_all) == (1, 2)
+    assert "not finite, update skipped (2 so far)" in capsys.readouterr().out
+    for key, value in (("loss", loss), ("grad_norm", norm)):     # JSON has no NaN
+        assert first[key] == (value if math.isfinite(value) else None)
+
+
+def test_the_first_record_says_how_large_the_model_is(log):
+    first = json.loads(log.metrics.unwritten)
+
+    total, active = tiny_model(n_expert=4).n_params()
+    assert active < total
+    assert first == {"step": 0, "parameters": total, "active_parameters": active}
+
+
+def test_trackers_get_the_numbers_of_a_record(log):
+    """Not its lists, nor what is unknown."""
+    got = []
+    log.trackers = [SimpleNamespace(log=lambda values, step: got.append((step, values)))]
+
+    log_step(log, 0, [0.25] * 4)
+
+    [(step, values)] = got
+    [record] = records(log)
+    assert step == record["step"] == 0
+    assert record.keys() - values.keys() == {"step", "load", "mfu"}
+    assert values == {key: record[key] for key in values}
 
 
 def test_the_last_step_is_logged_with_all_tokens_trained(log, capsys):
