@@ -1,4 +1,4 @@
-"""What a run says before its first step: where the data make few steps, how to get more of them."""
+"""What a run says before its first step: its size and length, and what was perhaps not meant."""
 import re
 from types import SimpleNamespace
 
@@ -12,12 +12,12 @@ from train import Settings, count_steps
 DATA = SimpleNamespace(tokens=range(14_240_702), n_windows=27_813)       # 14M tokens in windows of 512
 
 
-def said(capsys, world=1, first_step=0, **settings):
+def said(capsys, world=1, first_step=0, n_expert=0, **settings):
     """(what is printed, the number of steps) for these settings and DATA."""
     s = Settings(**{"batch_size": 64, "max_iters": 0, "epochs": 2} | settings)
     s.steps = count_steps(s, DATA)
     device = torch.device("cpu")
-    describe_run(s, tiny_model(), DATA, device, torch.float32, world, first_step)
+    describe_run(s, tiny_model(n_expert), DATA, device, torch.float32, world, first_step)
     return capsys.readouterr().out, s.steps
 
 
@@ -46,3 +46,39 @@ def test_few_steps_are_told_which_settings_make_more(epochs, world, capsys):
 ])
 def test_runs_that_cannot_or_need_not_have_more_steps(settings, capsys):
     assert "few steps" not in said(capsys, **settings)[0]
+
+
+def test_size_and_length_of_the_run(capsys):
+    settings = {"gradient_accumulation_steps": 4, "max_iters": 100, "epochs": 0}
+    total, active = tiny_model(n_expert=4).n_params()
+
+    dense, _ = said(capsys, **settings)
+    moe, _ = said(capsys, world=2, first_step=7, n_expert=4, **settings)
+
+    assert f"float32, 1 process · {tiny_model().n_params()[0]:,} parameters\n" in dense
+    length = "14,240,702 tokens, 27,813 windows · 100 steps of 256 windows, 0.92 epochs"
+    assert dense.endswith(length + "\n")
+    assert f"2 processes · {total:,} parameters, {active:,} active per token\n" in moe
+    assert moe.endswith(length + " · resuming at step 7\n")
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"warmup_iters": 101}, "warmup_iters=101 is more than these steps"),
+    ({"warmup_iters": 100}, None),
+    ({"first_step": 101}, "beyond them: nothing is left to train"),
+    ({"first_step": 100}, None),
+    ({"min_lr": 0.04}, "min_lr=0.04 is above learning_rate=0.03"),
+    ({"min_lr": 0.03}, None),
+    ({"shard": True}, "shard=True changes nothing with one process"),
+    ({"shard": True, "world": 2}, None),
+])
+def test_what_was_perhaps_not_meant(settings, says, capsys):
+    usual, _ = said(capsys, max_iters=100)
+
+    output, _ = said(capsys, max_iters=100, **settings)
+
+    if says:
+        assert says in output
+    else:
+        assert output.count("\n") == usual.count("\n")
+        assert "beyond" not in output

@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 
 import train
 from minillm import run_folder, run_log
-from minillm.run_log import RunLog
+from minillm.run_log import RunLog, bad_steps_message
 from support.tiny_models import tiny_model
 from support.training_runs import TINY, finish
 from train import Settings
@@ -255,3 +256,13 @@ def test_the_last_step_is_logged_with_all_tokens_trained(log, capsys):
     record, = records(log)
     assert record["step"] == 999 and record["tokens"] == 1000 * 48
     assert "step    999/1000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size, dots", [(8, False), (9, True)])
+def test_of_many_windows_the_first_eight_are_named(log, batch_size, dots):
+    s = Settings(batch_size=batch_size)
+
+    message = bad_steps_message(s, log, SimpleNamespace(n_windows=1000))
+
+    windows, then = re.search(r"its windows: \[(.*?)\](.*?);", message).groups()
+    assert len(windows.split(",")) == 8 and then == ("..." if dots else "")

@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from errno import EADDRINUSE
+from errno import EACCES, EADDRINUSE
 
 import pytest
 
@@ -20,6 +20,7 @@ from minillm.errors import UserError
 from minillm.http_app import Limits, check_caller
 from minillm.generation import decode_one_token
 from minillm.request_fields import ApiError
+from minillm.sampling_params import SamplingParams
 from model import GPT, fast_versions
 from support import processes
 from support.processes import LIMIT, Fork
@@ -52,6 +53,12 @@ def test_a_port_that_is_taken():
                                 "--port=0 takes any free port")
 
 
+def test_a_port_that_only_root_may_take():
+    error = serve.cannot_listen("127.0.0.1", 80, PermissionError(EACCES, os.strerror(EACCES)))
+
+    assert str(error).endswith(f"{os.strerror(EACCES)}; --port=0 takes any free port")
+
+
 @pytest.mark.parametrize("flag, environment, key", [
     ("secret", "", "secret"), ("", "secret", "secret"), ("flag", "environment", "flag"),
     ("", "", ""), ("  secret\n", "", "secret"), ("", "secret\r\n", "secret"),
@@ -78,6 +85,13 @@ def test_a_key_that_nobody_can_send(monkeypatch, flag, environment, says):
     ([], 256), (["--max_tokens=2"], 2), (["--max_new_tokens=2", "--max_tokens=2"], 2)])
 def test_a_request_without_a_length_may_have_the_default(argv, length):
     assert configure(serve.Settings, argv).defaults().max_new_tokens == length
+
+
+def test_a_request_that_says_nothing_gets_what_the_flags_say():
+    argv = ["--max_new_tokens=9", "--temperature=0.5", "--top_k=3", "--top_p=0.4",
+            "--repetition_penalty=1.5"]
+
+    assert configure(serve.Settings, argv).defaults() == SamplingParams(9, 0.5, 3, 0.4, 1.5)
 
 
 def test_a_default_length_that_no_request_may_have_is_refused():
