@@ -252,6 +252,12 @@ def test_a_body_that_is_too_large_is_refused(server, size):
     assert response.json()["error"]["code"] == "request_too_large"
 
 
+def test_a_body_may_have_all_the_bytes_that_are_allowed(server):
+    body = json.dumps({"messages": HELLO, "max_tokens": 1}).encode()
+
+    assert server.ask(CHAT, body.ljust(1_000_000)).status_code == 200
+
+
 def test_a_megabyte_of_text_is_too_long_for_the_context(server):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, [{"role": "user", "content": "你" * 330_000}])

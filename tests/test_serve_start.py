@@ -135,17 +135,73 @@ def with_decode(decode):
     return before
 
 
+def seen(argv, look, **options):
+    """What `look` says of uvicorn's server when serve.py would begin to serve."""
+    def before():
+        uvicorn.Server.run = lambda self, sockets: print(look(self))
+    return processes.run("serve", argv, before=before, **options)
+
+
 @pytest.mark.parametrize("host, checked", [
     ("localhost", True), ("127.0.0.1", True), ("127.0.0.2", True), ("0.0.0.0", False)])
 def test_names_are_checked_where_this_machine_alone_can_ask(folder, host, checked):
     if host == "127.0.0.2" and sys.platform != "linux":
         pytest.skip("only Linux has more than one local address from the start")
 
-    def before():
-        uvicorn.Server.run = lambda self, sockets: print(self.config.app.state.limits.loopback_only)
-    done = processes.run("serve", flags(folder, f"--host={host}"), before=before)
+    server = seen(flags(folder, f"--host={host}"),
+                  lambda server: server.config.app.state.limits.loopback_only)
 
-    assert done.out.splitlines()[-1] == str(checked)
+    assert server.out.splitlines()[-1] == str(checked)
+
+
+def limits_of(server):
+    """Of who may ask, and how much at once."""
+    state = server.config.app.state
+    decoder, service = state.decoder, state.service
+    return (state.limits.api_key, state.limits.max_body, len(decoder.rows), decoder.max_waiting,
+            service.most_tokens, server.config.timeout_graceful_shutdown)
+
+
+def test_every_limit_is_that_of_its_flag(folder):
+    argv = flags(folder, "--api_key=key", "--max_body=2", "--rows=3", "--max_waiting=4",
+                 "--max_tokens=5", "--drain_seconds=6")
+
+    assert seen(argv, limits_of).out.endswith("\n('key', 2, 3, 4, 5, 6)\n")
+    assert seen(flags(folder), limits_of).out.endswith("\n('', 1000000, 8, 64, 4096, 30)\n")
+
+
+@pytest.mark.parametrize("end, argv, name", [
+    ("", [], "model"), ("/", [], "model"), ("", ["--model_name=mine"], "mine")])
+def test_the_name_for_clients(folder, end, argv, name):
+    argv = flags(f"{folder}{end}", *argv)
+
+    server = seen(argv, lambda server: server.config.app.state.service.name)
+
+    first, last = server.out.splitlines()
+    assert first.startswith(f"{name} · 8 answers at a time · http://127.0.0.1:") and last == name
+
+
+def test_the_checkpoint_that_is_asked_for_is_served(folder):
+    line = processes.refused("serve", flags(folder, "--checkpoint=best"))
+
+    assert "no best checkpoint" in line
+
+
+def test_a_model_that_has_had_no_sft_is_named(project):
+    done = seen(["--out_dir=out", "--port=0", "--device=cpu"], lambda server: "", folder=project)
+
+    assert done.err.startswith("out was trained on text, not on chats")
+
+
+def test_an_address_of_ipv6_stands_in_brackets(folder):
+    try:
+        serve.bind("::1", 0).close()
+    except UserError:
+        pytest.skip("this machine has no IPv6")
+
+    server = seen(flags(folder, "--host=::1"), lambda server: "")
+
+    assert re.search(r"http://\[::1\]:\d+\n", server.out)
 
 
 def test_what_compiles_does_so_before_the_address_is_printed(folder):
