@@ -33,9 +33,10 @@ class ValidationSplit:
         self._below = Counter()                  # bytes of those documents, by size.bit_length()
         self._lowest = {}                        # the lowest numbers -> bytes
         self._giant = (0, None)                  # bytes and number of the largest document
+        self._giant_total = 0                    # bytes of all its copies
         self._largest = None                     # bit length from which on sizes are for training
         self._whole = set()                      # numbers of further documents for validation
-        self._cut = {}                           # number -> bytes from its end for validation
+        self._cut = {}                           # number -> share, at its end, for validation
 
     def count(self, documents):
         """Count some Documents; all calls come before decide()."""
@@ -49,6 +50,8 @@ class ValidationSplit:
         largest = int(sizes.argmax())
         if sizes[largest] > self._giant[0]:
             self._giant = (int(sizes[largest]), int(numbers[largest]))
+            self._giant_total = 0
+        self._giant_total += int(sizes[numbers == self._giant[1]].sum())
         for index in np.flatnonzero(numbers <= np.uint64(bound)).tolist():
             self._count_low(int(numbers[index]), int(sizes[index]))
 
@@ -76,10 +79,10 @@ class ValidationSplit:
                 self._whole.add(number)
                 chosen += size
             elif self.may_cut:
-                self._cut[number] = wanted - chosen
+                self._cut[number] = (wanted - chosen) / size     # of each copy
                 return
         if self.may_cut and chosen < wanted / 2:
-            self._cut[self._giant[1]] = wanted - chosen
+            self._cut[self._giant[1]] = (wanted - chosen) / self._giant_total
         elif not chosen and self._lowest:
             self._whole.add(min(self._lowest))   # of a few conversations, one
 
@@ -101,5 +104,6 @@ class ValidationSplit:
         """{index of a document: how many bytes from its end are for validation}"""
         if not self._cut:
             return {}
-        numbers = documents.digests[:, 0].tolist()
-        return {i: self._cut[number] for i, number in enumerate(numbers) if number in self._cut}
+        numbers, sizes = documents.digests[:, 0].tolist(), documents.sizes.tolist()
+        return {i: self._cut[number] * sizes[i]
+                for i, number in enumerate(numbers) if number in self._cut}

@@ -119,6 +119,15 @@ def test_copies_of_a_document_count_with_it():
     assert 0.005 <= share_for_validation(documents) <= 0.02
 
 
+@pytest.mark.parametrize("sizes", [[100], [1_000_000, *[1] * 200]], ids=["alone", "the largest"])
+def test_each_copy_of_a_document_that_is_cut_gives_the_same_share(sizes):
+    documents = documents_of(sizes)
+    documents = [documents[0]] * 40 + documents[1:]
+
+    assert set(decided(documents).to_cut(columns(documents))) == set(range(40))
+    assert share_for_validation(documents) == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_documents_of_very_different_sizes_give_about_the_share(seed):
     draw = random.Random(seed)
