@@ -118,11 +118,11 @@ class Transcoded(io.RawIOBase):
 
 
 def guess_encoding(sample):
-    """The encoding that fits some bytes best, or None where none does."""
+    """The encoding that fits some bytes best, or None where none does. Some may be damaged."""
     if is_utf8(sample):
         return "utf-8"
     best, best_score = None, 0.6
-    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
+    for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be",
                      "gb18030", "big5", "shift_jis", "euc_kr", "cp1252"):
         if is_wide(encoding) and b"\0" not in sample:
             continue
@@ -144,6 +144,8 @@ def _plausible(text, encoding):
 def _usual(char, encoding):
     if char in "，。、；：？！“”‘’（）《》「」『』…—·　":
         return True
+    if encoding == "utf-8":
+        return char not in "\0\ufffd"            # in another encoding nearly all is U+FFFD
     if encoding == "cp1252":
         return char in "‘’“”–—…€£°§©®«»·" or "LATIN" in unicodedata.name(char, "")
     if encoding == "shift_jis" and "\u3040" <= char <= "\u30ff":

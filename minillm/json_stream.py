@@ -154,7 +154,9 @@ class _Buffer:
         except UnicodeDecodeError:
             fits = guess_encoding(data[: 1 << 14])
             hint = ""
-            if fits and fits != self._encoding:
+            if fits == self._encoding:
+                hint = f" throughout: `iconv -c -f {fits} -t utf-8 OLD > NEW` drops what is damaged"
+            elif fits:
                 hint = f": it looks like {fits}, so try --encoding={fits}"
             raise UserError(f"{self._name} is not {self._encoding}{hint}") from None
         return bool(data)

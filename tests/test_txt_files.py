@@ -77,6 +77,16 @@ def test_the_encoding_that_fits_is_proposed(small_corpus, tmp_path, encoding, te
     assert f"skipped {wrong}: not utf-8" in output and f"try --encoding={encoding}" in output
 
 
+def test_damaged_utf_8_is_not_said_to_look_like_another_encoding(small_corpus, tmp_path):
+    """Byte by byte, Chinese in UTF-8 has many letters of cp1252."""
+    line = "今天天气很好，我们去公园散步。\n".encode()
+    (tmp_path / "c.txt").write_bytes(line[:30] + line[31:] + line)
+
+    output = finish("prepare_pretrain", *small_corpus.argv(tmp_path / "o", [tmp_path / "c.txt"]))
+
+    assert "skipped 1: not utf-8" in output and "looks like" not in output
+
+
 CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\n"
 FRENCH = "Où l’été s’achève, là-bas, Noël paraît déjà à l’hôtel : ça brûle, œuvre naïve.\n"
 
