@@ -10,6 +10,8 @@ file to the files: reading, parsing, hashing, shuffling, packing, writing, synci
 same texts with the same threads, take turns, and each has a process of its own. Times are medians,
 without interpreter start-up.
 """
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import importlib
 import json
 import os

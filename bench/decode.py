@@ -10,6 +10,8 @@ the speed of a large copy. On a CPU it is a bare loop of matrix-vector products 
 weights; loop and answers take turns, so that whatever else the machine does slows both. Figures are
 medians.
 """
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import statistics
 import time
 from dataclasses import dataclass

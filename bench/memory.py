@@ -9,6 +9,8 @@ sizes; then what the line says of a card is tried in a process that may not take
 has, less 1 GiB for the driver. With --world=8 the process computes as rank 0 of eight and its
 messages go nowhere, so the memory is right and the numbers are not.
 """
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import subprocess
 import sys
 import time

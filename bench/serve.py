@@ -10,6 +10,8 @@ process apart from the server. tokens/s counts all tokens made from the first re
 answer's end, so it holds the prompts' reading and the ramp at both ends; the times to the first
 token are the median and the longest.
 """
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import asyncio
 import json
 import os

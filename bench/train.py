@@ -9,6 +9,8 @@ A step is forward, backward, clipping and the optimizer, on random tokens. Times
 warm-up. FLOPs per token: 6 × active matmul parameters (the tied head once), and attention's
 6 · n_layer · T · n_embd.
 """
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 import itertools
 import statistics
 from dataclasses import dataclass
@@ -133,11 +135,15 @@ def main():
     if s.fp8:
         use_float8(model, device, dtype, s.batch_size * s.block_size)
     step = training_step(s, model, device, dtype)
+    print_headline(model, device, f"{s.batch_size} × {s.block_size}", str(dtype),
+                   f"compile={s.compile}", f"doc_mask={s.doc_mask}", f"fp8={s.fp8}")
+    print(f"ceiling       {matmul / 1e12:8.1f} TFLOP/s matmul   {copy / 1e12:6.2f} TB/s copy")
 
     # 2) the first step, then the others
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     first = seconds_of(lambda: step(next(files or random)), device)
+    print(f"first step    {first:8.1f} s")
     if on_gpu:
         peak_of_first = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -146,10 +152,6 @@ def main():
     # 3) the figures
     tokens = s.batch_size * s.block_size
     flops = model.flops_per_token(s.block_size) * tokens / seconds
-    print_headline(model, device, f"{s.batch_size} × {s.block_size}", str(dtype),
-                   f"compile={s.compile}", f"doc_mask={s.doc_mask}", f"fp8={s.fp8}")
-    print(f"ceiling       {matmul / 1e12:8.1f} TFLOP/s matmul   {copy / 1e12:6.2f} TB/s copy")
-    print(f"first step    {first:8.1f} s")
     print(f"step          {seconds * 1e3:8.2f} ms")
     print(f"tokens/s      {tokens / seconds:8,.0f}")
     peak = peak_flops(device)

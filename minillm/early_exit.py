@@ -1,24 +1,27 @@
 """Imported first by a program: how it ends while it imports the rest, without a traceback.
 
 Ctrl-C: at once, exit status 130. KeyboardInterrupt would be printed, or be lost in a library;
-errors.run() brings it back for main(), which may have to tidy up. A package of requirements.txt
-that is not there: one line, exit status 2.
+errors.run() brings it back for main(), which may have to tidy up. A package of these lists that is
+not there: one line, exit status 2.
 """
 import os
 import signal
 import sys
 
-PACKAGES = ("torch", "numpy", "tokenizers", "tqdm", "filelock")
+PACKAGES = {
+    "requirements.txt": ("torch", "numpy", "tokenizers", "tqdm", "filelock"),
+    "requirements-serve.txt": ("starlette", "uvicorn"),
+}
 
 
 def _name_missing_package(kind, error, trace):
-    if kind is not ModuleNotFoundError or error.name not in PACKAGES:
-        sys.__excepthook__(kind, error, trace)
-        return
-    print(f"{os.path.basename(sys.argv[0])}: this Python has no {error.name}: activate the "
-          "environment (`. .venv/bin/activate`), or `pip install -r requirements.txt`",
-          file=sys.stderr)
-    sys.exit(2)
+    from minillm.errors import program_name      # late: only the handler below must come first
+    for listed_in, names in PACKAGES.items():
+        if kind is ModuleNotFoundError and error.name in names:
+            print(f"{program_name()}: this Python has no {error.name}: activate the environment "
+                  f"(`. .venv/bin/activate`), or `pip install -r {listed_in}`", file=sys.stderr)
+            sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = _name_missing_package

@@ -164,13 +164,13 @@ def _compiler_reason(text):
 def _report(error):
     line = " ".join(str(error).split("\n")).strip()
     try:
-        print(f"{_program()}: {line}", file=sys.stderr, flush=True)
+        print(f"{program_name()}: {line}", file=sys.stderr, flush=True)
     except OSError:                              # a full disk, or nobody reads it
         write_nowhere(2)
     return 2
 
 
-def _program():
+def program_name():
     """What the user started: "train.py", or "bench.train" of `python -m bench.train`."""
     folder, name = os.path.split(sys.argv[0])
     if os.path.exists(os.path.join(folder, "__init__.py")):

@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from minillm.configurator import configure, positional
-from minillm.errors import UserError, run
+from minillm.errors import UserError, reason, run
 
 BLOCK = re.compile(
     r"<!-- (?P<kind>code|run) (?P<what>(?:(?!-->).)+?)\s-->\n(?P<label>(?!```)[^\n]*\n)?"
@@ -37,6 +37,15 @@ class Settings:
     files: list[str] = positional()   # documents
     write: bool = False               # refresh what is stale
     run: bool = True                  # repeat the commands
+
+
+def read(path):
+    """The text of a file. UserError if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def definition(tree, name):
@@ -53,8 +62,7 @@ def definition(tree, name):
 def excerpt(what):
     """(label, text) of "FILE DEFINITION", or of "FILE DEFINITION 'TEXT' LINES"."""
     path, name, *place = shlex.split(what)
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        source = file.read()
+    source = read(os.path.join(ROOT, path))
     lines = source.splitlines()
     node = definition(ast.parse(source), name)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -103,8 +111,7 @@ def main():
         raise UserError("name the documents to check, for instance docs/TOUR.md")
     stale = []
     for path in s.files:
-        with open(path, encoding="utf-8") as file:
-            old = file.read()
+        old = read(path)
         new = refreshed(old, s.run)
         if new != old and s.write:
             with open(path, "w", encoding="utf-8") as file:

@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 
 import torch
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == "__main__":
+    import minillm.early_exit        # first: no traceback while the rest is imported
 
 from minillm.atomic_folder import replaced_file
 from minillm.configurator import NonNegativeFloat, configure, positional

@@ -16,6 +16,7 @@ import urllib.request
 import pytest
 import torch
 
+from minillm.errors import UserError
 from model import GPT, GPTConfig
 from scripts import excerpts, pictures
 from support import ROOT
@@ -100,6 +101,11 @@ def test_a_stale_excerpt_is_seen():
     text = read("docs/TOUR.md").replace("epoch = position // n_windows", "epoch = 0")
 
     assert excerpts.refreshed(text, repeat=False) != text
+
+
+def test_a_quoted_file_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="cannot read .*nosuch.py: No such file"):
+        excerpts.excerpt("nosuch.py main")
 
 
 def test_printed_outputs_and_pictures_are_true_on_a_fresh_copy(tmp_path):

@@ -54,17 +54,38 @@ def test_ctrl_c_in_an_import_ends_the_program_quietly(model_folder, program, mod
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("program", [name for name in IMPORTS if name != "serve"])
-def test_a_python_without_the_packages_is_named_in_one_line(program, model_folder):
-    """As in a new terminal, where the environment is not active. -S: no site-packages."""
-    argv = [sys.executable, "-S", os.path.join(ROOT, program + ".py")]
+# those that import a package before main(), as they are started and as they name themselves
+STARTED = {f"{name}.py": f"{name}.py" for name in IMPORTS if name != "serve"}
+STARTED |= {f"scripts/{name}.py": f"{name}.py" for name in ("plot", "pictures")}
+STARTED |= {f"-mbench.{name}": f"bench.{name}"
+            for name in ("train", "decode", "memory", "data", "serve")}
 
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT,
-                          env={"PATH": os.environ["PATH"]}, cwd=model_folder)
+
+def without_packages(argument, *flags):
+    argv = [sys.executable, *flags, argument]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT,
+                          env={"PATH": os.environ["PATH"]}, cwd=ROOT)
+
+
+@pytest.mark.parametrize("argument", STARTED)
+def test_a_python_without_the_packages_is_named_in_one_line(argument):
+    """As in a new terminal, where the environment is not active. -S: no site-packages."""
+    done = without_packages(argument, "-S")
 
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"{program}.py: this Python has no ") and ".venv/bin/activate" in line
+    assert line.startswith(f"{STARTED[argument]}: this Python has no ")
+    assert ".venv/bin/activate" in line and line.endswith("`pip install -r requirements.txt`")
+
+
+def test_of_a_package_for_serving_the_other_list_is_named(tmp_path):
+    (tmp_path / "program.py").write_text("import minillm.early_exit, uvicorn")
+    os.symlink(os.path.join(ROOT, "minillm"), tmp_path / "minillm")
+
+    done = without_packages(str(tmp_path / "program.py"), "-S")
+
+    assert done.returncode == 2
+    assert done.stderr.endswith("`pip install -r requirements-serve.txt`\n")
 
 
 def test_who_imports_a_program_keeps_ctrl_c():
