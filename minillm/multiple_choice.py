@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.device import autocast
+from minillm.encodings import guess_encoding
 from minillm.errors import UserError
 from minillm.tokenizer import END_OF_TEXT
 
@@ -47,8 +48,11 @@ def read_questions(path):
                            for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        fits, hint = guess_encoding(error.object), ""
+        if fits and fits != "utf-8":
+            hint = f": it looks like {fits}, which `iconv -f {fits} -t utf-8 OLD > NEW` converts"
+        raise UserError(f"{path} is not UTF-8 text{hint}") from None
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     if not records:
@@ -76,13 +80,16 @@ def parse_record(location, record):
         columns = [fields.get(letter.lower()) for letter in LETTERS]
         choices = columns[: columns.index(None)] if None in columns else columns
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{location}: no question")
+        found = ", ".join(fields)[:200]
+        raise UserError(f"{location}: no question under `question` (it has {found})")
     if not isinstance(choices, list) or len(choices) < 2:
         raise UserError(f"{location}: fewer than two choices (a list `choices`, or A, B, C ...)")
     if len(choices) > len(LETTERS):
         raise UserError(f"{location}: more than {len(LETTERS)} choices")
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{location}: a choice that is not text, or empty")
+    if fields.get("answer") in (None, ""):
+        raise UserError(f"{location}: no answer under `answer`; a test split has none: take val")
     answer = find_answer(fields.get("answer"), choices, named)
     if answer is None:
         raise UserError(f"{location}: answer {fields.get('answer')!r} is none of its choices")

@@ -59,7 +59,8 @@ fetch() {
     if command -v flock >/dev/null && ! flock -n 9; then die "another download of $file is under way"; fi
     while size=$(remote_size "$url"); [ -z "$size" ]; do
         idle=$((idle + 1))
-        [ "$idle" -lt "$retries" ] || die "no answer with a size from $url"
+        [ "$idle" -lt "$retries" ] || die "no answer with a size from $url: check the network; --help says how to name another server"
+        echo "  no answer, trying again ($idle of $retries)"
         sleep "$delay"
     done
     if [ -n "$most" ] && [ "$most" -lt "$size" ]; then size=$most; fi

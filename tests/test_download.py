@@ -56,6 +56,14 @@ def fetched(tmp_path):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_server_that_does_not_answer(server, tmp_path):
+    """Each try is a line: without, a quarter of an hour would pass in silence."""
+    status, out, err = download(server, tmp_path, "belle", HF_ENDPOINT="http://127.0.0.1:9")
+
+    assert status == 2 and "no answer, trying again (2 of 3)" in out and "(3 of 3)" not in out
+    assert "check the network" in err
+
+
 # ---- transfers that break
 
 @pytest.mark.parametrize("redirect", [False, True])
