@@ -132,7 +132,8 @@ def _check_identity(s, data, resumed):
         if key == "data":
             raise UserError(_other_data(s, resumed["settings"].get("data_dir")))
         raise UserError(f"the checkpoint in {s.out_dir} was trained with {key} {old}, "
-                        f"now it is {value}; --allow_other_data=True resumes anyway")
+                        f"now it is {value}: put {s.out_dir}/config.py before your flags, or add "
+                        "--allow_other_data=True")
     old, now = KEPT | resumed["settings"] | resumed["identity"], asdict(s) | data_identity(s, data)
     if any(old.get(key) != now[key] for key in DECIDES_VALIDATION):
         resumed["best_val_loss"] = math.inf      # of other windows or masks: not comparable

@@ -245,7 +245,7 @@ DIFFERS = [
     Differs(["--seed=7"], "seed 1337, now it is 7"),
     Differs(["--optimizer=muon"], "--optimizer=adamw resumes"),
     Differs(["--overwrite=True"], "--overwrite=True starts over: leave one of them out"),
-    Differs(["--batch_size=4"], "windows in a step 4, now it is 8"),
+    Differs(["--batch_size=4"], "windows in a step 4, now it is 8: put "),
 ]
 
 
