@@ -24,7 +24,8 @@ def run(main):
     """Call `main()`; for what the user can correct, print one line and exit with status 2."""
     _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a file's name need not be UTF-8
+        # a file's name need not be UTF-8; whoever follows a log reads each line at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # before this: early_exit.py
             signal.signal(signal.SIGINT, _on_ctrl_c)

@@ -4,12 +4,16 @@ A full stdout, stderr or stdin is as likely as a full disk: they are files.
 """
 import os
 import pty
+import select
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from support import processes
+from support import ROOT, processes
+from support.processes import LIMIT
 from support.small_project import PRETRAIN
 from support.training_runs import TINY, finish, newest, numbers, on_step
 
@@ -54,6 +58,18 @@ def test_training_goes_on_where_nobody_reads(data, tmp_path):
     finish([*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
 
     assert newest(tmp_path / "out")["step"] == 6
+
+
+def test_a_pipe_gets_each_line_at_once():
+    """Also `train.py > log`, followed with `tail -f`. The program ends when it may read."""
+    code = "import sys; from minillm.errors import run; run(lambda: (print(1), sys.stdin.read()))"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with program:
+        assert select.select([program.stdout], [], [], LIMIT)[0]
+        assert program.stdout.readline() == b"1\n"
+        program.stdin.close()
 
 
 # ---- stdin
