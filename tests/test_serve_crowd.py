@@ -269,17 +269,18 @@ def wait_until_it_stops(url):
 
 
 def test_answers_cut_off_by_the_end_say_so(tmp_path):
-    """A stream, an answer in one piece, and a request of which half has arrived."""
+    """A stream, an answer in one piece that waits for its row, and half a request."""
     model = talkative(tiny_model(block_size=2**15))
-    program = start(write_folder(tmp_path / "model", model), "--rows=2", f"--max_tokens={2**15}",
+    program = start(write_folder(tmp_path / "model", model), "--rows=1", f"--max_tokens={2**15}",
                     "--drain_seconds=0")
     try:
         url = program.stdout.readline().split()[-1]
         body = {"messages": HELLO, "max_tokens": 2**15}
         stream = begin_request(url, json.dumps(body | {"stream": True}).encode())
+        wait_until(lambda: httpx.get(url + "/healthz", timeout=PATIENCE).json()["active"] == 1)
         whole = begin_request(url, json.dumps(body).encode())
         half = begin_request(url, b"{", length=100)
-        wait_until(lambda: httpx.get(url + "/healthz", timeout=PATIENCE).json()["active"] == 2)
+        wait_until(lambda: httpx.get(url + "/healthz", timeout=PATIENCE).json()["waiting"] == 1)
 
         program.send_signal(signal.SIGTERM)
         answers = [read_all(stream), read_all(whole), read_all(half)]

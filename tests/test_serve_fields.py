@@ -123,6 +123,47 @@ def test_each_path_has_its_own_input(service):
     assert refused(complete, service, messages=HELLO)[0] == "messages"
 
 
+def test_sixteen_answers_to_a_request_at_most(service):
+    """Of all its prompts together."""
+    assert len(complete(service, prompt=["a"] * 16).answers) == 16
+    assert len(complete(service, prompt=["a"] * 5, n=3).answers) == 15
+    assert refused(complete, service, prompt=["a"] * 5, n=4)[0] == "n"
+    assert refused(complete, service, prompt=["a"] * 17)[0] == "prompt"
+
+
+def test_a_prompt_leaves_room_for_one_token(service):
+    """It begins with the token that begins a document."""
+    text = "a"
+    while len(service.model.tokenizer.encode(text)) < service.cache.size - 2:
+        text += "a"
+
+    [answer] = complete(service, prompt=text).answers
+    _, message = refused(complete, service, prompt=text + "a")
+
+    assert len(answer.prompt) == service.cache.size - 1
+    assert message.startswith(f"the prompt is {service.cache.size} tokens long")
+
+
+def test_a_developer_is_the_system(service):
+    prompts = [chat(service, messages=[{"role": role, "content": "诗"}, *HELLO]).answers[0].prompt
+               for role in ("developer", "system", "user")]
+
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_tokens_of_a_prompt_count_once_however_many_answers_it_gets(service):
+    job = complete(service, prompt=["从前", "山"], n=2)
+    for number, answer in enumerate(job.answers):
+        answer.cached_tokens, answer.tokens = number, 10
+
+    usage = job.usage()
+
+    lengths = [len(answer.prompt) for answer in job.answers]
+    assert usage["prompt_tokens"] == lengths[0] + lengths[2]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0 + 2
+    assert usage["completion_tokens"] == 40
+
+
 @pytest.mark.parametrize("key, value", [
     ("tool_calls", [{"id": "1"}]), ("function_call", {"name": "f"}), ("images", ["data:"]),
     ("audio", {"id": "1"})])
