@@ -106,4 +106,4 @@ class MoE(nn.Module):
         y_ND = self.experts(x_ND, gate_NK, expert_NK, self.w1_EDF, self.w2_EFD)
         load_E = F.one_hot(expert_NK, self.n_expert).sum((0, 1)) / expert_NK.numel()
         loss = balance_loss(gate_NK, expert_NK, self.n_expert)
-        return self.dropout(y_ND).view_as(x), (loss, load_E.detach())
+        return self.dropout(y_ND).view_as(x), (loss, load_E)

@@ -176,6 +176,21 @@ def test_who_is_refused_hears_when_to_come_back(seconds, after):
     assert refused.value.retry_after == after
 
 
+def test_a_longer_queue_is_a_longer_wait():
+    """Each row does its share of those who wait."""
+    decoder = BatchDecoder(tiny_model(), tiny_model().new_cache(2), max_waiting=4)
+    decoder.mean_seconds = 8
+    answers = answers_of(decoder.model, count=7)
+    decoder.submit(answers[:2])
+    decoder._take_work()
+    decoder.submit(answers[2:5])
+
+    with pytest.raises(Busy) as refused:
+        decoder.submit(answers[5:])
+
+    assert refused.value.retry_after == 8 + 8 * 3 // 2
+
+
 def test_a_cancelled_answer_leaves_its_row_to_the_next():
     """And of several free rows the first is taken: fewer rows are decoded."""
     decoder = BatchDecoder(tiny_model(), tiny_model().new_cache(2), max_waiting=4)

@@ -120,11 +120,27 @@ def test_leaving_a_generation_early_keeps_the_cache_sound():
     assert cache.n_prefilled == 10 + 4
 
 
+@pytest.mark.parametrize("lengths", [[250], [5, 300]])
+def test_a_cache_is_made_as_large_as_prompt_and_answer_need(lengths):
+    """In steps of 256 slots: one step alone would cut these answers short."""
+    model = tiny_model(block_size=512)
+    prompts = [random_ids(length, seed=length) for length in lengths]
+
+    answers = rows(model, prompts, 20, **GREEDY)
+
+    assert [len(answer) for answer in answers] == [20] * len(lengths)
+
+
+def test_an_answer_has_256_tokens_unless_told_otherwise():
+    assert len(list(tiny_model(block_size=512).generate([5]))) == 256
+
+
 @pytest.mark.parametrize("prompts, length", [
     ([5] * 48, 48),
     ([[5], [5] * 48], 48),
     ([[5], []], 0),
-], ids=["alone", "in a batch", "empty"])
+    ([], 0),
+], ids=["alone", "in a batch", "an empty one", "empty"])
 def test_prompts_that_do_not_fit_are_refused(prompts, length):
     says = f"a prompt of {length} tokens does not fit: the context holds 48"
     with pytest.raises(UserError, match=says):

@@ -40,15 +40,15 @@ def test_tokens_in_bfloat16_are_routed_in_float32():
 
 
 def test_a_rarely_chosen_expert_counts_with_its_own_share():
-    """One that has a thousandth of the gates is far from the floor, which is for one with none."""
-    gate = torch.tensor([[0.999, 0.001]], requires_grad=True)
+    """One with a ten-thousandth of the gates is far from the floor, which is for one with none."""
+    gate = torch.tensor([[0.9999, 0.0001]], requires_grad=True)
     expert = torch.tensor([[0, 1]])
 
     loss = balance_loss(gate, expert, n_expert=2)
     loss.backward()
 
-    assert loss.item() == pytest.approx(-(math.log(1.998) + math.log(0.002)) / 2, rel=1e-5)
-    assert gate.grad[0, 1].item() == pytest.approx(-0.5 / 0.001, rel=1e-3)
+    assert loss.item() == pytest.approx(-(math.log(1.9998) + math.log(0.0002)) / 2, rel=1e-5)
+    assert gate.grad[0, 1].item() == pytest.approx(-0.5 / 0.0001, rel=1e-3)
 
 
 def test_the_balance_loss_of_a_model_is_the_mean_over_its_layers():

@@ -179,5 +179,29 @@ def test_parts_of_a_message_that_the_model_would_not_see(service, key, value):
     assert param == "messages" and message == f"{key} of a message is not offered by this server"
 
 
+def test_a_length_may_be_spelled_as_a_fraction_that_is_none(service):
+    """JSON has one kind of number."""
+    assert chat(service, max_tokens=5.0).answers[0].params.max_new_tokens == 5
+
+
+def test_answers_without_a_seed_draw_each_from_another(service):
+    assert len({chat(service).answers[0].seed for _ in range(20)}) == 20
+
+
+def test_pieces_of_a_stream_have_no_usage_before_the_last(service):
+    """null, as OpenAI's have, and nothing where nobody asked for it."""
+    asked = chat(service, stream=True, stream_options={"include_usage": True})
+
+    assert asked.chunk(0, "a")["usage"] is None and asked.usage_chunk()["usage"]
+    assert "usage" not in chat(service, stream=True).chunk(0, "a")
+
+
+def test_the_card_says_what_a_request_may_have_and_what_it_gets(service):
+    card = service.card()
+
+    assert (card["id"], card["max_tokens"], card["max_model_len"]) == ("tiny", 64, 48)
+    assert card["defaults"]["top_k"] == SamplingParams().top_k
+
+
 def test_no_name_is_both_read_and_refused():
     assert not READ & NOT_OFFERED.keys()
