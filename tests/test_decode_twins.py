@@ -10,6 +10,7 @@ from minillm import attention, generation
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph, decode_cpu, decode_gpu
 from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
+from minillm.speed.fused import row_terms
 from minillm.speed.topk import topk_by_counting, topk_by_parts, topk_compiled
 from moe import Router
 from support.tiny_models import tiny_model
@@ -112,6 +113,18 @@ def test_batch_size_1_compiled_equals_the_modules(kind):
     error, _ = largest_error(model, step)
 
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("columns, folded", [
+    (100, 100), (1024, 1024), (1536, 1536), (2048, 1024), (2049, 2049)])
+def test_rows_are_folded_to_1024_columns_where_that_divides_them(columns, folded):
+    """In float32: products of bfloat16 are exact there, as are these sums of whole numbers."""
+    weight, x = torch.randint(-99, 99, (3, columns)).bfloat16(), torch.arange(columns) % 7 - 3.0
+
+    terms = row_terms(weight, x.bfloat16())
+
+    assert terms.shape == (3, folded) and terms.dtype == torch.float32
+    assert torch.equal(terms.sum(1), (weight.double() @ x.double()).float())
 
 
 def tokens_of(model, step, prompts):

@@ -131,6 +131,12 @@ def test_a_cache_is_made_as_large_as_prompt_and_answer_need(lengths):
     assert [len(answer) for answer in answers] == [20] * len(lengths)
 
 
+def test_prompts_may_be_tuples():
+    model = tiny_model()
+
+    assert rows(model, [(5, 6), (7,)], 3, **GREEDY) == rows(model, [[5, 6], [7]], 3, **GREEDY)
+
+
 def test_an_answer_has_256_tokens_unless_told_otherwise():
     assert len(list(tiny_model(block_size=512).generate([5]))) == 256
 

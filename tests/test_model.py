@@ -10,6 +10,7 @@ from minillm.device import compile_for_training
 from minillm.errors import UserError
 from minillm.speed.cross_entropy import LinearCrossEntropy
 from model import GPT, GPTConfig
+from support.tiny_models import tiny_model
 
 SMALL = dict(block_size=48, vocab_size=211, n_layer=3, n_head=6, n_kv_head=2, n_embd=96)
 
@@ -307,3 +308,11 @@ def test_flops_per_token():
         model = GPT(GPTConfig())
     norms = 25 * 1024
     assert model.flops_per_token(512) == 6 * (model.n_params()[0] - norms) + 6 * 12 * 512 * 1024
+
+
+def test_flops_of_an_moe_are_those_of_the_experts_that_a_token_visits():
+    model = tiny_model(n_expert=4, n_expert_per_tok=1, n_embd=32)
+    dense = tiny_model(n_embd=32, n_inner=model.config.n_inner)
+    routers = 2 * model.config.n_layer * 32 * 4          # and their noise
+
+    assert model.flops_per_token(48) == dense.flops_per_token(48) + 6 * routers
