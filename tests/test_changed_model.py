@@ -13,6 +13,7 @@ from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8_experts import float8_experts
 from minillm.speed.topk import top_experts
 from model import FFN, GPT
+from support.exports import export_folder
 from support.model_changes import (CHANGES, EXPERTS, KINDS, gelu, other_experts, post_norm, qk_norm,
                                    relu_squared, relu_squared_experts, scaled_embedding,
                                    sigmoid_router, softcap)
@@ -277,6 +278,16 @@ def test_a_model_that_cannot_be_compared_is_not_exported(monkeypatch):
 
     with pytest.raises(UserError, match="these compute another.*KeyError.*ffn.up.weight"):
         stock_model.check(tiny_model())
+
+
+@pytest.mark.parametrize("format, package", [("hf", "safetensors"), ("gguf", "gguf")])
+def test_export_refuses_what_it_cannot_express(monkeypatch, tmp_path, format, package):
+    pytest.importorskip(package)
+    folder = write_folder(tmp_path / "model", tiny_model())
+    relu_squared(monkeypatch)
+
+    with pytest.raises(UserError, match="these compute another"):
+        export_folder(folder, [f"--format={format}"])
 
 
 def test_comparing_leaves_the_threads_as_they_were(monkeypatch):
