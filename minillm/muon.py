@@ -223,7 +223,8 @@ def orthogonalise(x):
     x = x.mT if tall else x
     gram = x @ x.mT
     at_least_float32 = torch.promote_types(x.dtype, torch.float32)
-    trace = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=at_least_float32)
+    # the numbers on the diagonal; torch 2.13 warns while it compiles gram.diagonal()
+    trace = gram.flatten(1)[:, ::gram.shape[1] + 1].sum(1, dtype=at_least_float32)
     norm = trace.sqrt()[:, None, None] + 1e-15
     gram = (gram / norm**2).to(x.dtype)
     x = (inverse_root(gram, *FIRST_HALF) / norm).to(x.dtype) @ x

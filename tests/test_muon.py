@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from minillm.errors import UserError
 from minillm.muon import FIRST_HALF, SECOND_HALF, orthogonalise
@@ -100,6 +101,13 @@ def plain_parts(name, weight):
     if name == "experts":
         return [expert.t() for expert in weight]
     return [weight]
+
+
+def test_what_is_compiled_has_no_diagonal():
+    """Of which torch 2.13 warns several times at the start of a run, when it is compiled."""
+    graph = make_fx(orthogonalise)(torch.randn(1, 4, 8))
+
+    assert "bmm" in graph.code and "diagonal" not in graph.code
 
 
 @pytest.mark.parametrize("name", ["qkv", "up", "down", "experts"])
