@@ -51,7 +51,7 @@ def clean_conversation(record, report, place, names=NAMES):
     Turns stand under `conversations`, `messages` …, or in pairs (`instruction`, `input`, `output`;
     `prompt`, `response` …; a text each, or a list of turns each), or as texts in turn under `data`,
     with `history` before them and `system` on top. A conversation is cut before an empty turn, a
-    tool's turn and a later system turn. It is skipped without turns, with an unknown role, or
+    tool's turn and a later system turn. It is skipped without turns, without a known role, or
     without an answer. Two turns in a row of one role are joined; answers without a question and
     questions without an answer are dropped.
     """
@@ -179,7 +179,7 @@ def _history(value, names, left_out):
 def _turns_in(turn, names, left_out):
     """One turn {"role": …, "content": …}, or the two of {"human": …, "assistant": …}."""
     if not isinstance(turn, dict):
-        raise Skip("a turn is not an object")
+        raise Skip('a turn is no object such as {"role": "user", "content": "…"}')
     keys = names.keys
     name = _filled(turn, keys["role"])
     if name is None or turn.keys().isdisjoint(keys["content"]):
@@ -190,7 +190,7 @@ def _turns_in(turn, names, left_out):
         ordered = sorted(filter(names.role_of_key, turn), key=names.place_in_pair)
         if not ordered:
             left_out.unknown.update(turn.keys() - names.known - _BESIDE)
-            raise Skip("unknown role")
+            raise Skip("a turn without a role")
         left_out.count(turn, [turn[key] for key in ordered])
         said = []
         for key in ordered:

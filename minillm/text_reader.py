@@ -111,7 +111,7 @@ def block_conversations(block, report, names=NAMES):
     """Yield (place, messages) of each conversation of a block."""
     for place, record in block_records(block, report, OWN_KEYS | names.mapped, turns=True):
         if isinstance(record, str):
-            report.skip("not a JSON object", place)
+            report.skip("a text, and nothing says whose: conversations are JSON objects", place)
             continue
         messages = clean_conversation(record, report, place, names)
         if messages:

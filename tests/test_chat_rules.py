@@ -25,6 +25,7 @@ class Case(NamedTuple):
 
 
 NO_ANSWER = ("no assistant turn",)
+NO_OBJECT = 'a turn is no object such as {"role": "user", "content": "…"}'
 CASES = [
     # empty turns
     Case("empty question", record(turn("user", ""), ANSWER), None,
@@ -118,21 +119,24 @@ CASES = [
     Case("texts without roles, one a number", {"id": 1, "data": ["问", 5]}, None,
          skipped=("no conversation",)),
     Case("texts under messages", {"messages": ["问", "答"]}, None,
-         skipped=("a turn is not an object",)),
+         skipped=(NO_OBJECT,)),
     Case("turns and a text", {"prompt": [QUESTION], "completion": "答"}, None,
          skipped=("a turn is not text",)),
     Case("turns and another question",
          {"prompt": [QUESTION], "question": "问", "completion": [ANSWER]}, None,
          skipped=("a turn is not text",)),
     Case("unknown role", record(*QA, turn("narrator", "x")), None, skipped=("unknown role",)),
-    Case("null role", record(turn(None, "问"), ANSWER), None, skipped=("unknown role",)),
+    Case("null role", record(turn(None, "问"), ANSWER), None,
+         skipped=("a turn without a role",)),
+    Case("no role", {"messages": [{"message": "问"}, {"message": "答"}]}, None,
+         skipped=("a turn without a role",)),
     Case("role in a list", record(turn(["human"], "x")), None, skipped=("unknown role",)),
     Case("a number for a text", record(turn("user", 5), ANSWER), None,
          skipped=("a turn is not text",)),
     Case("a list of numbers", record(turn("user", [5]), ANSWER), None,
          skipped=("a turn is not text",)),
     Case("input a number", {**PAIR, "input": 5}, None, skipped=("a turn is not text",)),
-    Case("a turn null", {"conversations": [None]}, None, skipped=("a turn is not an object",)),
+    Case("a turn null", {"conversations": [None]}, None, skipped=(NO_OBJECT,)),
     Case("turns null", {"conversations": None}, None, skipped=("no conversation",)),
     Case("no turns", {"conversations": []}, None, skipped=("no conversation",)),
     Case("turns as text", {"conversations": "问答"}, None, skipped=("no conversation",)),
