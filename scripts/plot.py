@@ -29,6 +29,9 @@ from minillm.errors import UserError, run
 
 X_LABELS = {"step": "step", "tokens": "training tokens", "flops": "training FLOPs"}
 PAUSE = 5                             # seconds between two looks at a run that goes on
+# for names of runs that matplotlib's own font cannot show; those that are installed, in this order
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "PingFang SC", "Hiragino Sans GB",
+                 "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei")
 
 
 @dataclass
@@ -157,8 +160,12 @@ def draw_load(axes, run, colour, s):
 
 def draw(runs, s):
     """Write the picture; who looks at it never sees half of it."""
+    from matplotlib import font_manager, rcParams                   # optional, named in main
     from matplotlib.backends.backend_agg import FigureCanvasAgg     # optional, named in main
     from matplotlib.figure import Figure                            # optional, named in main
+    installed = font_manager.get_font_names()
+    chinese = [font for font in CHINESE_FONTS if font in installed]
+    rcParams["font.family"] = ["sans-serif", *chinese]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

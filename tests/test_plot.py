@@ -133,6 +133,35 @@ def test_where_the_picture_is_is_said(tmp_path, argv, picture):
     assert output.endswith(f"wrote {picture}\n") and (tmp_path / picture).exists()
 
 
+def write_font(path, family, text):
+    """A font that has the characters of a text, each as an empty glyph."""
+    from fontTools.fontBuilder import FontBuilder                # optional: matplotlib brings it
+    from fontTools.ttLib.tables._g_l_y_f import Glyph            # optional: likewise
+    names = {ord(char): f"u{ord(char):X}" for char in text}
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", *names.values()])
+    font.setupCharacterMap(names)
+    font.setupGlyf({name: Glyph() for name in font.font.getGlyphOrder()})
+    font.setupHorizontalMetrics({name: (1000, 0) for name in font.font.getGlyphOrder()})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": family, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+
+
+def test_a_chinese_name_is_shown_where_a_font_has_it(tmp_path, recwarn):
+    pytest.importorskip("matplotlib")
+    from matplotlib import font_manager                          # optional
+    write_font(tmp_path / "font.ttf", "SimHei", "小说")
+    run = plot.Run(f"小说={write(tmp_path / 'a.jsonl', [*STEPS, {'step': 4, 'val_loss': 2.0}])}")
+
+    font_manager.fontManager.addfont(tmp_path / "font.ttf")
+    plot.draw([run], plot.Settings(out=str(tmp_path / "loss.png")))
+
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_the_experts_load(tmp_path):
     pytest.importorskip("matplotlib")
     write(tmp_path / "moe.jsonl", [{"step": 1, "load": [[0.25, 0.75]], "tokens": 10}])
