@@ -57,6 +57,8 @@ demo: $(OUT)_sft/eval.json $(OUT)_control/eval.json
 	@$(PY) -m demo.report $(NAME)
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is not Python 3.11 or newer: try make demo PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv
 	@printf '\nInstalling into .venv. PyTorch alone can take several minutes.\n'
 	@echo 'A mirror in China: PIP_INDEX_URL=https://pypi.tuna.tsinghua.edu.cn/simple make demo'

@@ -1,8 +1,8 @@
 """Imported first by a program: how it ends while it imports the rest, without a traceback.
 
 Ctrl-C: at once, exit status 130. KeyboardInterrupt would be printed, or be lost in a library;
-errors.run() brings it back for main(), which may have to tidy up. A package of these lists that is
-not there: one line, exit status 2.
+errors.run() brings it back for main(), which may have to tidy up. A Python that is too old, or
+without a package of these lists: one line, exit status 2.
 """
 import os
 import signal
@@ -14,13 +14,17 @@ PACKAGES = {
 }
 
 
-def _name_missing_package(kind, error, trace):
+def _leave(reason):
     from minillm.errors import program_name      # late: only the handler below must come first
+    print(f"{program_name()}: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _name_missing_package(kind, error, trace):
     for listed_in, names in PACKAGES.items():
         if kind is ModuleNotFoundError and error.name in names:
-            print(f"{program_name()}: this Python has no {error.name}: activate the environment "
-                  f"(`. .venv/bin/activate`), or `pip install -r {listed_in}`", file=sys.stderr)
-            sys.exit(2)
+            _leave(f"this Python has no {error.name}: activate the environment "
+                   f"(`. .venv/bin/activate`), or `pip install -r {listed_in}`")
     sys.__excepthook__(kind, error, trace)
 
 
@@ -28,3 +32,6 @@ sys.excepthook = _name_missing_package
 # in the background of a shell it may be ignored, and stays so
 if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+if sys.version_info < (3, 11):
+    _leave(f"this is Python {sys.version_info[0]}.{sys.version_info[1]}, and 3.11 or newer is "
+           "needed: make .venv anew with a newer one")

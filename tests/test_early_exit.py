@@ -1,4 +1,4 @@
-"""Ctrl-C while a program still imports, or a package that is not there: no traceback."""
+"""Ctrl-C while a program imports, a package that is not there, an old Python: no traceback."""
 import os
 import subprocess
 import sys
@@ -76,6 +76,18 @@ def test_a_python_without_the_packages_is_named_in_one_line(argument):
     [line] = done.stderr.splitlines()
     assert line.startswith(f"{STARTED[argument]}: this Python has no ")
     assert ".venv/bin/activate" in line and line.endswith("`pip install -r requirements.txt`")
+
+
+def test_a_python_that_is_too_old_is_named_in_one_line():
+    source = ("import sys; sys.version_info = (3, 10, 12); sys.argv = ['train.py']; "
+              "import minillm.early_exit")
+
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
+                          timeout=LIMIT, cwd=ROOT)
+
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("train.py: this is Python 3.10, and 3.11 or newer is needed")
 
 
 def test_of_a_package_for_serving_the_other_list_is_named(tmp_path):

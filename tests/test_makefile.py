@@ -57,6 +57,15 @@ def test_a_new_run_starts_over(project):
     assert train_command(project) == "train.py --overwrite=True"
 
 
+def test_a_python_that_is_too_old_installs_nothing(project):
+    """false stands for it: what is asked of it fails."""
+    done = subprocess.run(["make", "-B", ".venv/installed", "PYTHON=false"], cwd=project,
+                          capture_output=True, encoding="utf-8")
+
+    assert done.returncode == 2 and not (project / ".venv/bin").exists()
+    assert done.stdout == "false is not Python 3.11 or newer: try make demo PYTHON=python3.12\n"
+
+
 def test_the_installation_names_the_mirror_of_the_faq(project):
     done = subprocess.run(["make", "-nB", ".venv/installed"], cwd=project, check=True,
                           capture_output=True, encoding="utf-8")
