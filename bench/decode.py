@@ -67,15 +67,15 @@ def decode_on_gpu(s, device):
         rows = model.generate(prompts, new_tokens, top_k=20, cache=cache, compile=s.compile)
         assert sum(1 for _ in rows) == new_tokens
 
+    print_headline(model, device, f"batch {s.batch_size}", f"prompt {s.prompt}, {new_tokens} new",
+                   "bfloat16", f"compile={s.compile}")
     first = seconds_of(answer, device)
+    print(f"first answer  {first:8.1f} s, with recording the graph and compiling")
     seconds = median_time(answer, s.repeats // 2, device, warmup=1)
 
     total, active = model.n_params()
     read = 2 * (active if s.batch_size == 1 else total)  # bytes of a step
     step, limit = seconds / new_tokens, read / copy
-    print_headline(model, device, f"batch {s.batch_size}", f"prompt {s.prompt}, {new_tokens} new",
-                   "bfloat16", f"compile={s.compile}")
-    print(f"first answer  {first:8.1f} s, with recording the graph and compiling")
     print(f"tokens/s      {s.batch_size / step:8,.0f}   prompt and sampling included")
     print(f"per step      {step * 1e6:8.0f} µs   reading the weights once at "
           f"{copy / 1e12:.2f} TB/s: {limit * 1e6:.0f} µs, {limit / step:.1%} of that bound")

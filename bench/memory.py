@@ -105,6 +105,7 @@ def try_entry(s, model, checkpointed, batch_size, card):
                f"--batch_size={batch_size}", f"--activation_checkpointing={checkpointed}",
                f"--world={s.world}", f"--shard={s.shard}", f"--device={s.device}",
                f"--compile={s.compile}"]
+    print("trying", *command[3:7], file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return float(done.stdout.split()[-2])
