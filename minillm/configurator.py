@@ -101,6 +101,8 @@ def configure(cls, argv=None):
     settings.given = set()                       # the keys that were set, be it to their default
     while argv:
         argument = argv.pop(0)
+        if argument == "#":                      # a comment, pasted into zsh, arrives here
+            break
         if argument in ("-h", "--help"):
             print(help_text(cls))
             sys.exit(0)

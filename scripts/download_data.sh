@@ -29,6 +29,7 @@ for argument in "$@"; do
         --part=[1-9]*) part_mb=${argument#--part=} ;;
         --out=?*) out=${argument#--out=} ;;
         seq-monkey | belle) wanted+=("$argument") ;;
+        '#') break ;;                            # a comment, pasted into zsh, arrives here
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit ;;
         *) die "unknown argument $argument: seq-monkey, belle, --part, --huggingface and --out=DIR are known" ;;
     esac

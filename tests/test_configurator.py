@@ -70,6 +70,13 @@ def test_values_at_their_bounds_are_allowed():
     assert math.isclose(configure(Settings, ["--scale", "1e-9"]).scale, 1e-9)
 
 
+def test_a_comment_behind_the_arguments_is_none():
+    """As in the documents' commands: zsh takes what is pasted there for arguments."""
+    settings = configure(Settings, ["a.txt", "--n_layer=3", "#", "61M,", "--card", "b.txt"])
+
+    assert (settings.files, settings.n_layer) == (["a.txt"], 3)
+
+
 def test_help_prints_the_headings_of_the_source():
     text = help_text(Settings)
 

@@ -124,6 +124,14 @@ def test_printed_outputs_and_pictures_are_true_on_a_fresh_copy(tmp_path):
 
 # ---- commands, flags, links
 
+@pytest.mark.parametrize("path", [path for pair in PAIRS for path in pair])
+def test_a_comment_beside_a_command_can_be_pasted_into_zsh(path):
+    """It takes the words for arguments: harmless as long as none means something to a shell."""
+    for block in re.findall(r"^```bash\n(.*?)^```$", read(path), re.DOTALL | re.MULTILINE):
+        for comment in re.findall(r"\s# (.*)", block):
+            assert not set(comment) & set("'\"`()[]{}<>*?|&;$!~\\"), comment
+
+
 @pytest.mark.parametrize("english, chinese", PAIRS)
 def test_both_languages_give_the_same_commands(english, chinese):
     assert commands(english) == commands(chinese) != []

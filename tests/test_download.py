@@ -57,7 +57,6 @@ def fetched(tmp_path):
 
 
 def test_a_server_that_does_not_answer(server, tmp_path):
-    """Each try is a line: without, a quarter of an hour would pass in silence."""
     status, out, err = download(server, tmp_path, "belle", HF_ENDPOINT="http://127.0.0.1:9")
 
     assert status == 2 and "no answer, trying again (2 of 3)" in out and "(3 of 3)" not in out
@@ -225,6 +224,12 @@ def test_unknown_argument(tmp_path):
 
     assert done.returncode == 2 and "unknown argument wiki" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_comment_that_zsh_hands_on_is_none(server, tmp_path):
+    status, _, _ = download(server, tmp_path, "belle", "#", "--huggingface:", "wiki")
+
+    assert status == 0 and list(fetched(tmp_path)) == [CHATS]
 
 
 def test_help(tmp_path):
