@@ -6,6 +6,8 @@
 
 Training calls causal_attention, which has three branches, and decoding cached_attention, which has
 two: a change belongs in all five, and check_attention of same_function.py says where it is missing.
+Which tokens are seen (a window, say) is decided in causal_attention without a mask, in both masks
+of document_mask, and by `visible` in generation.cached_forward.
 All are torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.

@@ -22,7 +22,7 @@ import torch
 from minillm.atomic_folder import sync
 from minillm.errors import UserError, brief
 from minillm.export_hf import read_model
-from minillm.same_function import fingerprint, same, say
+from minillm.same_function import has_changed, say
 from minillm.tokenizer import Tokenizer
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
@@ -290,11 +290,7 @@ def load_weights(model, state, assign=False):
     if unknown := [str(name) for name in weights if name not in wanted]:
         _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
-    then = state.get("fingerprint")
-    if not isinstance(then, torch.Tensor) or then.layout != torch.strided or then.is_meta:
-        return
-    now = fingerprint(model)
-    if now is not None and not same(then, now):
+    if has_changed(model, state.get("fingerprint")):
         say(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
             "the same weights now give other answers")
 

@@ -1,18 +1,20 @@
 """Do two pieces of code compute the same function? Known small weights, then compare the logits.
 
-    copy = small_copy(model)                 # of the same class and settings, 10 ms
-    same(copy(idx), other(copy, idx))
-    fingerprint(model)                       # the logits of the copy: change with the code alone
+    for copy in copies(model):               # of the same class and settings, 10 ms each
+        same(copy(text(copy)), other(copy, text(copy)))
+    fingerprint(model)                       # the logits of the copies: change with the code alone
     check_attention(model)                   # its branches are one function, or a line says so
 
 Formulas of model.py and moe.py are repeated where they must be: in minillm/speed and in the
 exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the
 model must hear of each place that still computes the old one, so each of them compares.
 
-What only training does (dropout, the router's noise) is not compared.
+What only training does (dropout, the router's noise) is not compared, nor what concerns only tokens
+that lie LONGEST or more apart.
 """
 import contextlib
 import os
+import random
 import sys
 import warnings
 import zlib
@@ -26,8 +28,10 @@ from minillm.attention import document_mask
 from minillm.generation import KVCache, decode_one_token, prefill
 from minillm.tokenizer import END_OF_TEXT
 
-IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # a text for the copy
+IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # the beginning of a text for the copies
 VOCAB = 16
+LONGEST = 1024                                   # tokens of a text
+DECODED = 6                                      # of them, one at a time
 
 
 @contextlib.contextmanager
@@ -41,13 +45,25 @@ def one_thread():
         torch.set_num_threads(count)
 
 
-def small_copy(model):
+def copies(model):
+    """Two small copies of `model`: one with all of its heads, one with all of its context.
+
+    A change may concern distant tokens alone: a sliding window, for instance.
+    """
+    c = model.config
+    length = max(len(IDS), min(c.block_size, LONGEST))
+    n_head = min(c.n_head // c.n_kv_head, 2)     # so that a long text takes 10 ms too
+    return small_copy(model), small_copy(model, block_size=length, n_head=n_head, n_kv_head=1)
+
+
+def small_copy(model, **sizes):
     """A model like `model`, of another size, float64, on the CPU: the same numbers every time.
 
     All settings stay but the sizes, so that a setting that somebody adds counts as well.
     """
-    config = replace(model.config, vocab_size=VOCAB, block_size=len(IDS), n_inner=16, dropout=0.0,
-                     n_layer=min(model.config.n_layer, 4), n_embd=8 * model.config.n_head)
+    sizes = {"block_size": len(IDS), "n_head": model.config.n_head} | sizes
+    config = replace(model.config, vocab_size=VOCAB, n_inner=16, dropout=0.0,
+                     n_layer=min(model.config.n_layer, 4), n_embd=8 * sizes["n_head"], **sizes)
     with torch.random.fork_rng(devices=[]):      # whoever draws next must not notice
         copy = type(model)(config)
     for name, parameter in copy.named_parameters():
@@ -68,35 +84,58 @@ def known_numbers(name, shape):
     return (2 * numbers - 1) * 2 / shape[-1] ** 0.5
 
 
+def text(copy):
+    """Token ids (1, T) that fill the context of a copy; <|endoftext|> stands at place 5 alone."""
+    further = random.Random(0).choices(range(1, VOCAB), k=LONGEST)
+    return torch.tensor([[*IDS, *further][: copy.config.block_size]])
+
+
 @one_thread()
 @torch.no_grad()
 def fingerprint(model):
-    """The logits (T, V) of the small copy, float64: they follow from the code and its settings.
+    """Logits (rows, V) of the small copies, float64: they follow from the code and its settings.
 
     Checkpoints hold them: whatever changes them lets train.py and chat.py warn of older ones. None
-    where there are none: a changed model may refuse the copy's sizes, or need a GPU.
+    where there are none: a changed model may refuse the copies' sizes, or need a GPU.
     """
     try:
-        return small_copy(model)(torch.tensor([IDS]))[0]
+        short, long = [copy(text(copy))[0] for copy in copies(model)]
     except Exception:                            # of code that we do not know
         return None
+    return torch.cat((short, long[::16]))        # a longer context adds rows at the end
+
+
+def has_changed(model, then):
+    """Does the code now give other logits than `then`, the fingerprint in a checkpoint?
+
+    Older ones hold the rows of the short text alone. False where there is nothing to compare.
+    """
+    if not isinstance(then, torch.Tensor) or then.layout != torch.strided or then.is_meta:
+        return False
+    now = fingerprint(model)
+    if now is None:
+        return False
+    rows = min(len(now), len(then)) if then.dim() else 0
+    return rows == 0 or not same(then[:rows], now[:rows])
 
 
 def check_attention(model, flex=False):
-    """Say on stderr where the ways to attend differ, on a small copy of `model`.
+    """Say on stderr where the ways to attend differ, on small copies of `model`.
 
     Over a whole text without a mask, with document_mask (flex: also with the one for a GPU), and
     over a KV cache: minillm/attention.py has a function or a branch for each.
     """
+    different = {}                               # a dict: in order, and each name once
     try:
-        expected, found = attend_in_all_ways(small_copy(model), flex)
+        for copy in copies(model):
+            expected, found = attend_in_all_ways(copy, flex)
+            different |= {name: None for name in found if not same(found[name], expected)}
     except Exception as error:       # of code that we do not know: other sizes, a kernel for GPUs
         say(f"minillm/attention.py was not compared with itself: {in_a_line(error)}")
         return
-    for name, logits in found.items():
-        if not same(logits, expected):
-            say(f"minillm/attention.py: attention {name} is another function than over a whole "
-                "text: change causal_attention's branches and cached_attention alike")
+    for name in different:
+        say(f"minillm/attention.py: attention {name} is another function than over a whole text: "
+            "change causal_attention's branches, the masks and cached_attention alike")
 
 
 @one_thread()
@@ -135,7 +174,8 @@ def noisy_in_training(model):
 @torch.no_grad()
 def attend_in_all_ways(copy, flex):
     """(the logits (T, V) of a text, {another way to attend: its logits}), all the same."""
-    ids = torch.tensor([[id for id in IDS if id != END_OF_TEXT]])    # one document
+    ids = text(copy)
+    ids = ids[ids != END_OF_TEXT][None]          # one document
     expected = copy(ids)[0]
     found = {"with a document mask": copy(ids, attn_mask=document_mask(ids))[0]}
     if flex:
@@ -143,11 +183,11 @@ def attend_in_all_ways(copy, flex):
             warnings.simplefilter("ignore")          # of torch: it is not compiled here
             mask = document_mask(ids, flex=True)
             found["with flex_attention"] = copy(ids, attn_mask=mask)[0]
-    cache, half = KVCache(copy), ids.shape[1] // 2
-    rows = [prefill(copy, cache, ids[:, :half].tolist())]
-    for t in range(half, ids.shape[1]):
+    cache, read = KVCache(copy), ids.shape[1] - DECODED
+    rows = [prefill(copy, cache, ids[:, :read].tolist())]
+    for t in range(read, ids.shape[1]):
         rows.append(decode_one_token(copy, cache, ids[:, t: t + 1], torch.tensor([[t]]), t + 1))
-    found["over a KV cache"] = torch.cat((expected[:half - 1], *rows))
+    found["over a KV cache"] = torch.cat((expected[:read - 1], *rows))
     return expected, found
 
 

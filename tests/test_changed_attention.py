@@ -19,10 +19,12 @@ CPU = torch.device("cpu")
 
 # ---- attention, whose formula has five places
 
-def windowed(q, k, v, mask=None):
-    """A sliding window of 4 tokens, in training alone."""
-    near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(-3)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+def windowed(length):
+    """A sliding window of so many tokens, in training alone."""
+    def causal_attention(q, k, v, mask=None):
+        near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - length)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+    return causal_attention
 
 
 def softer(plain):
@@ -37,10 +39,11 @@ def test_the_unchanged_attention_is_one_function(kind, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_window_that_generation_lacks_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(model_file, "causal_attention", windowed)
+@pytest.mark.parametrize("length, block_size", [(4, 48), (30, 48), (256, 512), (900, 4096)])
+def test_a_window_that_generation_lacks_is_named(length, block_size, monkeypatch, capsys):
+    monkeypatch.setattr(model_file, "causal_attention", windowed(length))
 
-    tiny_model().for_generation(CPU, torch.float32)
+    tiny_model(block_size=block_size).for_generation(CPU, torch.float32)
 
     err = capsys.readouterr().err
     assert "attention over a KV cache is another function" in err and "document mask" not in err

@@ -16,7 +16,7 @@ from model import FFN, GPT
 from support.exports import export_folder
 from support.model_changes import (CHANGES, EXPERTS, KINDS, gelu, other_experts, post_norm, qk_norm,
                                    relu_squared, relu_squared_experts, scaled_embedding,
-                                   sigmoid_router, softcap)
+                                   sigmoid_router, softcap, window)
 from support.tiny_models import tiny_model, write_folder
 
 CPU = torch.device("cpu")
@@ -58,6 +58,7 @@ def test_the_unchanged_model_keeps_all_fast_versions(kind, capsys):
     (relu_squared, {"decode_cpu", "VECTOR"}),
     (gelu, {"decode_cpu", "VECTOR"}),
     (qk_norm, {"decode_cpu", "VECTOR"}),
+    (window, {"decode_cpu", "VECTOR", "BATCH"}),
     (post_norm, {"decode_cpu", "VECTOR"}),
     (scaled_embedding, {"decode_cpu", "VECTOR", "BATCH", "parts"}),
     (softcap, {"decode_cpu", "VECTOR", "loss"}),
@@ -248,7 +249,15 @@ def test_the_fingerprint_of_the_original_code(kind, last):
     """If it changes, whoever has trained before is told that the model has changed."""
     logits = same_function.fingerprint(tiny_model(**KINDS[kind]))
 
-    assert logits[-1, -1].item() == pytest.approx(last)
+    assert logits[11, -1].item() == pytest.approx(last)
+
+
+@pytest.mark.parametrize("rows, block_size", [(12, 48), (None, 48), (None, 96), (None, 40)])
+def test_the_fingerprint_of_another_context_is_no_change(rows, block_size):
+    """SFT may lengthen the context; older checkpoints hold 12 rows."""
+    then = same_function.fingerprint(tiny_model(block_size=48))[:rows]
+
+    assert not same_function.has_changed(tiny_model(block_size=block_size), then)
 
 
 # ---- exports

@@ -1,7 +1,7 @@
 """Whether a fast version still computes what the plain one does. For fast_versions.py.
 
 A change of model.py or moe.py counts at once: a fast version that computes something else is left
-out, with one line on stderr. Each check compares on a small copy of the model, in some 10 ms.
+out, with one line on stderr. Each check compares on small copies of the model, in some 10 ms.
 """
 import warnings
 
@@ -9,14 +9,14 @@ import torch
 
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_one_token, prefill
-from minillm.same_function import IDS, in_a_line, one_thread, same, say, small_copy
+from minillm.same_function import copies, in_a_line, one_thread, same, say, text
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
 
 
 def agrees(model, path, check, *args):
-    """check(small copy of the model, *args); where it is False, a line says so, once per model.
+    """check(copy, *args) of the model's small copies; if it is False, a line says so, once a model.
 
     path: the fast version's file, and what it is asked for.
     """
@@ -43,7 +43,7 @@ def disagreement(model, check, *args):
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")      # flex_attention warns of what is not compiled
-            if check(small_copy(model), *args):
+            if all(check(copy, *args) for copy in copies(model)):
                 return None
     except Exception as error:       # a changed model's own: a size that it refuses, another shape
         return f"does not fit the model ({in_a_line(error)})"
@@ -57,11 +57,11 @@ def normal_numbers(*shape):
 
 def decodes(copy, step, cache_type, rows=1):
     """Do decode steps make the logits of generation.decode_one_token?"""
-    ids = torch.tensor([IDS] * rows)
+    ids = text(copy).repeat(rows, 1)
     fast, plain = cache_type(copy, rows), KVCache(copy, rows)
     for cache in (fast, plain):
         prefill(copy, cache, ids[:, :-STEPS].tolist())
-    for t in range(len(IDS) - STEPS, len(IDS)):
+    for t in range(ids.shape[1] - STEPS, ids.shape[1]):
         place = ids[:, t: t + 1], torch.full((rows, 1), t), t + 1
         if not same(step(copy, fast, *place), decode_one_token(copy, plain, *place)):
             return False
@@ -112,6 +112,6 @@ def runs_the_blocks(copy, trunk):
         seen.append((trunk(copy, idx, rope, attend), plain(idx, rope, attend)))
         return seen[0][1]
     plain, copy.trunk = copy.trunk, keep
-    copy(torch.tensor([IDS]))
+    copy(text(copy))
     found, expected = seen[0]
     return same(found[0], expected[0])

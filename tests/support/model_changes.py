@@ -1,8 +1,10 @@
 """Changes that people make in model.py and moe.py, each as a function of monkeypatch."""
+import torch
 from torch.nn import functional as F
 
 import model as model_file
 import moe
+from minillm import generation
 from model import FFN, GPT, Attention, Block
 
 # kinds of tiny_model
@@ -33,6 +35,20 @@ def qk_norm(patch):
         return plain(self, x, rope, normed)
     plain = Attention.forward
     patch.setattr(Attention, "forward", forward)
+
+
+def window(patch):
+    """Each token sees the newest 20 alone, wherever the plain code attends."""
+    def causal_attention(q, k, v, mask=None):
+        near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(-19)
+        return plain(q, k, v, near.tril() if mask is None else near & mask)
+
+    def cached_attention(q, k, v, visible):
+        age = visible.sum(-1, keepdim=True) - visible.cumsum(-1)
+        return plain_cached(q, k, v, visible & (age < 20))
+    plain, plain_cached = model_file.causal_attention, generation.cached_attention
+    patch.setattr(model_file, "causal_attention", causal_attention)
+    patch.setattr(generation, "cached_attention", cached_attention)
 
 
 def post_norm(patch):
@@ -85,7 +101,7 @@ def other_experts(patch):
 
 
 CHANGES = {change.__name__: change for change in (
-    relu_squared, gelu, qk_norm, post_norm, scaled_embedding, softcap, relu_squared_experts,
-    sigmoid_router, other_experts)}
+    relu_squared, gelu, qk_norm, window, post_norm, scaled_embedding, softcap,
+    relu_squared_experts, sigmoid_router, other_experts)}
 # those of an MoE
 EXPERTS = {relu_squared_experts, sigmoid_router, other_experts}
