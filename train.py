@@ -20,7 +20,7 @@ tokens of the least and the most loaded expert, 1.00 is a fair share) · time le
 if __name__ == "__main__":
     import minillm.early_exit        # first: no traceback while the rest is imported
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -174,7 +174,7 @@ def build_model(s, data, start):
                 raise UserError(f"the checkpoint has {key}={found}, these settings say {asked}: "
                                 f"leave {key} out, or start from scratch")
     else:
-        shape = {field.name: getattr(s, field.name) for field in fields(GPTConfig)}
+        shape = {key: value for key, value in asdict(s).items() if hasattr(GPTConfig, key)}
         config = GPTConfig(**shape | {"vocab_size": s.vocab_size or data.meta["vocab_size"]})
     if config.vocab_size < data.meta["vocab_size"]:
         raise UserError(f"vocab_size={config.vocab_size} is smaller than the tokenizer's "

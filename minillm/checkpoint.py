@@ -248,7 +248,8 @@ def model_config(state, kind):
                             "which is no finite number")
         if type(value) is int and types[key] is float:
             config[key] = float(value)
-        elif type(value) is not types[key]:
+        # a Literal or `int | None`, of a field that somebody adds, is no type
+        elif isinstance(types[key], type) and type(value) is not types[key]:
             raise UserError(f"{state['path']}: model_config has {key}={brief(value)}, "
                             f"which is not of type {types[key].__name__}")
     if config.get("n_layer", 0) > len(state["model"]):

@@ -116,7 +116,8 @@ def fill_in(s, config, meta):
     """Make the settings state the model's shape. A 0 stays where it stands for the same number."""
     stands_for = {"n_inner": 4 * config.n_embd, "vocab_size": meta["vocab_size"]}
     for key, value in asdict(config).items():
-        if getattr(s, key) != 0 or stands_for.get(key) != value:
+        # None: somebody's new field of GPTConfig that is no setting
+        if getattr(s, key, None) != 0 or stands_for.get(key) != value:
             setattr(s, key, value)
     if s.doc_mask is None:                       # rows of SFT data hold several conversations
         s.doc_mask = meta["kind"] == "sft"

@@ -1,5 +1,6 @@
 """Small edits of a researcher count in training, evaluation and when resuming, or are reported."""
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from minillm import run_folder
 from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.same_function import check_loss, noisy_in_training
-from model import FFN, GPT, Block
+from model import FFN, GPT, Block, GPTConfig
 from support.model_changes import KINDS, softcap
 from support.tiny_models import tiny_model
 from support.training_runs import TINY, finish, newest
@@ -126,6 +127,27 @@ def test_a_frozen_parameter_stays_and_the_run_resumes(data, tmp_path, name, opti
 
     after = newest(tmp_path / "out")
     assert after["step"] == 6 and torch.equal(after["model"][name], weight)
+
+
+@dataclass
+class LargerConfig(GPTConfig):
+    activation: Literal["silu", "relu2"] = "silu"
+    window: int | None = None
+    wide_layers: tuple[int, ...] = (0, 3)
+
+
+def test_a_field_of_the_model_need_not_be_a_setting(data, tmp_path, monkeypatch):
+    def before():
+        train.GPTConfig = LargerConfig
+    argv = [*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    finish(argv, before=before)
+    finish([*argv, "--init_from=resume", "--max_iters=6"], before=before)
+
+    monkeypatch.setattr(model_file, "GPTConfig", LargerConfig)
+    model = GPT.from_checkpoint(tmp_path / "out", device="cpu")
+    assert (model.config.activation, model.config.window) == ("silu", None)
+    assert model.step == 6 and model.config.wide_layers == (0, 3)
 
 
 def test_a_setting_without_a_comment_is_saved(tmp_path):
