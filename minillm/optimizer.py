@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from minillm.distributed import gather_rows
+from minillm.distributed import gather_rows, print0
 from minillm.errors import UserError
 from minillm.muon import Muon
 
@@ -149,6 +149,7 @@ class Optimizer:
     def load_state_dict(self, saved):
         """Load the moments of a checkpoint; learning rates and weight decays stay as they are.
 
+        A parameter that had no gradient so far, being frozen or unused, has none: a line says so.
         Raises UserError if the shapes do not fit: torch does not check them, and a fused kernel
         would read past their end.
         """
@@ -156,12 +157,18 @@ class Optimizer:
             saved = self._by_name(saved)
         if not saved:
             return
+        trained = [self.names[p] for part in self.parts for p in parameters_of(part)]
+        if fresh := [name for name in trained if name not in saved]:
+            more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+            print0(f"the checkpoint has no optimizer state of {fresh[0]}{more}: frozen or unused "
+                   "so far; that starts from zero")
         for part, keeper in zip(self.parts, self.keepers):
             # all parameters are checked, so that all ranks refuse the same checkpoints
-            moments = {p: self._moments(keeper, p, saved) for p in parameters_of(part)}
+            moments = {p: self._moments(keeper, p, saved) for p in parameters_of(part)
+                       if self.names[p] in saved}
             if isinstance(keeper, Muon):
                 moments = {p: keeper.own_state(p, whole) for p, whole in moments.items()}
-            state = {i: moments[p] for i, p in enumerate(parameters_of(keeper))}
+            state = {i: moments[p] for i, p in enumerate(parameters_of(keeper)) if p in moments}
             groups = keeper.state_dict()["param_groups"]
             keeper.load_state_dict({"state": state, "param_groups": groups})
 

@@ -9,13 +9,15 @@ from torch.nn import functional as F
 
 import model as model_file
 import train
-from minillm import run_folder
+from minillm import run_folder, stock_model
 from minillm.activation_checkpointing import checkpoint_blocks
+from minillm.errors import UserError
 from minillm.same_function import check_loss, noisy_in_training
 from model import FFN, GPT, Block, GPTConfig
+from moe import Router
 from support.model_changes import KINDS, softcap
 from support.tiny_models import tiny_model
-from support.training_runs import TINY, finish, newest
+from support.training_runs import BLOCK, MOE, TINY, finish, newest
 
 SHORT = [*TINY, "--max_iters=4", "--eval_interval=0"]
 
@@ -129,6 +131,26 @@ def test_a_frozen_parameter_stays_and_the_run_resumes(data, tmp_path, name, opti
     assert after["step"] == 6 and torch.equal(after["model"][name], weight)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "blocks.1.attn.proj.weight"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_what_had_no_gradient_before_is_trained_from_now_on(data, tmp_path, name, optimizer):
+    """Its moments start from zero, as those of a new run do."""
+    def before():
+        def frozen(*args, **options):
+            model = build(*args, **options)
+            model.get_parameter(name).requires_grad_(False)
+            return model
+        build, train.build_model = train.build_model, frozen
+    argv = [*SHORT, f"--optimizer={optimizer}", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish(argv, before=before)
+    weight = newest(tmp_path / "out")["model"][name]
+
+    output = finish([*argv, "--init_from=resume", "--max_iters=6"])
+
+    assert f"no optimizer state of {name}: frozen or unused" in output
+    assert not torch.equal(newest(tmp_path / "out")["model"][name], weight)
+
+
 @dataclass
 class LargerConfig(GPTConfig):
     activation: Literal["silu", "relu2"] = "silu"
@@ -148,6 +170,55 @@ def test_a_field_of_the_model_need_not_be_a_setting(data, tmp_path, monkeypatch)
     model = GPT.from_checkpoint(tmp_path / "out", device="cpu")
     assert (model.config.activation, model.config.window) == ("silu", None)
     assert model.step == 6 and model.config.wide_layers == (0, 3)
+
+
+def balanced_by_a_bias(patch):
+    """Experts chosen with a bias that training moves; it counts the tokens of each (DeepSeek-V3)."""
+    def init(self, config):
+        plain(self, config)
+        self.register_buffer("bias_E", torch.zeros(config.n_expert))
+        self.register_buffer("seen_E", torch.zeros(config.n_expert, dtype=torch.long))
+
+    def forward(self, x_ND):
+        logits_NE = x_ND.to(self.bias_E.dtype) @ self.weight_DE.to(self.bias_E.dtype)
+        expert_NK = self.top_experts(logits_NE + self.bias_E, self.k)
+        if self.training:
+            count_E = F.one_hot(expert_NK, len(self.bias_E)).sum((0, 1))
+            self.seen_E += count_E
+            self.bias_E += 0.1 * (count_E.double().mean() - count_E).sign()
+        return logits_NE.gather(1, expert_NK).softmax(dim=1), expert_NK
+    plain = Router.__init__
+    patch.setattr(Router, "__init__", init)
+    patch.setattr(Router, "forward", forward)
+
+
+def test_buffers_are_saved_and_resumed(data, tmp_path):
+    def before():
+        balanced_by_a_bias(pytest.MonkeyPatch())
+    argv = [*SHORT, *MOE, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+
+    finish(argv, before=before)
+    finish([*argv, "--init_from=resume", "--max_iters=6"], before=before)
+
+    seen = newest(tmp_path / "out")["model"]["blocks.0.ffn.router.seen_E"]
+    assert seen.sum() == 6 * 2 * 2 * BLOCK * 2           # steps, micro-steps, rows, tokens, experts
+
+
+def test_a_buffer_that_starts_at_zero_is_not_lost_in_an_export(monkeypatch):
+    balanced_by_a_bias(monkeypatch)
+
+    with pytest.raises(UserError, match="these compute another"):
+        stock_model.check(tiny_model(**KINDS["MoE"]))
+
+
+@pytest.mark.gpu
+def test_buffers_go_to_the_device_with_the_weights():
+    model = tiny_model()
+    model.blocks[0].register_buffer("slopes", torch.ones(4), persistent=False)
+
+    model.for_generation(torch.device("cuda"), torch.float32)
+
+    assert all(tensor.is_cuda for tensor in [*model.buffers(), *model.parameters()])
 
 
 def test_a_setting_without_a_comment_is_saved(tmp_path):
