@@ -278,7 +278,7 @@ class GPT(nn.Module):
             # norms and router compute in float32, so their few weights stay in it
             in_float32 = "norm" in name or "router" in name
             parameter.data = parameter.data.to(device, torch.float32 if in_float32 else dtype)
-        self.rope = self.rope.to(device)
+        self.to(device)                          # rope, and the buffers of a changed model
         check_attention(self)
         if fast_versions:
             fast_versions.use_for_generation(self)

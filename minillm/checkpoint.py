@@ -287,7 +287,7 @@ def load_weights(model, state, assign=False):
     """
     weights, wanted = state["model"], model.state_dict()
     for name, tensor in wanted.items():
-        _check_tensor(state, name, tuple(tensor.shape))
+        _check_tensor(state, name, tuple(tensor.shape), tensor.is_floating_point())
     if unknown := [str(name) for name in weights if name not in wanted]:
         _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
@@ -296,14 +296,14 @@ def load_weights(model, state, assign=False):
             "the same weights now give other answers")
 
 
-def _check_tensor(state, name, shape):
-    """Raise UserError unless a checkpoint's weights hold a tensor of this name and shape."""
+def _check_tensor(state, name, shape, floating=True):
+    """Raise UserError unless a checkpoint's weights hold a tensor of this name, shape and kind."""
     found = state["model"].get(name)
     if not isinstance(found, torch.Tensor):
         _refuse(state, f"{name} is missing")
     if found.layout != torch.strided or found.is_meta:
         _refuse(state, f"{name} holds no plain numbers")
-    if found.shape != shape or not found.is_floating_point():
+    if found.shape != shape or found.is_floating_point() != floating:
         _refuse(state, f"{name} is {found.dtype} of shape {tuple(found.shape)}, not {shape}")
 
 

@@ -72,7 +72,12 @@ def small_copy(model, **sizes):
         if isinstance(module, nn.Embedding):
             # small rows show the norm's eps, large ones whatever bounds the logits
             module.weight.data *= torch.logspace(-3, 1, VOCAB, dtype=torch.float64)[:, None]
-    return copy.double().eval().requires_grad_(False)
+    copy.double().eval().requires_grad_(False)
+    saved = copy.state_dict()
+    for name, buffer in copy.named_buffers():    # a bias of the router, say; not a mask
+        if name in saved and buffer.is_floating_point() and buffer.dim() == 1:
+            buffer.copy_(known_numbers(name, buffer.shape))
+    return copy
 
 
 def known_numbers(name, shape):
