@@ -166,11 +166,13 @@ def check_loss(model):
 @one_thread()
 @torch.no_grad()
 def noisy_in_training(model):
-    """Does the model compute something else in training than otherwise? Dropout aside."""
+    """Does the model compute something else in training, or move a buffer? Dropout aside."""
     try:
         copy, ids = small_copy(model), torch.tensor([IDS])
+        before, buffers = copy(ids), [buffer.clone() for buffer in copy.buffers()]
         with torch.random.fork_rng(devices=[]):
-            return not torch.equal(copy(ids), copy.train()(ids))
+            after = copy.train()(ids)
+        return not all(map(torch.equal, [before, *buffers], [after, *copy.buffers()]))
     except Exception:                            # of code that we do not know
         return True
 

@@ -57,6 +57,26 @@ def test_a_name_that_ends_alike_is_initialised_as_all_others(monkeypatch):
     assert ffn.down.weight.std().item() == pytest.approx(std / 4, rel=0.05)
 
 
+def balanced_by_a_bias(patch):
+    """Experts chosen with a bias that training moves, as in DeepSeek-V3; their tokens counted."""
+    def init(self, config):
+        plain(self, config)
+        self.register_buffer("bias_E", torch.zeros(config.n_expert))
+        self.register_buffer("seen_E", torch.zeros(config.n_expert, dtype=torch.long))
+
+    def forward(self, x_ND):
+        logits_NE = x_ND.to(self.bias_E.dtype) @ self.weight_DE.to(self.bias_E.dtype)
+        expert_NK = self.top_experts(logits_NE + self.bias_E, self.k)
+        if self.training:
+            count_E = F.one_hot(expert_NK, len(self.bias_E)).sum((0, 1))
+            self.seen_E += count_E
+            self.bias_E += 0.1 * (count_E.double().mean() - count_E).sign()
+        return logits_NE.gather(1, expert_NK).softmax(dim=1), expert_NK
+    plain = Router.__init__
+    patch.setattr(Router, "__init__", init)
+    patch.setattr(Router, "forward", forward)
+
+
 # ---- the loss, and the logits
 
 def label_smoothing(patch):
@@ -107,6 +127,13 @@ def test_noise_that_only_training_has_is_noticed(monkeypatch):
     monkeypatch.setattr(FFN, "forward", forward)
 
     assert noisy_in_training(tiny_model())
+
+
+def test_a_forward_pass_that_moves_a_buffer_is_noticed(monkeypatch):
+    """Else validation, in the graph of training, would move it too."""
+    balanced_by_a_bias(monkeypatch)
+
+    assert noisy_in_training(tiny_model(n_expert=4, n_expert_per_tok=2))
 
 
 # ---- settings and frozen parameters
@@ -170,26 +197,6 @@ def test_a_field_of_the_model_need_not_be_a_setting(data, tmp_path, monkeypatch)
     model = GPT.from_checkpoint(tmp_path / "out", device="cpu")
     assert (model.config.activation, model.config.window) == ("silu", None)
     assert model.step == 6 and model.config.wide_layers == (0, 3)
-
-
-def balanced_by_a_bias(patch):
-    """Experts chosen with a bias that training moves; it counts the tokens of each (DeepSeek-V3)."""
-    def init(self, config):
-        plain(self, config)
-        self.register_buffer("bias_E", torch.zeros(config.n_expert))
-        self.register_buffer("seen_E", torch.zeros(config.n_expert, dtype=torch.long))
-
-    def forward(self, x_ND):
-        logits_NE = x_ND.to(self.bias_E.dtype) @ self.weight_DE.to(self.bias_E.dtype)
-        expert_NK = self.top_experts(logits_NE + self.bias_E, self.k)
-        if self.training:
-            count_E = F.one_hot(expert_NK, len(self.bias_E)).sum((0, 1))
-            self.seen_E += count_E
-            self.bias_E += 0.1 * (count_E.double().mean() - count_E).sign()
-        return logits_NE.gather(1, expert_NK).softmax(dim=1), expert_NK
-    plain = Router.__init__
-    patch.setattr(Router, "__init__", init)
-    patch.setattr(Router, "forward", forward)
 
 
 def test_buffers_are_saved_and_resumed(data, tmp_path):
