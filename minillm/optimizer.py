@@ -4,8 +4,10 @@ The learning rate of a step, warm-up and schedule, is `learning_rate` in train.p
 
 A step whose gradient is not finite changes nothing, without a GPU sync: each part takes two numbers
 on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing), as
-torch's fused AdamW does. Where there is no fused kernel (mps), the host reads them.
+torch's fused AdamW does. Where there is no fused kernel (mps), or somebody adds an optimizer that
+does not know these numbers, the host reads them.
 """
+import copy
 import math
 from functools import partial
 
@@ -38,7 +40,7 @@ def make_optimizer(model, s, compile=False, shard=False):
         vectors = [p for _, p in trained_parameters(model) if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": s.weight_decay, "lr_scale": 1.0},
                   {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
-        return Optimizer(model, [adamw(groups, **options)], not fused, shard)
+        return Optimizer(model, [adamw(groups, **options)], shard)
 
     by_role = parameters_by_role(model)
     attention = model.blocks[0].attn
@@ -54,7 +56,7 @@ def make_optimizer(model, s, compile=False, shard=False):
                "weight_decay": s.weight_decay},
               {"params": by_role["vectors"], "lr_scale": s.vector_rate, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return Optimizer(model, [muon, adamw(groups, **options)], not fused, shard)
+    return Optimizer(model, [muon, adamw(groups, **options)], shard)
 
 
 def trained_parameters(model):
@@ -89,10 +91,11 @@ class Optimizer:
     # torch's GradScaler then hands over found_inf, instead of reading it back to skip `step`
     _step_supports_amp_scaling = True
 
-    def __init__(self, model, parts, skips_on_host=False, shard=False):
-        self.parts, self.skips_on_host, self.shard = parts, skips_on_host, shard
+    def __init__(self, model, parts, shard=False):
+        self.parts, self.shard = parts, shard
         # where the state is: ZeroRedundancyOptimizer wraps an optimizer of this rank's parameters
         self.keepers = [getattr(part, "optim", part) for part in parts]
+        self.skips_on_host = not all(map(skips_by_itself, self.keepers))
         self.names = {parameter: name for name, parameter in model.named_parameters()}
 
     @property
@@ -180,6 +183,8 @@ class Optimizer:
     def _moments(self, part, parameter, saved):
         name, moments = self.names[parameter], {}
         found = saved.get(name)
+        if not isinstance(part, (Muon, torch.optim.AdamW)):      # somebody's: any moments will do
+            return copy.deepcopy(found)
         was, now = ("adamw", "muon") if isinstance(part, Muon) else ("muon", "adamw")
         if isinstance(found, dict) and OF_ONE[was] in found:
             raise UserError(f"the checkpoint has optimizer={was}, these settings say {now}: "
@@ -194,6 +199,11 @@ class Optimizer:
             # "step" stays on the CPU
             moments[key] = moment.clone() if parameter.is_cpu or key == "step" else moment
         return moments
+
+
+def skips_by_itself(part):
+    """Does its `step` heed grad_scale and found_inf? One that ignores them would never clip."""
+    return isinstance(part, Muon) or bool(part.defaults.get("fused"))
 
 
 def parameters_of(part):

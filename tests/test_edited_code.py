@@ -12,12 +12,14 @@ import train
 from minillm import run_folder, stock_model
 from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.errors import UserError
+from minillm.optimizer import Optimizer
 from minillm.same_function import check_loss, noisy_in_training
 from model import FFN, GPT, Block, GPTConfig
 from moe import Router
 from support.model_changes import KINDS, softcap
 from support.tiny_models import tiny_model
-from support.training_runs import BLOCK, MOE, TINY, finish, newest
+from support.training_runs import (BLOCK, MOE, TINY, Run, assert_same_run, die_at, finish,
+                                   newest)
 
 SHORT = [*TINY, "--max_iters=4", "--eval_interval=0"]
 
@@ -177,6 +179,61 @@ def test_what_had_no_gradient_before_is_trained_from_now_on(data, tmp_path, name
     assert f"no optimizer state of {name}: frozen or unused" in output
     assert not torch.equal(newest(tmp_path / "out")["model"][name], weight)
 
+
+# ---- another optimizer
+
+class Lion(torch.optim.Optimizer):
+    """As people write it: it knows neither grad_scale nor found_inf."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_((momentum * 0.9 + p.grad * 0.1).sign(), alpha=group["lr"])
+                momentum.lerp_(p.grad, 0.01)
+
+
+def sgd(groups, lr):
+    return torch.optim.SGD(groups, lr, momentum=0.9)
+
+
+def all_by(model, kind):
+    return Optimizer(model, [kind([{"params": list(model.parameters()), "lr_scale": 1.0}], 0.01)])
+
+
+@pytest.mark.parametrize("kind", [Lion, sgd])
+def test_another_optimizer_resumes_to_the_bit(data, tmp_path, kind):
+    def before():
+        train.make_optimizer = lambda model, *rest: all_by(model, kind)
+    argv = [*TINY, "--max_iters=20", "--eval_interval=0", f"--data_dir={data}"]
+    finish([*argv, f"--out_dir={tmp_path}/straight"], before=before)
+    child = Run([*argv, f"--out_dir={tmp_path}/out"], before=lambda: (before(), die_at(13)))
+    assert child.wait() == -9
+
+    finish([*argv, "--init_from=resume", f"--out_dir={tmp_path}/out"], before=before)
+
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+def test_another_optimizer_clips_and_skips():
+    model = tiny_model().requires_grad_(True)
+    optimizer = all_by(model, sgd)
+    weight = model.norm.weight.detach().clone()
+
+    for norm in (torch.inf, 4.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.set_clipping(torch.tensor(norm), 1.0)
+        optimizer.step()
+
+    torch.testing.assert_close(model.norm.weight.detach(), weight - 0.01 / 4)
+
+
+# ---- fields of the model, and buffers
 
 @dataclass
 class LargerConfig(GPTConfig):
