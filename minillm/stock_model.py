@@ -1,6 +1,7 @@
 """What an exported model computes in transformers, in plain torch: is it what GPT computes?
 
-    check(model)                         # UserError unless export_hf.py can express it
+    check(model)                         # UserError unless export_hf.py can express it, with its
+                                         # chat template
 
 llama.cpp computes the same from the file of export_gguf.py. tests/test_export.py compares with
 transformers itself; here nothing but torch is needed, so each export checks.
@@ -11,13 +12,18 @@ from torch.nn import functional as F
 from minillm.errors import UserError
 from minillm.export_hf import pick_kind, to_transformers, transformers_config
 from minillm.same_function import VOCAB, copies, in_a_line, one_thread, same, text
+from minillm.tokenizer import IM_END, IM_START, ROLES
 
 
 def check(model):
-    """Raise UserError if model.py or moe.py compute what no stock class does.
+    """Raise UserError if the code computes what no stock class does, or has another chat template.
 
     Then the exported weights would be right, and everything made of them wrong.
     """
+    if model.tokenizer and not has_stock_template(model.tokenizer):
+        raise UserError("the formats hold the chat template of the original encode_chat, and "
+                        "minillm/tokenizer.py writes another: change CHAT_TEMPLATE there, the two "
+                        "templates in minillm/export_gguf.py, and minillm/stock_model.py as well")
     pick_kind(model.config)                      # raises its own
     try:
         if all(is_stock(copy) for copy in copies(model)):
@@ -38,6 +44,17 @@ def is_stock(copy):
     tensors, _ = to_transformers(copy.config, copy.state_dict(), VOCAB, kind)
     config = transformers_config(copy.config, VOCAB, kind, torch.float64)
     return same(logits(config, tensors, text(copy)[0]), copy(text(copy))[0])
+
+
+def has_stock_template(tokenizer):
+    """Does encode_chat write what tokenizer.CHAT_TEMPLATE and those of export_gguf.py write?"""
+    chat = [{"role": role, "content": role} for role in (*ROLES, "user")]
+    expected = []
+    for message in chat:
+        expected += [IM_START, *tokenizer.encode(message["role"] + "\n")]
+        expected += [*tokenizer.encode(message["content"]), IM_END, *tokenizer.encode("\n")]
+    expected += [IM_START, *tokenizer.encode("assistant\n")]
+    return tokenizer.encode_chat(chat, add_generation_prompt=True)[0] == expected
 
 
 def logits(config, tensors, ids):

@@ -14,6 +14,7 @@ from minillm.activation_checkpointing import checkpoint_blocks
 from minillm.errors import UserError
 from minillm.optimizer import Optimizer
 from minillm.same_function import check_loss, noisy_in_training
+from minillm.tokenizer import IM_START, Tokenizer
 from model import FFN, GPT, Block, GPTConfig
 from moe import Router
 from support.model_changes import KINDS, softcap
@@ -273,6 +274,15 @@ def test_a_buffer_that_starts_at_zero_is_not_lost_in_an_export(monkeypatch):
 
     with pytest.raises(UserError, match="these compute another"):
         stock_model.check(tiny_model(**KINDS["MoE"]))
+
+
+def test_another_chat_template_is_not_exported(monkeypatch):
+    """The formats have templates of their own, which would go on writing the old one."""
+    stock_model.check(tiny_model())
+    monkeypatch.setattr(Tokenizer, "prefix", lambda self, role: [IM_START, *self.encode(role)])
+
+    with pytest.raises(UserError, match="chat template of the original encode_chat"):
+        stock_model.check(tiny_model())
 
 
 @pytest.mark.gpu
