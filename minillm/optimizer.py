@@ -108,7 +108,7 @@ class Optimizer:
 
     def set_clipping(self, norm, largest):
         """Let the next `step` scale gradients of this norm, a tensor, to `largest` (0: don't)."""
-        self.grad_scale = (norm / (largest or math.inf)).clamp(min=1)
+        self.grad_scale = (norm / (largest or math.inf)).clamp(min=1).float()
         self.found_inf = (~norm.isfinite()).float()
 
     def step(self):

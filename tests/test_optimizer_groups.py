@@ -106,3 +106,18 @@ def test_large_gradients_are_scaled_down_to_the_largest_norm(kind, on_host):
     clipped = state_after(kind, norm=8.0, largest=2.0, on_host=on_host)
 
     torch.testing.assert_close(clipped, state_after(kind, 1.0, 9.0, scale=0.25))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_16_bits_can_be_trained(kind):
+    """As somebody may who lacks memory: their gradients' norm then has 16 bits, too."""
+    model = tiny_model().bfloat16()
+    optimizer = optimizer_of(model, kind)
+    before = model.norm.weight.clone()
+
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.set_clipping(torch.tensor(4.0, dtype=torch.bfloat16), 1.0)
+    optimizer.step()
+
+    assert not torch.equal(model.norm.weight, before)
