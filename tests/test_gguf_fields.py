@@ -72,6 +72,19 @@ def test_matrices_have_the_type_that_is_asked_for_and_the_rest_float32(tmp_path,
     assert said.removeprefix("ALL_").removeprefix("MOSTLY_") == matrices
 
 
+def test_pairs_that_rope_turns_are_neighbours(tmp_path):
+    """Ours are channels i and i + 8 of a head's 16. Rows without a token are left out."""
+    model, _, reader = exported(tmp_path, vocab_size=VOCAB + 20)
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    order = torch.arange(16).view(2, 8).t().flatten()    # 0, 8, 1, 9, ...
+
+    q, k, v = model.blocks[1].attn.qkv.weight.split((64, 32, 32))
+    assert torch.equal(found["blk.1.attn_q.weight"], q.view(4, 16, 64)[:, order].flatten(0, 1))
+    assert torch.equal(found["blk.1.attn_k.weight"], k.view(2, 16, 64)[:, order].flatten(0, 1))
+    assert torch.equal(found["blk.1.attn_v.weight"], v)
+    assert torch.equal(found["token_embd.weight"], model.wte.weight[:VOCAB])
+
+
 def test_the_constant_gate_of_a_model_with_biases_is_1(tmp_path):
     """llama computes silu(gate) * up, and we silu(gate)."""
     model, _, reader = exported(tmp_path, bias=True)
