@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import os
 import re
 import time
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import train
-from minillm import run_folder, run_log
+from minillm import checkpoint, run_folder, run_log
 from minillm.run_log import RunLog, bad_steps_message
 from support.tiny_models import tiny_model
 from support.training_runs import TINY, finish
@@ -197,6 +198,28 @@ def test_what_evaluating_and_saving_take_does_not_count_as_training(data, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     assert len(speeds) == 8 and min(speeds) > 1e6
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_counts_them(data, tmp_path):
+    """After a power cut the log would else have a gap."""
+    def before():
+        sync, save = os.fsync, checkpoint.save
+
+        def fsync(number):
+            if os.path.samestat(os.fstat(number), os.stat(tmp_path / "out/metrics.jsonl")):
+                print("records")
+            sync(number)
+
+        def saved(path, state):
+            print("checkpoint")
+            save(path, state)
+        os.fsync, checkpoint.save = fsync, saved
+
+    output = finish([*TINY, "--max_iters=4", "--eval_interval=0", "--checkpoint_interval=2",
+                     f"--data_dir={data}", f"--out_dir={tmp_path}/out"], before=before)
+
+    order = [line for line in output.splitlines() if line in ("records", "checkpoint")]
+    assert order == ["records", "checkpoint"] * 2
 
 
 def test_a_record_says_how_evenly_the_experts_work(log, capsys):

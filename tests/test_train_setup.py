@@ -79,6 +79,18 @@ def test_embeddings_that_collapsed_are_drawn_anew_for_other_data(data, tmp_path)
     assert not torch.equal(*rows)
 
 
+def test_weights_are_drawn_by_the_seed(data, tmp_path):
+    def weights(seed, name):
+        finish([*SHORT, "--learning_rate=0", "--min_lr=0", f"--seed={seed}", f"--data_dir={data}",
+                f"--out_dir={tmp_path}/{name}"])
+        return newest(tmp_path / name)["model"]["wte.weight"]
+
+    first = weights(1, "first")
+
+    assert torch.equal(weights(1, "again"), first)
+    assert not torch.equal(weights(2, "other"), first)
+
+
 def test_the_fast_versions_are_chosen_for_what_will_be_compiled(data, tmp_path):
     """Without a word they would not be, and training would be slower. Nothing is compiled here."""
     def before():
