@@ -59,8 +59,8 @@ def test_a_new_run_starts_over(project):
 
 def test_a_python_that_is_too_old_installs_nothing(project):
     """false stands for it: what is asked of it fails."""
-    done = subprocess.run(["make", "-B", ".venv/installed", "PYTHON=false"], cwd=project,
-                          capture_output=True, encoding="utf-8")
+    done = subprocess.run(["make", "--no-print-directory", "-B", ".venv/installed", "PYTHON=false"],
+                          cwd=project, capture_output=True, encoding="utf-8")
 
     assert done.returncode == 2 and not (project / ".venv/bin").exists()
     assert done.stdout == "false is not Python 3.11 or newer: try make demo PYTHON=python3.12\n"
