@@ -170,7 +170,7 @@ def main():
         bound.listen(config.backlog)             # from now on the system lets clients wait
     except OSError as error:                     # two may bind a port, and one listen on it
         raise cannot_listen(s.host, s.port, error) from None
-    print(f"{name} · {rows} answers at a time · {url}", flush=True)
+    print(f"{name} · {rows} answers at a time · {url}")
     server.run(sockets=[bound])
     if not server.started:
         sys.exit(3)                              # uvicorn has said why; old ones just return

@@ -139,8 +139,7 @@ def print0(text):
     if int(os.environ.get("RANK") or 0) > 0:
         return
     try:
-        tqdm.write(text)
-        sys.stdout.flush()
+        tqdm.write(text)                         # errors.run() has each line written at once
     except BrokenPipeError:
         write_nowhere(1)
     except OSError:                              # the disk with the log is full
