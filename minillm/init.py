@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from minillm.dataloader import derive_seed
+from minillm.optimizer import parameters_by_role
 
 EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
 ALIKE = 0.9                  # cosine above which two rows count as collapsed into one
@@ -16,11 +17,19 @@ SCANNED = 1 << 27            # tokens of the coming data that are looked at
 
 @torch.no_grad()
 def init_for_muon(model):
-    """Start with a larger embedding, and a last norm that gives the logits their usual spread.
+    """Start with larger weights, and a last norm that gives the logits their usual spread.
 
     The embedding is also the output projection: Muon's blocks learn best on top of inputs of
-    about the size of their own outputs.
+    about the size of their own outputs. In the blocks of a dense model each output neuron's
+    weights get a norm of about 1 (LeCun's init), near where training takes them; an MoE model
+    learned less with it. Weights are scaled, not drawn anew: what starts as zero stays zero.
     """
+    if not model.config.n_expert:
+        roles = parameters_by_role(model)
+        for weight in roles["matrices"] + roles["qkv"]:
+            # float64: the same bits with any number of threads
+            norm = weight.double().norm().item()
+            weight.mul_(math.sqrt(len(weight)) / max(norm, 1e-12))
     width = model.wte.weight.shape[1]
     model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
     # 0.64 = 0.02 * sqrt(1024): the std of the logits with GPT-2's init, at width 1024

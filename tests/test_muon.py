@@ -245,5 +245,31 @@ def test_a_fresh_model_starts_with_the_same_logits():
     init_for_muon(model)
 
     assert model.wte.weight.std().item() == pytest.approx(0.5, rel=0.01)
+    for name in ("attn.qkv", "attn.proj", "ffn.up", "ffn.down"):
+        rows = model.blocks[0].get_parameter(name + ".weight").norm(dim=1)
+        assert rows.square().mean().item() == pytest.approx(1, abs=1e-4), name
     assert model.norm.weight.unique().item() == pytest.approx(0.04)
     assert model(idx)[..., 64:].std().item() == pytest.approx(before.item(), rel=0.1)
+
+
+def test_a_start_of_ones_own_is_scaled_and_not_drawn_anew():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, vocab_size=300))
+    block = model.blocks[0]
+    torch.nn.init.zeros_(block.ffn.down.weight)
+    up = block.ffn.up.weight.detach().clone()
+
+    init_for_muon(model)
+
+    assert not block.ffn.down.weight.any()
+    torch.testing.assert_close(block.ffn.up.weight / block.ffn.up.weight.norm(), up / up.norm())
+
+
+def test_the_matrices_of_an_moe_model_start_as_they_are():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, vocab_size=300, n_expert=2,
+                          n_expert_per_tok=1))
+    before = {name: p.detach().clone() for name, p in model.blocks.named_parameters()}
+
+    init_for_muon(model)
+
+    for name, p in model.blocks.named_parameters():
+        assert torch.equal(p, before[name]), name
