@@ -97,6 +97,7 @@ class Optimizer:
         self.keepers = [getattr(part, "optim", part) for part in parts]
         self.skips_on_host = not all(map(skips_by_itself, self.keepers))
         self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.begun = False
 
     @property
     def param_groups(self):
@@ -112,11 +113,26 @@ class Optimizer:
         self.found_inf = (~norm.isfinite()).float()
 
     def step(self):
+        if not self.begun:
+            self._name_unused()
+        self.begun = True
         if self.skips_on_host:
             return self._step_on_host()
         for part, keeper in zip(self.parts, self.keepers):
             keeper.grad_scale, keeper.found_inf = self.grad_scale, self.found_inf
             part.step()
+
+    def _name_unused(self):
+        unused = [self.names[p] for part in self.parts for p in parameters_of(part)
+                  if p.grad is None]
+        if not unused:
+            return
+        fact = f"the loss does not depend on {', '.join(unused[:3])}"
+        fact += f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        if dist.is_initialized():                # DDP would stop in the next step
+            raise UserError(f"{fact}: on several processes every parameter must count; use it, "
+                            "remove it, or call requires_grad_(False) on it")
+        print0(f"{fact}: not trained")
 
     def _step_on_host(self):
         if self.found_inf:
