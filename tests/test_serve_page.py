@@ -4,59 +4,9 @@ import re
 
 import pytest
 
-from support.browser import Browser, find_chromium
-from support.tiny_models import talkative, tiny_model
-from support.web_server import PATIENCE, alone, httpx, served
-
-pytestmark = pytest.mark.skipif(not find_chromium(), reason="chromium is not installed")
-DONE = "!runs.size && chat().messages.length && !document.querySelector('.live')"
-TEXTS = "[...document.querySelectorAll('.message .text')].map(text => text.textContent)"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(talkative(tiny_model(block_size=128)), rows=2) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser, server):
-    """The page as somebody sees it who has never been there."""
-    browser.open(server.url + "/healthz")
-    browser.run("localStorage.clear()")
-    browser.resize(1100, 720)
-    browser.open(server.url + "/")
-    browser.wait("document.getElementById('used').textContent")
-    browser.errors.clear()
-    yield browser
-    assert browser.errors == []
-
-
-def click(page, selector):
-    page.run(f"document.querySelector({json.dumps(selector)}).click()")
-
-
-def fill(page, selector, text):
-    page.run(f"document.querySelector({json.dumps(selector)}).select()")
-    page.type(text)
-
-
-def say(page, text, wait=DONE):
-    fill(page, "#input", text)
-    page.press("Enter", 13)
-    page.wait(wait)
-
-
-def tool(page, word, message):
-    """Click the button `word` under message number `message`."""
-    buttons = f"[...document.querySelectorAll('.message')[{message}].querySelectorAll('button')]"
-    page.run(f"{buttons}.find(button => button.textContent === '{word}').click()")
+from support.chat_page import (DONE, ERROR, LIVE, NAMES, TEXTS, USED, browser, click, fill, page,
+                               say, server, tool)
+from support.web_server import PATIENCE, alone, httpx
 
 
 def test_a_message_is_answered_with_the_options_that_are_set(page, server):
@@ -71,14 +21,15 @@ def test_a_message_is_answered_with_the_options_that_are_set(page, server):
     want = alone(server, messages, temperature=0.5, top_k=20, seed=3, max_new_tokens=9)
     assert page.run(TEXTS) == ["你好", want]
     assert "seed 3 · 9 tokens" in page.run("document.getElementById('messages').textContent")
-    used = page.run("document.getElementById('used').textContent")
-    assert re.fullmatch(r"\d+ / 128", used) and not used.startswith("0 ")
+    prompt, _ = server.model.tokenizer.encode_chat(messages, add_generation_prompt=True)
+    assert page.run(USED) == f"{len(prompt) + 9} / 128"
 
 
 def test_an_answer_is_shown_while_it_is_made_and_can_be_stopped(page, server):
     server.gate.open.clear()
     try:
-        say(page, "你好", wait="document.querySelector('.live .text')?.textContent")
+        say(page, "你好", wait=LIVE)
+        assert page.run("document.getElementById('clear').disabled")
         assert page.run("document.getElementById('send').title") == "Stop"
         click(page, "#send")
         page.wait(DONE)
@@ -87,7 +38,7 @@ def test_an_answer_is_shown_while_it_is_made_and_can_be_stopped(page, server):
     server.wait(server.idle)
 
     # one step may have been under way when the gate closed
-    assert len(page.run(TEXTS)[1]) in (1, 2)
+    assert len(page.run(TEXTS)[1]) in (1, 2) and page.run(ERROR) is None
     say(page, "再来")
     assert len(page.run(TEXTS)) == 4
 
@@ -126,8 +77,7 @@ def test_conversations_stay_after_a_reload_until_they_are_cleared(page, server):
     page.open(server.url + "/")
 
     assert page.run(TEXTS) == texts
-    names = page.run("[...document.querySelectorAll('.chat .name')].map(name => name.textContent)")
-    assert names == ["第二", "第一"]
+    assert page.run(NAMES) == ["第二", "第一"]
     click(page, ".chat:nth-child(2) .name")
     assert page.run(TEXTS)[0] == "第一"
     click(page, "#clear")
@@ -151,9 +101,9 @@ def test_an_input_method_keeps_its_enter(page):
 def test_text_is_shown_as_text(page, text):
     page.run(f"say({json.dumps(text)})")
     page.wait(DONE)
-    page.run(f"chat().messages[1].content = {json.dumps(text)}, draw()")
+    page.run(f"chat().messages[1].content = chat().messages[1].error = {json.dumps(text)}, draw()")
 
-    assert page.run(TEXTS) == [text, text]
+    assert page.run(TEXTS) == [text, text] and page.run(ERROR) == text
     assert page.run("window.hit") is None
     assert page.run("document.querySelectorAll('#messages script, #messages img').length") == 0
 
@@ -163,12 +113,12 @@ def test_errors_are_shown(page, server, monkeypatch):
 
     say(page, "你好")
 
-    assert "the model is busy" in page.run("document.querySelector('.error').textContent")
+    assert "the model is busy" in page.run(ERROR)
     page.errors.clear()                          # a browser logs each 429
     monkeypatch.undo()
     tool(page, "Retry", 1)
     page.wait(DONE)
-    assert page.run("document.querySelector('.error')") is None and page.run(TEXTS)[1]
+    assert page.run(ERROR) is None and page.run(TEXTS)[1]
 
 
 def test_two_languages(page):
