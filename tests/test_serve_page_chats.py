@@ -6,6 +6,8 @@ import pytest
 from support.chat_page import (DONE, LIVE, NAMES, TEXTS, USED, browser, click, fill, open_page,
                                page, say, server, tool)
 
+HINT = "document.getElementById('hint').textContent"
+
 
 @pytest.fixture
 def shut(server):
@@ -110,6 +112,19 @@ def test_a_page_opens_whatever_was_kept(page, server, kept):
     assert (page.run(NAMES), page.run(TEXTS)) == (["New"], [])
 
 
+def test_a_full_storage_is_said_until_there_is_room(page):
+    page.run("window.room = Storage.prototype.setItem, Storage.prototype.setItem = () => "
+             "{ throw new DOMException('', 'QuotaExceededError'); }, 0")
+    say(page, "你好")
+    assert page.run(HINT) == "The browser's storage is full: nothing more is kept."
+    assert page.run(TEXTS)[1]
+
+    page.run("Storage.prototype.setItem = room, 0")
+    say(page, "再来")
+
+    assert page.run(HINT).startswith("Enter sends")
+
+
 OTHER_TAB = """
     const chats = [{ messages: [{ role: "user", content: "别处" }], system: "", used: 0 }];
     localStorage.setItem("mini-llm", JSON.stringify({ ...state, chats, current: 0 }));
@@ -204,6 +219,15 @@ def test_copy_takes_the_text_alone(page):
 
     assert page.run("copied") == "一\n<二>"
     page.wait("document.querySelector('.tools').textContent.includes('Copied')")
+
+
+def test_without_a_clipboard_there_is_no_button_for_it(page):
+    """As over http from another machine."""
+    page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined }), 0")
+
+    begin(page, "一")
+
+    assert page.run("document.querySelector('.tools').textContent") == "EditRetry"
 
 
 @pytest.mark.parametrize("event, sends", [

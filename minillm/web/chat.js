@@ -27,14 +27,16 @@ const state = { chats: [], current: 0, lang: navigator.language.startsWith("zh")
   options: {}, key: "" };
 const runs = new Map();                      // conversation → what is under way for it
 let card = { max_model_len: 0, defaults: {} };
+let hint = "hint";                           // or "full"
 
 function restore() {
   try { Object.assign(state, JSON.parse(localStorage.getItem("mini-llm"))); } catch { }
   if (!state.chats?.length) state.chats = [newChat()];
 }
 function save() {
-  try { localStorage.setItem("mini-llm", JSON.stringify(state)); }
-  catch { $("hint").textContent = t("full"); }
+  try { localStorage.setItem("mini-llm", JSON.stringify(state)); hint = "hint"; }
+  catch { hint = "full"; }
+  $("hint").textContent = t(hint);
 }
 function newChat() { return { messages: [], system: "", used: 0 }; }
 function chat() { return state.chats[state.current] || state.chats[state.current = 0]; }
@@ -146,7 +148,7 @@ function draw() {
     if (document.activeElement !== $(id)) $(id).value = value ?? "";
   }
   $("input").placeholder = $("input").ariaLabel = t("ask");
-  $("hint").textContent = t("hint");
+  $("hint").textContent = t(hint);
   $("burger").ariaLabel = t("burger");
   $("context").title = t("context");
   $("model").textContent = card.id || "mini-llm";
@@ -191,7 +193,8 @@ function drawMessage(message, index, run) {
     if (mine) tool("edit", () => drawEdit(box, message, index));
     if (index === chat().messages.length - 1)
       tool("retry", () => say(chat().messages[asked].content, asked, chat().tries + 1));
-    if (message.content) tool("copy", async event => {
+    // there is no clipboard for a page that came over http from another machine
+    if (message.content && navigator.clipboard) tool("copy", async event => {
       await navigator.clipboard.writeText(message.content);
       event.target.textContent = t("copied");
     });
