@@ -10,7 +10,7 @@ from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 from support.exports import export_folder
 from support.tiny_models import tiny_model, write_folder
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 def exported(folder, *argv, **shape):
@@ -49,12 +49,21 @@ def test_context_rope_and_dtype_are_said_for_every_version(tmp_path, dtype):
     assert ends == [None, IM_END, END_OF_TEXT]
 
 
+def test_the_weights_are_marked_as_those_of_torch(tmp_path):
+    """transformers 4 opens no others."""
+    _, made = exported(tmp_path)
+
+    with safetensors.safe_open(f"{made}/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 @pytest.mark.parametrize("without", ["rope_theta", "rope_parameters"])
 def test_the_config_of_either_version_is_read_back(tmp_path, without):
+    """Also from an editor that puts a byte-order mark before it."""
     _, made = exported(tmp_path, rope_theta=5e5, bias=True)
     config = read(made, "config.json")
     del config[without]
-    with open(f"{made}/config.json", "w") as file:
+    with open(f"{made}/config.json", "w", encoding="utf-8-sig") as file:
         json.dump(config, file)
 
     found = read_model(made)["model_config"]
@@ -71,4 +80,18 @@ def test_a_longer_rope_is_refused_under_either_name(tmp_path, key):
         json.dump(config | {key: {"rope_type": "yarn", "rope_theta": 1e4}}, file)
 
     with pytest.raises(UserError, match="rope_type is 'yarn'"):
+        read_model(made)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("up_proj.bias", "the FFN has a gate"), ("gate_proj.bias", "the FFN has biases")])
+def test_a_llama_whose_biases_are_not_those_of_an_export_is_refused(tmp_path, name, says):
+    """As after a fine-tuning elsewhere. GPT would leave them out without a word."""
+    _, made = exported(tmp_path, "--stock=llama")
+    path = f"{made}/model.safetensors"
+    weights = safetensors.load_file(path)
+    weights[f"model.layers.1.mlp.{name}"][3] += 0.5
+    safetensors.save_file(weights, path)
+
+    with pytest.raises(UserError, match=f"layer 1: .*{says}"):
         read_model(made)
