@@ -1,8 +1,11 @@
 """The JSON files of an export for transformers, by what they say; test_export.py opens them."""
 import json
+import os
 
 import pytest
+import torch
 
+from minillm import checkpoint
 from minillm.errors import UserError
 from minillm.export_hf import read_model
 from minillm.sampling_params import DEFAULTS
@@ -31,6 +34,19 @@ def test_transformers_generates_as_chat_does_without_flags(tmp_path):
         "do_sample": True, "temperature": DEFAULTS.temperature, "top_k": DEFAULTS.top_k,
         "max_new_tokens": DEFAULTS.max_new_tokens,
         "eos_token_id": [IM_END, END_OF_TEXT, IM_START], "pad_token_id": END_OF_TEXT}
+
+
+@pytest.mark.parametrize("flags, step", [([], 9), (["--checkpoint=7"], 7)])
+def test_the_checkpoint_that_is_asked_for_is_exported(tmp_path, flags, step):
+    """The newest, or another one."""
+    folder = write_folder(tmp_path / "model", tiny_model())
+    state = checkpoint.load(checkpoint.step_path(folder, 7))
+    norms = {7: state["model"]["norm.weight"].clone(), 9: state["model"]["norm.weight"].mul_(2)}
+    checkpoint.save(checkpoint.step_path(folder, 9), state | {"step": 9})
+
+    made = export_folder(folder, flags)
+
+    assert torch.equal(read_model(made)["model"]["norm.weight"], norms[step])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -81,6 +97,18 @@ def test_a_longer_rope_is_refused_under_either_name(tmp_path, key):
 
     with pytest.raises(UserError, match="rope_type is 'yarn'"):
         read_model(made)
+
+
+def test_a_router_has_no_noise_where_nobody_saved_one(tmp_path):
+    """transformers' save_pretrained leaves training.safetensors out."""
+    model, made = exported(tmp_path, n_expert=4)
+    os.remove(f"{made}/training.safetensors")
+
+    found = read_model(made)["model"]
+
+    assert found.keys() == model.state_dict().keys()
+    for name, weight in found.items():
+        assert not weight.any() if "noise" in name else weight.any()
 
 
 @pytest.mark.parametrize("name, says", [

@@ -1,6 +1,10 @@
 """The model card of an export: its numbers, its path, and which notes it has."""
+import os
+import sys
+
 import pytest
 
+import export
 from minillm import export_gguf
 from minillm.model_card import NOTES, write_card
 from support.exports import export_folder
@@ -50,11 +54,12 @@ def test_the_card_of_an_export_has_its_path_and_the_note_on_masks(tmp_path, form
     folder = write_folder(tmp_path / "model", tiny_model())
     (folder / "config.py").write_text(f"doc_mask = {doc_mask}\n")
 
-    made = export_folder(folder, [f"--format={format}"])
+    made = export_folder(folder, [f"--format={format}", "--dtype=float16"])
 
     with open(f"{made}/README.md", encoding="utf-8") as file:
         text = file.read()
     assert made in text and ".new" not in text
+    assert "| weights in this folder | float16 |" in text
     assert (NOTES["masks"] in text) == doc_mask
     assert (NOTES["gguf"] in text) == (format == "gguf") == ("ollama create" in text)
 
@@ -75,3 +80,19 @@ def test_a_tokenizer_that_cuts_long_runs_is_noted_for_gguf(tmp_path, monkeypatch
 
     with open(f"{made}/README.md", encoding="utf-8") as file:
         assert (NOTES["runs"] in file.read()) == noted
+
+
+@pytest.mark.parametrize("format, package", [("hf", "safetensors"), ("gguf", "gguf")])
+def test_each_format_has_its_folder_in_the_model_s(tmp_path, monkeypatch, capsys, format, package):
+    """Its files are named at the end. A second export takes the place of the first."""
+    pytest.importorskip(package)
+    write_folder(tmp_path, tiny_model())
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--out_dir={tmp_path}", f"--format={format}"])
+
+    export.main()
+    export.main()
+
+    made = sorted(os.listdir(tmp_path / format))
+    assert "README.md" in made and len(made) > 2
+    said = f"wrote {tmp_path}/{format}: {', '.join(made)}\n"
+    assert capsys.readouterr().out == 2 * said
