@@ -1,7 +1,10 @@
 """What a GGUF says of its model, read with the package gguf alone; test_gguf.py asks llama.cpp."""
+import re
+
 import pytest
 import torch
 
+from minillm import export_gguf
 from minillm.export_gguf import CHAT_TEMPLATE
 from minillm.sampling_params import DEFAULTS
 from minillm.tokenizer import END_OF_TEXT, IM_END
@@ -56,6 +59,19 @@ def test_the_tokenizer_adds_nothing_and_ends_where_ours_does(tmp_path):
     assert field("chat_template") == CHAT_TEMPLATE
 
 
+def test_a_folder_s_name_need_not_be_utf_8(tmp_path):
+    """Python has a half of a surrogate pair for each byte that is none."""
+    model = tiny_model(**SHAPE)
+    write_folder(tmp_path, model)
+    tokenizer_json = export_gguf.read_tokenizer(tmp_path / "tokenizer")
+
+    export_gguf.write_model(tmp_path, model.config, model.state_dict(), tokenizer_json, "float32",
+                            "town\udcff")
+
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["general.name"].contents() == "town\\udcff"
+
+
 @pytest.mark.parametrize("dtype, matrices", [
     ("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")])
 def test_matrices_have_the_type_that_is_asked_for_and_the_rest_float32(tmp_path, dtype, matrices):
@@ -106,3 +122,20 @@ def test_ollama_answers_as_chat_does_without_flags(tmp_path):
         'stop "<|im_end|>"', f"num_ctx {model.config.block_size}",
         f"temperature {DEFAULTS.temperature}", f"top_k {DEFAULTS.top_k}", f"top_p {DEFAULTS.top_p}",
         "min_p 0.0", f"repeat_penalty {DEFAULTS.repetition_penalty}"]
+
+
+def test_ollama_writes_a_chat_as_the_template_in_the_file_does(tmp_path):
+    """In its own template language, of which this reads a loop over the messages."""
+    jinja2 = pytest.importorskip("jinja2")
+    _, made, _ = exported(tmp_path)
+    with open(f"{made}/Modelfile", encoding="utf-8") as file:
+        template = file.read().split('"""')[1]
+    chat = [{"role": "system", "content": "短"}, {"role": "user", "content": "你好\n"}]
+
+    loop, prompt = re.fullmatch(r"{{- range .Messages }}(.*){{ end }}(.*)", template, re.S).groups()
+    written = [loop.replace("{{ .Role }}", message["role"])
+               .replace("{{ .Content }}", message["content"]) for message in chat]
+
+    render = jinja2.Template(CHAT_TEMPLATE).render
+    assert "".join(written) + prompt == render(messages=chat, add_generation_prompt=True)
+    assert "".join(written) == render(messages=chat, add_generation_prompt=False)

@@ -1,5 +1,7 @@
 """make demo: an interrupted run resumes; what newer code or data would change starts over."""
+import importlib
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -131,3 +133,13 @@ def test_an_evaluation_that_the_table_cannot_use_is_made_again(project, stale, m
                           encoding="utf-8")
 
     assert re.findall(r"^\.venv/bin/python eval.py --out_dir=(\S+)", done.stdout, re.M) == made
+
+
+@pytest.mark.parametrize("program, stage", [
+    ("sample", "pretrain"), ("chat", "sft"), ("eval", "sft"), ("export", "sft"), ("serve", "sft")])
+def test_a_program_without_flags_opens_what_make_demo_has_trained(program, stage):
+    made = (pathlib.Path(ROOT) / "Makefile").read_text(encoding="utf-8")
+    assert "NAME := demo\n" in made and "OUT := out/$(NAME)\n" in made
+    assert f"$(OUT)_{stage}" in made
+
+    assert importlib.import_module(program).Settings().out_dir == f"out/demo_{stage}"
