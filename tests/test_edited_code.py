@@ -293,10 +293,25 @@ def test_a_buffer_that_starts_at_zero_is_not_lost_in_an_export(monkeypatch):
         stock_model.check(tiny_model(**KINDS["MoE"]))
 
 
-def test_another_chat_template_is_not_exported(monkeypatch):
+def prefix_without_line_end(tokenizer, role):
+    return [IM_START, *tokenizer.encode(role)]
+
+
+def prefix_of_assistants_named_otherwise(tokenizer, role):
+    name = "bot" if role == "assistant" else role
+    return [IM_START, *tokenizer.encode(name + "\n")]
+
+
+def prefix_of_a_system_prompt_without_role(tokenizer, role):
+    return [IM_START, *tokenizer.encode("" if role == "system" else role + "\n")]
+
+
+@pytest.mark.parametrize("prefix", [prefix_without_line_end, prefix_of_assistants_named_otherwise,
+                                    prefix_of_a_system_prompt_without_role])
+def test_another_chat_template_is_not_exported(prefix, monkeypatch):
     """The formats have templates of their own, which would go on writing the old one."""
     stock_model.check(tiny_model())
-    monkeypatch.setattr(Tokenizer, "prefix", lambda self, role: [IM_START, *self.encode(role)])
+    monkeypatch.setattr(Tokenizer, "prefix", prefix)
 
     with pytest.raises(UserError, match="chat template of the original encode_chat"):
         stock_model.check(tiny_model())

@@ -1,14 +1,17 @@
 """Which questions eval.py takes, where an answer ends, and how choices are compared."""
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import eval as evaluation
 from minillm import exact_match, multiple_choice
 from minillm.errors import UserError
 from minillm.multiple_choice import LETTERS, Question, parse_record, read_questions, score
 from minillm.tokenizer import IM_END
 from support.exports import lively_model
+from support.preparation_runs import finish
 from support.tiny_models import talkative, tiny_model
 from support.tiny_tokenizer import VOCAB, tokenizer
 
@@ -70,6 +73,27 @@ def test_a_question_that_fills_the_context_is_not_answered():
         model = talkative(tiny_model(block_size=block_size))
         [text] = exact_match.answer_all(model, [question], 4, 40)
         assert (text is not None) == answered
+
+
+@pytest.mark.parametrize("sources, asked", [
+    (["demo.town.conversations()"], "demo"), (["demo_corpus.conversations()"], "demo"),
+    (["chats.jsonl"], "none"), (None, "none")],
+    ids=["the demo", "the demo of an older version", "other chats", "not said"])
+def test_the_demo_s_questions_are_asked_after_its_sft(sources, asked):
+    """By what prepare_sft.py writes into meta.json."""
+    s = evaluation.Settings()
+
+    questions = evaluation.open_questions(s, SimpleNamespace(meta={"sources": sources}), print)
+
+    assert (s.questions, bool(questions)) == (asked, asked == "demo")
+
+
+def test_prepare_sft_names_the_demo_as_eval_knows_it(tmp_path):
+    finish("train_tokenizer", "--vocab_size=400", f"--out_dir={tmp_path}/tok")
+    finish("prepare_sft", f"--tokenizer={tmp_path}/tok", f"--out_dir={tmp_path}/sft")
+
+    meta = json.loads((tmp_path / "sft/meta.json").read_text(encoding="utf-8"))
+    assert meta["sources"] in evaluation.DEMO_SFT
 
 
 # ---- choices

@@ -2,6 +2,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
@@ -86,8 +87,23 @@ def test_what_is_scored_stays_when_the_rest_is_interrupted(project, owner, name,
     assert kept in json.loads((project / "out/eval.json").read_text())
 
 
-def test_each_part_is_scored_as_the_settings_say(project):
-    """Whatever --dtype says, questions are answered in float32."""
+class Scored(NamedTuple):
+    name: str
+    flags: str
+    batches: int                   # of the validation data; 0: all
+    tokens: int
+    answers: str                   # what answer_all is given
+    choices: str                   # what score is given
+
+
+@pytest.mark.parametrize("case", [
+    Scored("as is usual", "", 0, 320, "torch.float32 16 64", "text chat 16 cpu torch.float32"),
+    Scored("in float32 all the same", "--dtype=bfloat16 --batch_size=2 --eval_iters=1 "
+           "--max_new_tokens=5 --answer_by=letters --template=plain",
+           1, 128, "torch.float32 2 5", "letters plain 2 cpu torch.bfloat16"),
+], ids=lambda case: case.name)
+def test_each_part_is_scored_as_the_settings_say(project, case):
+    """Numbers of two people compare where neither gave flags. A window has 64 tokens."""
     def before():
         def answer_all(model, questions, *arguments):
             print(model.wte.weight.dtype, *arguments)
@@ -97,14 +113,14 @@ def test_each_part_is_scored_as_the_settings_say(project):
             print(*arguments)
             return SCORES, [0] * len(questions)
         exact_match.answer_all, multiple_choice.score = answer_all, score
-    argv = [*ARGV, *QUESTIONS, "--choices=demo", "--dtype=bfloat16", "--batch_size=2",
-            "--eval_iters=1", "--max_new_tokens=5", "--answer_by=letters", "--template=plain"]
+    argv = [*ARGV, *QUESTIONS, "--choices=demo", *case.flags.split()]
 
     output = processes.finish("eval", argv, folder=project, before=before)
 
-    assert "pre, 128 tokens: " in output         # 2 windows of 64
-    assert "torch.float32 2 5\n" in output
-    assert "letters plain 2 cpu torch.bfloat16\n" in output
+    results = json.loads((project / "out/eval.json").read_text())
+    assert (results["eval_iters"], results["tokens"]) == (case.batches, case.tokens)
+    assert f"{case.answers}\n" in output and f"{case.choices}\n" in output
+    assert output.count("  wrong: ") == 6        # three answers and three choices
 
 
 # ---- questions
