@@ -51,7 +51,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     dropout: float = 0.0
     bias: bool = False
-    init_std = 0.02              # of fresh weights; not a field: no checkpoint holds it
+    init_std = 0.02              # of fresh weights; for Muon, minillm/init.py rescales; not a field
 
     def __post_init__(self):
         """Fill in n_inner. Raises UserError on sizes that do not fit together."""

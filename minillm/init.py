@@ -3,10 +3,10 @@ import math
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 
 from minillm.dataloader import derive_seed
-from minillm.optimizer import parameters_by_role
 
 EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
 ALIKE = 0.9                  # cosine above which two rows count as collapsed into one
@@ -24,12 +24,13 @@ def init_for_muon(model):
     weights get a norm of about 1 (LeCun's init), near where training takes them; an MoE model
     learned less with it. Weights are scaled, not drawn anew: what starts as zero stays zero.
     """
-    if not model.config.n_expert:
-        roles = parameters_by_role(model)
-        for weight in roles["matrices"] + roles["qkv"]:
+    layers = () if model.config.n_expert else model.blocks.modules()
+    for layer in layers:
+        # of a changed model: no frozen weight, and no parameter that a layer draws itself
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
             # float64: the same bits with any number of threads
-            norm = weight.double().norm().item()
-            weight.mul_(math.sqrt(len(weight)) / max(norm, 1e-12))
+            norm = layer.weight.double().norm().item()
+            layer.weight.mul_(math.sqrt(len(layer.weight)) / max(norm, 1e-12))
     width = model.wte.weight.shape[1]
     model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
     # 0.64 = 0.02 * sqrt(1024): the std of the logits with GPT-2's init, at width 1024

@@ -36,19 +36,16 @@ def make_optimizer(model, s, compile=False, shard=False):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         adamw = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
     if s.optimizer == "adamw":
-        matrices = [p for _, p in trained_parameters(model) if p.dim() >= 2]
-        vectors = [p for _, p in trained_parameters(model) if p.dim() < 2]
+        matrices = [p for _, p in trained_parameters(model) if is_matrix(p)]
+        vectors = [p for _, p in trained_parameters(model) if not is_matrix(p)]
         groups = [{"params": matrices, "weight_decay": s.weight_decay, "lr_scale": 1.0},
                   {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]
         return Optimizer(model, [adamw(groups, **options)], shard)
 
     by_role = parameters_by_role(model)
-    attention = model.blocks[0].attn
-    heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
     decayed = {"weight_decay": s.weight_decay, "lr_scale": 1.0}
-    q_k_v = tuple(count * attention.head_dim for count in heads)
     muon = Muon([{"params": by_role["matrices"], **decayed},
-                 {"params": by_role["qkv"], "split": q_k_v, **decayed}],
+                 {"params": by_role["qkv"], "split": q_k_v_rows(model), **decayed}],
                 lr=s.learning_rate, compile=compile)
     groups = [{"params": by_role["embedding"], "lr_scale": s.embedding_rate,
                "weight_decay": s.weight_decay},
@@ -64,21 +61,33 @@ def trained_parameters(model):
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+def is_matrix(parameter):
+    """Is it a matrix, or a stack of them? A scale per head, (n_head, 1, 1), is none."""
+    return parameter.dim() in (2, 3) and sum(size > 1 for size in parameter.shape) > 1
+
+
+def q_k_v_rows(model):
+    """How many rows of a qkv matrix make the queries, the keys and the values."""
+    attention = model.blocks[0].attn
+    heads = (attention.n_head, attention.n_kv_head, attention.n_kv_head)
+    return tuple(count * attention.head_dim for count in heads)
+
+
 def parameters_by_role(model):
     """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}, without frozen ones.
 
-    matrices: of the blocks, qkv apart; embedding: all that lie outside them, also an output layer
-    that somebody adds; vectors: norms and biases.
+    matrices: of the blocks, qkv apart, unless somebody gives that other rows too; embedding: all
+    that lie outside them, also an output layer that somebody adds; vectors: norms, biases, scales.
     """
     roles = {"matrices": [], "qkv": [], "embedding": [], "routers": [], "vectors": []}
     for name, parameter in trained_parameters(model):
-        if parameter.dim() < 2:
+        if not is_matrix(parameter):
             role = "vectors"
         elif not name.startswith("blocks."):
             role = "embedding"
         elif "router" in name:
             role = "routers"
-        elif name.endswith("qkv.weight"):
+        elif name.endswith("qkv.weight") and len(parameter) == sum(q_k_v_rows(model)):
             role = "qkv"
         else:
             role = "matrices"

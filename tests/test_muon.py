@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from minillm.errors import UserError
@@ -262,6 +263,18 @@ def test_a_start_of_ones_own_is_scaled_and_not_drawn_anew():
 
     assert not block.ffn.down.weight.any()
     torch.testing.assert_close(block.ffn.up.weight / block.ffn.up.weight.norm(), up / up.norm())
+
+
+def test_parameters_that_a_layer_draws_itself_start_as_they_are():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, vocab_size=300))
+    added = nn.ParameterDict({"gain": torch.ones(2, 32), "adapter": 0.01 * torch.randn(4, 64)})
+    before = {name: p.detach().clone() for name, p in added.items()}
+    model.blocks[0].added = added
+
+    init_for_muon(model)
+
+    for name, p in added.items():
+        assert torch.equal(p, before[name]), name
 
 
 def test_the_matrices_of_an_moe_model_start_as_they_are():

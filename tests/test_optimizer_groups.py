@@ -35,6 +35,38 @@ def test_matrices_decay_and_vectors_never_do(kind):
         assert groups[parameter]["weight_decay"] == expected, name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(), (4,), (4, 1, 1), (1, 4, 1, 1), (1, 32), (2, 3, 3, 3)])
+def test_what_is_no_matrix_is_trained_as_a_vector(kind, shape):
+    """A scale per head, say, whatever shape makes it fit."""
+    model = tiny_model()
+    added = model.blocks[0].attn.scale = torch.nn.Parameter(torch.ones(shape))
+    optimizer = optimizer_of(model, kind)
+    added.grad = torch.ones(shape)
+
+    optimizer.set_clipping(torch.tensor(1.0), 1.0)
+    optimizer.step()
+
+    assert groups_of(optimizer)[added]["weight_decay"] == 0.0
+    rate = 0.03 if kind == "adamw" else 0.015
+    torch.testing.assert_close(added.detach(), torch.full(shape, 1 - rate))
+
+
+def test_a_qkv_matrix_with_more_rows_is_trained_as_one_matrix():
+    """With a gate for each query head, say."""
+    model = tiny_model()
+    qkv = model.blocks[0].attn.qkv = torch.nn.Linear(32, 96)
+    optimizer = optimizer_of(model, "muon")
+    qkv.weight.grad = torch.ones(96, 32)
+    before = qkv.weight.detach().clone()
+
+    optimizer.set_clipping(torch.tensor(1.0), 1.0)
+    optimizer.step()
+
+    assert groups_of(optimizer)[qkv.weight]["split"] is None
+    assert not torch.equal(qkv.weight, before)
+
+
 def test_beside_muon_the_router_has_the_rate_of_vectors():
     model = tiny_model(n_expert=4)
 
