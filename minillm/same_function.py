@@ -71,7 +71,8 @@ def small_copy(model, **sizes):
     for module in copy.modules():
         if isinstance(module, nn.Embedding):
             # small rows show the norm's eps, large ones whatever bounds the logits
-            module.weight.data *= torch.logspace(-3, 1, VOCAB, dtype=torch.float64)[:, None]
+            factors = torch.logspace(-3, 1, len(module.weight), dtype=torch.float64)
+            module.weight.data *= factors[:, None]
     copy.double().eval().requires_grad_(False)
     saved = copy.state_dict()
     for name, buffer in copy.named_buffers():    # a bias of the router, say; not a mask

@@ -1,6 +1,7 @@
 """A changed attention, training loop or log: what does not take part is named."""
 import pytest
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -10,6 +11,7 @@ from minillm import attention, generation, same_function
 from minillm.configurator import configure
 from minillm.errors import UserError
 from minillm.run_log import RunLog
+from model import GPT
 from support.model_changes import KINDS
 from support.tiny_models import tiny_model
 from train import Settings
@@ -83,6 +85,28 @@ def test_attention_that_needs_a_gpu_stops_nothing(monkeypatch, capsys):
 
     assert same_function.fingerprint(model) is None
     assert "not compared with itself: RuntimeError: this kernel" in capsys.readouterr().err
+
+
+def test_an_embedding_of_another_size_hides_nothing(monkeypatch, capsys):
+    """Of positions, say: decoding one token gets row 0."""
+    def with_positions(self, config):
+        init(self, config)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+
+    def trunk(self, idx, rope, attend):
+        with monkeypatch.context() as patch:
+            added = self.wte(idx) + self.positions.weight[: idx.shape[1]]
+            patch.setattr(self.wte, "forward", lambda idx: added)
+            return plain(self, idx, rope, attend)
+    init, plain = GPT.__init__, GPT.trunk
+    monkeypatch.setattr(GPT, "__init__", with_positions)
+    monkeypatch.setattr(GPT, "trunk", trunk)
+    model = tiny_model()
+
+    same_function.check_attention(model)
+
+    assert same_function.fingerprint(model) is not None
+    assert "attention over a KV cache is another function" in capsys.readouterr().err
 
 
 def test_attention_is_compared_under_deterministic_algorithms(capsys):
