@@ -1,4 +1,4 @@
-"""How the embedding starts: a fresh one for Muon, and rows that earlier training never trained."""
+"""How weights start: fresh ones for Muon, and embedding rows that training never reached."""
 import math
 
 import numpy as np
