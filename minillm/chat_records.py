@@ -77,12 +77,10 @@ def _all_turns(record, names, left_out):
     if turns is None and record.keys().isdisjoint(names.answer_keys):
         record = {str(key).casefold(): value for key, value in record.items()}
         turns = _messages_in(record, keys)
-    made = []
     system = _filled(record, keys["system"])
     used = [turns, system]
     text = _text(system, left_out)
-    if text is not None:
-        made.append(("system", text, True))
+    made = [] if text is None else [("system", text, True)]
     for key in keys["history"]:
         made += _history(record.get(key), names, left_out)
         used.append(record.get(key))
@@ -104,7 +102,8 @@ def _all_turns(record, names, left_out):
         made += _history(data, names, left_out)
         used.append(data)
     else:
-        raise Skip("no conversation")
+        empty = any(_holds_nothing(record.get(key, 0)) for key in keys["messages"])
+        raise Skip("no turns" if empty else "no conversation")
     left_out.count(record, used)
     return with_flags(record, made, before, left_out)
 

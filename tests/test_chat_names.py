@@ -241,7 +241,7 @@ NOT_UNDERSTOOD = [
     # here a value is at fault, and the names are known
     ("empty answer", {"instruction": "问", "input": "", "output": ""}, ()),
     ("several answers", {"instruction": "问", "output": ["一", "二"]}, ()),
-    ("no turn", {"messages": [], "tools": []}, ("messages", "tools")),
+    ("no turn", {"messages": [], "tools": []}, ()),
 ]
 
 
