@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from minillm.dataloader import derive_seed
+from minillm.distributed import print0
 
 EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
 ALIKE = 0.9                  # cosine above which two rows count as collapsed into one
@@ -31,6 +32,9 @@ def init_for_muon(model):
             # float64: the same bits with any number of threads
             norm = layer.weight.double().norm().item()
             layer.weight.mul_(math.sqrt(len(layer.weight)) / max(norm, 1e-12))
+    if getattr(model.norm, "weight", None) is None:
+        print0("the last norm has no weight to scale the logits with: the embedding starts as drawn")
+        return
     width = model.wte.weight.shape[1]
     model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
     # 0.64 = 0.02 * sqrt(1024): the std of the logits with GPT-2's init, at width 1024

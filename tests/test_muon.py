@@ -277,6 +277,18 @@ def test_parameters_that_a_layer_draws_itself_start_as_they_are():
         assert torch.equal(p, before[name]), name
 
 
+def test_without_a_weight_of_the_last_norm_the_embedding_starts_as_drawn(capsys):
+    """Larger, it would make the logits so, and the first loss many times ln(vocab_size)."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, vocab_size=300))
+    model.norm = nn.RMSNorm(64, elementwise_affine=False)
+    before = model.wte.weight.detach().clone()
+
+    init_for_muon(model)
+
+    assert torch.equal(model.wte.weight, before)
+    assert "the last norm has no weight" in capsys.readouterr().out
+
+
 def test_the_matrices_of_an_moe_model_start_as_they_are():
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, vocab_size=300, n_expert=2,
                           n_expert_per_tok=1))
