@@ -114,6 +114,12 @@ def kind_of(name):
     return KINDS.get(suffix)
 
 
+def refuse_pointer(path, raw):
+    """Raise UserError for what `git clone` leaves of a large file where Git LFS is missing."""
+    if raw.peek(64).startswith(b"version https://git-lfs.github.com/"):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file: `git lfs pull` fetches it")
+
+
 def open_streams(path, raw, report):
     """Yield (name, kind, binary stream) of the file, or of each text file inside a tar."""
     stream = _decompressed(raw, path)

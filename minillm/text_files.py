@@ -25,7 +25,7 @@ from minillm.encodings import (Transcoded, guess_encoding, is_wide, known_encodi
 from minillm.errors import UserError
 from minillm.json_stream import MAX_LINE, form_of, json_values
 from minillm.open_files import (Rewound, each_once, find_files, kind_of, look_ahead, open_streams,
-                                zstd_errors)
+                                refuse_pointer, zstd_errors)
 from minillm.txt_documents import txt_documents
 
 BLOCK = 1 << 20              # bytes of a block
@@ -96,6 +96,7 @@ class Source:
         for path in self.files:
             try:
                 with open(path, "rb") as raw:
+                    refuse_pointer(path, raw)
                     for block, share in self._blocks_of(path, raw, size):
                         if share is not None:
                             self.position = finished + int(share * os.path.getsize(path))

@@ -37,6 +37,14 @@ def test_hidden_files_and_unknown_kinds_are_not_read(tmp_path):
     assert read(tmp_path).items == ["c.jsonl"]
 
 
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "txt.gz", "parquet"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+
+    with pytest.raises(UserError, match=f"a.{suffix} is a pointer of Git LFS.*git lfs pull"):
+        read(tmp_path)
+
+
 def test_files_of_another_kind_are_counted(small_corpus, tmp_path):
     """In a folder and in a tar: how many of each, and the first."""
     raw = tmp_path / "raw"
