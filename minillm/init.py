@@ -33,7 +33,7 @@ def init_for_muon(model):
             norm = layer.weight.double().norm().item()
             layer.weight.mul_(math.sqrt(len(layer.weight)) / max(norm, 1e-12))
     if getattr(model.norm, "weight", None) is None:
-        print0("the last norm has no weight to scale the logits with: the embedding starts as drawn")
+        print0("the last norm has no weight to scale the logits: the embedding starts as drawn")
         return
     width = model.wte.weight.shape[1]
     model.wte.weight.mul_(EMBEDDING_STD / model.config.init_std)
