@@ -141,7 +141,8 @@ def check_attention(model, flex=False):
         return
     for name in different:
         say(f"minillm/attention.py: attention {name} is another function than over a whole text: "
-            "change causal_attention's branches, the masks and cached_attention alike")
+            "change causal_attention's branches, the masks and cached_attention alike; what the "
+            "model does elsewhere with other tokens or positions, cached_forward must do as well")
 
 
 @one_thread()

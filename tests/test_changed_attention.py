@@ -105,8 +105,10 @@ def test_an_embedding_of_another_size_hides_nothing(monkeypatch, capsys):
 
     same_function.check_attention(model)
 
+    said = capsys.readouterr().err
     assert same_function.fingerprint(model) is not None
-    assert "attention over a KV cache is another function" in capsys.readouterr().err
+    assert "attention over a KV cache is another function" in said
+    assert "positions, cached_forward must do as well" in said
 
 
 def test_attention_is_compared_under_deterministic_algorithms(capsys):
