@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 import eval as evaluation
-from minillm import exact_match, multiple_choice
+from minillm import exact_match, multiple_choice, validation
 from minillm.exact_match import Question
 from minillm.multiple_choice import Question as ChoiceQuestion
 from support import processes
@@ -112,13 +112,22 @@ def test_each_part_is_scored_as_the_settings_say(project, case):
         def score(model, questions, *arguments):
             print(*arguments)
             return SCORES, [0] * len(questions)
+        validate = validation.score
+
+        def score_validation(*arguments):
+            print("validation in", arguments[-1])
+            return validate(*arguments)
         exact_match.answer_all, multiple_choice.score = answer_all, score
+        validation.score = score_validation
     argv = [*ARGV, *QUESTIONS, "--choices=demo", *case.flags.split()]
 
     output = processes.finish("eval", argv, folder=project, before=before)
 
+    assert output.startswith("out, step 2 · CPU")
     results = json.loads((project / "out/eval.json").read_text())
     assert (results["eval_iters"], results["tokens"]) == (case.batches, case.tokens)
+    dtype = case.choices.split()[-1]
+    assert f"validation in {dtype}\n" in output
     assert f"{case.answers}\n" in output and f"{case.choices}\n" in output
     assert output.count("  wrong: ") == 6        # three answers and three choices
 

@@ -1,6 +1,8 @@
 """Checkpoints that contradict themselves or are of another version, and odd things in out_dir."""
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from minillm import checkpoint, run_folder
 from minillm.errors import UserError
 from model import GPT
-from support.training_runs import TINY, finish, make_data, newest, refused
+from support.training_runs import TINY, finish, make_data, newest, on_step, refused
 
 SHORT = [*TINY, "--max_iters=6", "--eval_interval=3"]
 
@@ -150,6 +152,33 @@ def test_a_run_that_ended_meanwhile_is_kept(data, tmp_path):
 
     assert f"another run has reached step 2 in {tmp_path}/out meanwhile" in line
     assert newest(tmp_path / "out")["step"] == 2
+
+
+def test_out_dir_is_locked_from_before_its_checkpoint_is_read_to_the_last_step(data, tmp_path):
+    """Otherwise two runs would resume from the same step, or a second one begin in the first's."""
+    argv = [*SHORT, "--eval_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    code = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(timeout=0)"
+
+    def tell(when):
+        command = [sys.executable, "-c", code, tmp_path / "out/.lock"]
+        done = subprocess.run(command, stderr=subprocess.DEVNULL)
+        print(f"{when}: {'locked' if done.returncode else 'free'}")
+
+    def before():
+        inner = run_folder.open_resumed
+
+        def open_resumed(s, data):
+            tell("opening")
+            return inner(s, data)
+        run_folder.open_resumed = open_resumed
+        on_step(lambda step: tell(f"step {step}"))
+
+    os.mkdir(tmp_path / "out")
+    new = finish([*argv, "--max_iters=2"], before=before)
+    resumed = finish([*argv, "--max_iters=4", "--init_from=resume"], before=before)
+
+    assert "opening: free\n" in new and "step 1: locked\n" in new
+    assert "opening: locked\n" in resumed and "step 3: locked\n" in resumed
 
 
 def test_a_disk_that_is_full_when_the_run_begins(data, tmp_path):
