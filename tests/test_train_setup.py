@@ -1,13 +1,14 @@
 """What train.py sets up before its first step, as the settings and the environment say."""
 import json
 import os
+import shutil
 
 import torch
 
 import train
-from minillm import checkpoint
+from minillm import checkpoint, run_folder
 from model import GPT
-from support.training_runs import TINY, finish, make_data, newest, refused
+from support.training_runs import TINY, finish, make_data, newest, on_step, ranks, refused
 
 SHORT = [*TINY, "--max_iters=2", "--eval_interval=0"]
 
@@ -119,3 +120,29 @@ def test_8_bits_need_16_tokens_in_all_the_windows_of_a_product(data, tmp_path):
 
     line = refused([*argv, "--batch_size=1", f"--out_dir={tmp_path}/other"])
     assert "multiples of 16: batch_size * block_size is 24" in line
+
+
+def test_processes_that_see_different_checkpoints_are_refused(data, tmp_path):
+    """As where out_dir is on a disk of each machine's own. They would train different weights."""
+    argv = [*TINY, "--eval_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=10"])
+    shutil.copytree(tmp_path / "out", tmp_path / "disk")
+    os.remove(checkpoint.step_path(tmp_path / "disk", 10))
+
+    def no_step():                               # where it is not noticed, they would wait for ever
+        on_step(lambda step: os._exit(0))
+
+    def other_disk():
+        no_step()
+        inner = run_folder.open_resumed
+
+        def open_resumed(s, data):
+            s.out_dir = str(tmp_path / "disk")
+            return inner(s, data)
+        run_folder.open_resumed = open_resumed
+
+    children = ranks(2, [*argv, "--init_from=resume", "--max_iters=12"], [no_step, other_disk])
+
+    assert [child.wait() for child in children] == [2, 2]
+    assert "the processes see different checkpoints" in children[0].err
+    assert newest(tmp_path / "out")["step"] == newest(tmp_path / "disk")["step"] + 5 == 10
