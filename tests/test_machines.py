@@ -10,7 +10,7 @@ import torch
 
 import train
 from minillm import device, run_log, trackers
-from minillm.distributed import launch_id
+from minillm.distributed import join, launch_id, print0
 from minillm.errors import UserError
 from minillm.muon import Muon
 from minillm.speed import cuda_graph, decode_gpu
@@ -132,9 +132,35 @@ def test_half_an_environment_is_one_line(data, tmp_path, env, says):
 def test_settings_that_two_processes_cannot_follow(settings, says):
     two = {"gradient_accumulation_steps": 2}
     train.check(train.Settings(**two), world=2)
+    train.check(train.Settings(gradient_accumulation_steps=3, device="cuda:1"), world=1)
 
     with pytest.raises(UserError, match=says):
         train.check(train.Settings(**two | settings), world=2)
+
+
+@pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_numbers_on_the_host_have_a_backend_of_their_own(monkeypatch, device, backend):
+    """NCCL takes none, and would wait for the GPU."""
+    begun = []
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args: iter([("store", 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, **options: begun.append(backend))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: f"a group of {backend}")
+
+    assert join(torch.device(device), 0, 2) == "a group of gloo"
+    assert begun == [backend]
+
+
+@pytest.mark.parametrize("rank, local_rank, said", [
+    ("0", "0", "x\n"), ("8", "0", ""), ("", "", "x\n")])
+def test_one_process_of_all_machines_speaks(monkeypatch, capsys, rank, local_rank, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+    print0("x")
+
+    assert capsys.readouterr().out == said
 
 
 def test_launches_of_torchrun_without_a_name_are_told_apart(monkeypatch):

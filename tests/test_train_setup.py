@@ -146,3 +146,30 @@ def test_processes_that_see_different_checkpoints_are_refused(data, tmp_path):
     assert [child.wait() for child in children] == [2, 2]
     assert "the processes see different checkpoints" in children[0].err
     assert newest(tmp_path / "out")["step"] == newest(tmp_path / "disk")["step"] + 5 == 10
+
+
+def test_one_process_writes_for_all(data, tmp_path):
+    """Others start no tracker, and print no window that is inspected."""
+    def before():
+        train.trackers.start = lambda *args: print("a tracker starts") or []
+    argv = [*SHORT, f"--data_dir={data}"]
+
+    training = ranks(2, [*argv, f"--out_dir={tmp_path}/out"], [before] * 2)
+    inspecting = ranks(2, [*argv, "--inspect_step=0"])
+
+    for children, word in ((training, "a tracker starts"), (inspecting, "--- window")):
+        assert [child.wait() for child in children] == [0, 0]
+        assert word in children[0].output and word not in children[1].output
+
+
+def test_a_resumed_run_knows_the_best_loss_before_it(data, tmp_path):
+    """Here one that is never reached again: best.pt stays."""
+    argv = [*TINY, "--eval_interval=5", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=5"])
+    path = checkpoint.step_path(tmp_path / "out", 5)
+    checkpoint.save(path, checkpoint.load(path) | {"best_val_loss": 0.0})
+
+    finish([*argv, "--max_iters=15", "--init_from=resume"])
+
+    assert checkpoint.best_step(tmp_path / "out") == 5
+    assert newest(tmp_path / "out")["best_val_loss"] == 0
