@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+import train
+from minillm.errors import UserError
 from support import ROOT
 from support.processes import LIMIT
 from support.training_runs import MOE, TINY, make_data
@@ -73,3 +75,15 @@ def test_without_speed_the_same_numbers(tmp_path):
     for (_, _, sampled, alone, logits), (_, _, *theirs) in zip(fast, slow):
         assert [sampled, alone] == theirs[:2]
         assert logits == pytest.approx(theirs[2], abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings, world", [
+    ({"fp8": True}, 1), ({"compile": True, "gradient_accumulation_steps": 2}, 2)])
+def test_what_needs_the_folder_is_refused(monkeypatch, settings, world):
+    """One process can compile without it."""
+    train.check(train.Settings(**settings), world)
+    monkeypatch.setattr(train, "fast_versions", None)
+    train.check(train.Settings(compile=True), 1)
+
+    with pytest.raises(UserError, match="need minillm/speed, which was deleted"):
+        train.check(train.Settings(**settings), world)
