@@ -135,6 +135,20 @@ def test_a_pipe_in_the_place_of_metrics_does_not_wait(data, tmp_path):
     assert f"cannot write to {tmp_path}/out: {tmp_path}/out/metrics.jsonl: it is not a file" in line
 
 
+def test_a_new_out_dir_may_hold_what_the_shell_and_the_system_put_there(data, tmp_path):
+    """As of `python train.py > out/train.log`. Anything else is somebody's."""
+    argv = [*SHORT, "--max_iters=1", "--eval_interval=0", f"--data_dir={data}"]
+    os.mkdir(tmp_path / "out")
+    for name in ("train.log", ".DS_Store"):
+        (tmp_path / "out" / name).touch()
+
+    finish([*argv, f"--out_dir={tmp_path}/out"])
+
+    os.mkdir(tmp_path / "other")
+    (tmp_path / "other/thesis.txt").touch()
+    assert "holds other things (thesis.txt" in refused([*argv, f"--out_dir={tmp_path}/other"])
+
+
 def test_a_run_that_ended_meanwhile_is_kept(data, tmp_path):
     """Two started at once: the other was quicker, and has even let go of the lock."""
     argv = [*SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
