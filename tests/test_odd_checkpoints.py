@@ -88,6 +88,23 @@ def test_a_state_of_another_version_resumes(data, tmp_path, changes):
     assert "done at step 6" in finish([*argv, "--init_from=resume"])
 
 
+def test_a_checkpoint_that_knows_a_setting_not_yet_has_what_was_usual_then(data, tmp_path):
+    """keep_checkpoints=None would keep none."""
+    argv = [*SHORT, "--eval_interval=0", f"--data_dir={data}", f"--out_dir={tmp_path}/out"]
+    finish([*argv, "--max_iters=5"])
+    path = checkpoint.step_path(tmp_path / "out", 5)
+    state = checkpoint.load(path)
+    for key in run_folder.KEPT:
+        del state["settings"][key]
+    checkpoint.save(path, state)
+
+    finish([*argv, "--max_iters=6", "--init_from=resume"])
+
+    settings = run_folder.read_settings(tmp_path / "out")
+    assert {key: settings[key] for key in run_folder.KEPT} == run_folder.KEPT
+    assert checkpoint.saved_steps(tmp_path / "out") == [6, 5]
+
+
 @pytest.mark.parametrize("which", ["best", "3", "newest"])
 def test_a_file_has_no_checkpoint_to_choose(data, tmp_path, which):
     argv = [*SHORT, f"--data_dir={data}", "--eval_interval=0"]
