@@ -20,7 +20,7 @@ from moe import Router
 from support.model_changes import KINDS, softcap
 from support.tiny_models import tiny_model
 from support.training_runs import (BLOCK, MOE, TINY, Run, assert_same_run, die_at, finish,
-                                   newest, ranks)
+                                   newest)
 
 SHORT = [*TINY, "--max_iters=4", "--eval_interval=0"]
 
@@ -179,23 +179,6 @@ def test_what_had_no_gradient_before_is_trained_from_now_on(data, tmp_path, name
 
     assert f"no optimizer state of {name}: frozen or unused" in output
     assert not torch.equal(newest(tmp_path / "out")["model"][name], weight)
-
-
-def leave_a_layer_unused():
-    def with_one(*args, **options):
-        model = build(*args, **options)
-        model.extra = nn.Linear(8, 8)
-        return model
-    build, train.build_model = train.build_model, with_one
-
-
-def test_an_unused_parameter_is_named(data, tmp_path):
-    argv = [*SHORT, f"--data_dir={data}"]
-    output = finish([*argv, f"--out_dir={tmp_path}/one"], before=leave_a_layer_unused)
-    assert output.count("the loss does not depend on extra.weight, extra.bias: not trained") == 1
-
-    for process in ranks(2, [*argv, f"--out_dir={tmp_path}/two"], [leave_a_layer_unused] * 2):
-        assert process.wait() == 2 and "extra.bias: on several processes" in process.output
 
 
 # ---- another optimizer

@@ -168,3 +168,22 @@ def test_checkpoints_that_number_their_parameters_still_resume(data, tmp_path):
     finish([*argv, "--init_from=resume", f"--out_dir={tmp_path}/out"])
 
     assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+# ---- a parameter that no token reaches
+
+def leave_a_layer_unused():
+    def with_one(*args, **options):
+        model = build(*args, **options)
+        model.extra = torch.nn.Linear(8, 8)
+        return model
+    build, train.build_model = train.build_model, with_one
+
+
+def test_an_unused_parameter_is_named(data, tmp_path):
+    argv = [*TINY, "--max_iters=4", f"--data_dir={data}"]
+    output = finish([*argv, f"--out_dir={tmp_path}/one"], before=leave_a_layer_unused)
+    assert output.count("the loss does not depend on extra.weight, extra.bias: not trained") == 1
+
+    for process in ranks(2, [*argv, f"--out_dir={tmp_path}/two"], [leave_a_layer_unused] * 2):
+        assert process.wait() == 2 and "extra.bias: on several processes" in process.output
