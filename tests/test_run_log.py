@@ -250,12 +250,14 @@ def test_a_step_that_is_not_finite_is_counted_and_shown(log, capsys, loss, norm)
         assert first[key] == (value if math.isfinite(value) else None)
 
 
-def test_the_first_record_says_how_large_the_model_is(log):
+def test_the_first_record_says_how_large_the_model_is(log, timed):
+    """A run that is resumed has said it."""
     first = json.loads(log.metrics.unwritten)
 
     total, active = tiny_model(n_expert=4).n_params()
     assert active < total
     assert first == {"step": 0, "parameters": total, "active_parameters": active}
+    assert timed(resumed={"step": 40}).log.metrics.unwritten == b""
 
 
 def test_trackers_get_the_numbers_of_a_record(log):
