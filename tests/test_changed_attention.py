@@ -14,6 +14,7 @@ from minillm.run_log import RunLog
 from model import GPT
 from support.model_changes import KINDS
 from support.tiny_models import tiny_model
+from support.training_runs import TINY, finish
 from train import Settings
 
 CPU = torch.device("cpu")
@@ -122,6 +123,16 @@ def test_attention_is_compared_under_deterministic_algorithms(capsys):
 
 
 # ---- the training loop
+
+def test_training_compares_its_attention(data, tmp_path):
+    def before():
+        model_file.causal_attention = windowed(8)
+
+    output = finish([*TINY, "--max_iters=1", "--eval_interval=0", f"--data_dir={data}",
+                     f"--out_dir={tmp_path}/out"], before=before)
+
+    assert "is another function than over a whole text" in output
+
 
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 def test_a_number_that_the_log_does_not_know_is_refused(kind):
