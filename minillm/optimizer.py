@@ -123,8 +123,8 @@ class Optimizer:
 
     def step(self):
         if not self.begun:
+            self.begun = True
             self._name_unused()
-        self.begun = True
         if self.skips_on_host:
             return self._step_on_host()
         for part, keeper in zip(self.parts, self.keepers):
@@ -132,12 +132,11 @@ class Optimizer:
             part.step()
 
     def _name_unused(self):
-        unused = [self.names[p] for part in self.parts for p in parameters_of(part)
-                  if p.grad is None]
+        trained = [p for part in self.parts for p in parameters_of(part)]
+        unused = [self.names[p] for p in trained if p.grad is None]
         if not unused:
             return
-        fact = f"the loss does not depend on {', '.join(unused[:3])}"
-        fact += f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        fact = f"the loss does not depend on {shortened(unused, 3)}"
         if dist.is_initialized():                # DDP would stop in the next step
             raise UserError(f"{fact}: on several processes every parameter must count; use it, "
                             "remove it, or call requires_grad_(False) on it")
@@ -187,9 +186,8 @@ class Optimizer:
             return
         trained = [self.names[p] for part in self.parts for p in parameters_of(part)]
         if fresh := [name for name in trained if name not in saved]:
-            more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
-            print0(f"the checkpoint has no optimizer state of {fresh[0]}{more}: frozen or unused "
-                   "so far; that starts from zero")
+            print0(f"the checkpoint has no optimizer state of {shortened(fresh, 1)}: frozen or "
+                   "unused so far; that starts from zero")
         for part, keeper in zip(self.parts, self.keepers):
             # all parameters are checked, so that all ranks refuse the same checkpoints
             moments = {p: self._moments(keeper, p, saved) for p in parameters_of(part)
@@ -229,6 +227,12 @@ class Optimizer:
 def skips_by_itself(part):
     """Does its `step` heed grad_scale and found_inf? One that ignores them would never clip."""
     return isinstance(part, Muon) or bool(part.defaults.get("fused"))
+
+
+def shortened(names, count):
+    """The first `count` names, and how many there are besides."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def parameters_of(part):
