@@ -134,6 +134,15 @@ def group_members(group):
     return found
 
 
+def threads_stopped(pid):
+    """Whether none of a process's threads runs: a signal takes a moment to reach each of them."""
+    for name in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{name}/stat") as file:
+            if file.read().rsplit(")", 1)[1].split()[0] != "T":
+                return False
+    return True
+
+
 def start_endless(corpus, tmp_path):
     """A run with three processes that encode, in a group of its own. Its input is a pipe."""
     os.mkfifo(tmp_path / "endless.jsonl")
@@ -185,8 +194,9 @@ def test_processes_do_not_wait_for_one_another_to_end(corpus, tmp_path):
         wait_until(lambda: len(os.listdir(f"/proc/{last}/task")) > 1)
 
         os.kill(last, signal.SIGSTOP)
-        run.kill()
         try:
+            wait_until(lambda: threads_stopped(last))
+            run.kill()
             wait_until(lambda: group_members(run.pid) == [last])
         finally:
             os.kill(last, signal.SIGKILL)
