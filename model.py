@@ -51,7 +51,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     dropout: float = 0.0
     bias: bool = False
-    init_std = 0.02              # of fresh weights; for Muon, minillm/init.py rescales; not a field
+    init_std = 0.02              # of fresh weights, before minillm/init.py; untyped, so no field
 
     def __post_init__(self):
         """Fill in n_inner. Raises UserError on sizes that do not fit together."""
@@ -177,9 +177,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, attn_mask=None):
         """idx: (B, T) token ids, T up to block_size. attn_mask: attention.document_mask(), or None.
 
-        With targets (B, T), where -1 is no target, returns a pair: the *sum* of the cross-entropies
-        in nats, which the caller divides by the step's number of targets; and None, or with experts
-        (load-balancing loss averaged over layers, load (n_layer, n_expert)). Otherwise the logits.
+        Without targets: the logits (B, T, V). With targets (B, T), -1 for none, a pair: the *sum*
+        of the cross-entropies in nats, which the caller divides by the step's number of targets;
+        and None, or with experts (the layers' mean load-balancing loss, load (n_layer, n_expert)).
         """
         x, stats = self.hidden(idx, attn_mask)
         if targets is None:
@@ -197,7 +197,7 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
 
-        def attend(q, k, v, layer):              # layer: decoding has a cache for each
+        def attend(q, k, v, layer):              # layer: decoding needs it for its cache
             return causal_attention(q, k, v, attn_mask)
         return self.trunk(idx, self.rope[:, :T, None], attend)
 
@@ -243,7 +243,7 @@ class GPT(nn.Module):
     def flops_per_token(self, length):
         """FLOPs of a training step per token, in sequences of `length` tokens."""
         # 6 = 2 (multiply, add) * 3 (forward, gradients of input and weights). Attention: two such
-        # products, q·k and weights·v, over n_embd numbers of the length / 2 tokens that it sees
+        # products (q·k, weights·v) of n_embd numbers, with the length / 2 tokens seen on average
         matmul = self.n_params()[1] - sum(p.numel() for p in self.parameters() if p.dim() < 2)
         return 6 * matmul + 6 * self.config.n_layer * length * self.config.n_embd
 
@@ -251,12 +251,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, folder, device="auto", dtype="auto", which="newest", check=False):
-        """The model that train.py left in `folder`, ready to generate; its tokenizer: `.tokenizer`.
+        """The model that train.py left in `folder`, ready to generate, with .tokenizer and .step.
 
         device "auto": the GPU if there is one. dtype "auto": bfloat16 where the device computes in
         it, float16 on older GPUs, else float32; or a torch.dtype. which: "newest", "best" (by
         validation loss) or a step. check: find flipped bits, 1 s per GB. On the CPU in float32 the
-        weights stay in the mapped file until used. `.step`: their step. UserError without a model.
+        weights stay in the mapped file until used. Raises UserError if `folder` holds no model.
 
             model = GPT.from_checkpoint("out/demo_sft", device="cpu")
             model.chat([{"role": "user", "content": "你好"}], max_new_tokens=64, temperature=0)
@@ -318,8 +318,8 @@ class GPT(nn.Module):
         from the user. Options, with their defaults: max_new_tokens=256, temperature=0.8 (0:
         greedy), top_k=50, top_p=1.0, repetition_penalty=1.0, seed=None (another answer each time),
         stop=() (a string, or several, before which the answer ends), compile=False. If the
-        conversation is longer than the context, its oldest exchanges are left out. What a call
-        shares with the one before is not computed again. Raises UserError for wrong messages.
+        conversation is longer than the context, its oldest exchanges are left out. What two
+        calls in a row have in common is computed once. Raises UserError for wrong messages.
 
             messages = [{"role": "user", "content": "你好"}]
             answer = model.chat(messages, max_new_tokens=32, top_k=5, seed=1)

@@ -57,14 +57,14 @@ class Router(nn.Module):
 
 
 def balance_loss(gate_NK, expert_NK, n_expert):
-    """The load-balancing loss, KL(uniform ‖ mean gate over the tokens), a scalar.
+    """The load-balancing loss, KL(uniform ‖ mean gate over the tokens): a scalar, in nats.
 
-    It is 0 when every expert carries the same gate weight; train.py weighs it (aux_loss_weight). A
-    statistic of the batch, not of a token. It is neither Shazeer's CV² of the gates (a variance)
-    nor Switch's f·P (share of tokens times mean gate): -log grows steeply as an expert's mean gate
-    nears 0, so one that is about to be left without tokens is pulled back the hardest. One that no
-    token chose has a mean gate of 0 and gets no gradient: only the router's noise brings it back.
-    The floor of 1e-6 keeps its term finite.
+    It is a statistic of the batch, and 0 when all experts have the same mean gate. train.py adds it
+    to the loss, times aux_loss_weight. Others use Shazeer's CV² of the gates (a variance) or
+    Switch's f·P (share of tokens times mean gate). Here -log grows steeply as a mean gate nears 0,
+    so an expert that is losing its last tokens is pulled back the hardest. An expert that no token
+    chose has a mean gate of 0 and no gradient: only the router's noise can bring it back. The floor
+    of 1e-6 keeps its term finite.
     """
     one_hot_NKE = F.one_hot(expert_NK, n_expert).to(gate_NK.dtype)
     mean_E = (gate_NK[:, :, None] * one_hot_NKE).sum(1).mean(0)
