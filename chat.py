@@ -39,7 +39,7 @@ def load_model(s):
 
 
 def answer_once(s, options, message):
-    """Print the answer to `message`, as text while it is made or as one JSON record."""
+    """Print the answer to `message`: text as it is made, or one JSON record. UserError if empty."""
     if not message.strip():
         source = "stdin" if s.prompt in ("", "-") else "--prompt"
         state = "holds only spaces" if message else "is empty"

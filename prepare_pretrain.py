@@ -9,8 +9,8 @@ record holds its text under `text_key`, or is a text itself.
 
 Writes train.bin, val.bin (little-endian uint16, no header, <|endoftext|> after every document) and
 meta.json. The bytes depend on the input, the tokenizer and the seed alone, not on the number of
-processes. The text is read once, streaming. The shuffle takes as much disk as the token files,
-until the end. The old files stay until the new ones are complete.
+processes. The text is read once, streaming. Until it is done, the shuffle takes as much disk again
+as the token files. The old files stay until the new ones are complete.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -78,9 +78,9 @@ def main():
         buckets = os.path.join(folder, "buckets")
         os.mkdir(buckets)
         shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of a document before", place))
+            "duplicate of an earlier document", place))
         split = ValidationSplit(s.val_fraction, may_cut=True)
-        characters, encoded = 0, 0               # of all documents, duplicates too
+        characters, encoded = 0, 0               # characters and tokens, with the duplicates
         with progress(source) as bar:
             for documents, length, block_report in encode_ahead(encoder, batches, processes):
                 report.merge(block_report)
@@ -119,7 +119,7 @@ _END = pack_ids([END_OF_TEXT])
 
 @dataclass
 class Encoder:
-    """Encodes blocks: Documents, characters, and the report of what was skipped and repaired."""
+    """Encodes blocks: (Documents, number of characters, Report of what was skipped or repaired)."""
     tokenizer: Tokenizer
     text_key: str
     strict: bool
@@ -133,7 +133,7 @@ class Encoder:
 
 
 def encode_documents(tokenizer, texts):
-    """[(place, text)] -> [Document], the payload being the token ids and <|endoftext|>."""
+    """[(file:line, text)] → [Document], with the ids and <|endoftext|> as payload, uint16."""
     documents = []
     packed = tokenizer.encode_packed([text for _, text in texts])
     for (place, text), ids in zip(texts, packed):
@@ -143,7 +143,7 @@ def encode_documents(tokenizer, texts):
 
 
 class SplitWriter:
-    """One split: its file, and its counts for meta.json."""
+    """Writes the file of one split, and counts for meta.json."""
 
     def __init__(self, folder, name):
         self._file = open(os.path.join(folder, f"{name}.bin"), "wb", 1 << 20)
@@ -160,7 +160,7 @@ class SplitWriter:
 
 
 def write_splits(folder, shuffle, split, tokenizer):
-    """Empty the shuffle into train.bin and val.bin; returns their counts for meta.json."""
+    """Empty the shuffle into train.bin and val.bin; returns {split: counts} for meta.json."""
     train, val = SplitWriter(folder, "train"), SplitWriter(folder, "val")
     for documents in shuffle.shuffled():
         in_validation = split.in_validation(documents).tolist()
@@ -187,7 +187,7 @@ def cut_point(tokens, wanted, tokenizer):
     characters. Returns (the place in `tokens`, the bytes of text after it).
     """
     ids = memoryview(tokens).cast("H")[:-1].tolist()
-    # kind of place -> (distance from what is wanted, place, bytes)
+    # kind of place → (distance in bytes from `wanted`, place, bytes after it)
     candidates = {}
     behind = 0
     for place in range(len(ids) - 1, 0, -1):

@@ -13,8 +13,8 @@ is one of these (minillm/chat_names.py has all names; --map adds more):
   any case: user, human, prompter, 用户; assistant, gpt, bot, model, ai, chatgpt, 助手; system,
   developer.
 - a pair: instruction (and input), prompt, question or query; and output, response, completion,
-  answer or target; with the turns before it under history. In TRL's prompt and completion, each
-  may be a list of turns; the prompt's are context then, and not learned.
+  answer or target; with the turns before it under history. TRL's prompt and completion may both be
+  lists of turns; those of the prompt are context then, and not learned.
 - UltraChat's: texts under data, without roles: question, answer, question, answer …
 
 The system prompt can also stand beside them, under system or system_prompt. A turn with weight,
@@ -24,9 +24,9 @@ a flag may be a list, with an entry for each turn or for each answer.
 Writes train.bin, val.bin (rows of block_size + 1 little-endian uint16), train_mask.bin,
 val_mask.bin (uint8 of the same length: 1 on the supervised tokens, which are what the assistant
 says and its <|im_end|>, see Tokenizer.loss_mask) and meta.json. Whole conversations are packed into
-rows, best fit first. Each ends with <|endoftext|>, by which attention finds where the next one
-begins; the padding is <|endoftext|> too. The bytes depend on the input, the tokenizer and the seed
-alone.
+rows, best fit first. Each conversation ends with <|endoftext|>, which tells attention where the
+next one begins; the padding is <|endoftext|> too. The bytes depend on the input, the tokenizer and
+the seed alone.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -109,7 +109,7 @@ def main():
         buckets = os.path.join(folder, "buckets")
         os.mkdir(buckets)
         shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of a conversation before", place))
+            "duplicate of an earlier conversation", place))
         split = ValidationSplit(s.val_fraction, may_cut=False)
         with progress(source) as bar:
             for documents, block_report in encode_ahead(encoder, batches, processes):
@@ -146,7 +146,7 @@ def progress(source):
 
 @dataclass
 class Encoder:
-    """Encodes blocks: Documents, and the report of what was skipped and repaired."""
+    """Encodes blocks: (Documents, Report of what was skipped or repaired)."""
     tokenizer: Tokenizer
     names: Names
     capacity: int
@@ -166,8 +166,8 @@ def encode_conversations(tokenizer, chats, capacity, long, report):
 
     The payload is the number of supervised bytes, the tokens, and their mask.
     """
-    # A character takes at least one byte, and no token has more bytes than the longest. So a longer
-    # content fits into no row, and one of 50 MB is not encoded only to be skipped
+    # A character takes at least one byte, so a content with more characters than a row of longest
+    # tokens has bytes fits into no row: one of 50 MB need not be encoded to find that out
     most_characters = capacity * max(map(len, tokenizer.token_bytes))
     contents = [message["content"] for _, messages in chats for message in messages]
     short = [text for text in contents if len(text) <= most_characters]
@@ -189,7 +189,7 @@ def encode_conversations(tokenizer, chats, capacity, long, report):
         digest = conversation_digest(messages)
         for number, part in enumerate(parts):
             if number:
-                # bytes 0-7 decide the split, so they stay: all parts fall on the same side. Bytes
+                # bytes 0-7 decide the split, so they stay: all parts go to the same split. Bytes
                 # 8-15 tell documents apart (DiskShuffle), so they change
                 other = content_digest(digest + number.to_bytes(4, "little"))
                 digest = digest[:8] + other[8:]
@@ -202,7 +202,7 @@ class EncodedTurn(NamedTuple):
     message: dict
     tokens: bytes                        # uint16
     mask: bytes                          # 1 on the supervised tokens
-    length: int                          # in tokens; of one that fits into no row: a row's
+    length: int                          # in tokens; a row's, if the turn fits into no row
 
 
 def fit(turns, capacity, long, report, place):
@@ -254,7 +254,7 @@ def conversation_digest(messages):
 
 
 def to_document(turns, digest, place):
-    """The Document of some turns."""
+    """The Document of a part (a list of turns)."""
     size, supervised_bytes = 0, 0
     for turn in turns:
         content = len(turn.message["content"].encode("utf-8"))
@@ -278,7 +278,7 @@ def write_splits(folder, shuffle, split, capacity):
 
 
 def show(tokenizer, blocks, names, report, s):
-    """Print some conversations token by token; raises UserError where nothing was understood."""
+    """Print s.show conversations token by token; raises UserError if none was understood."""
     number = 0
     for block in blocks:
         for place, messages in block_conversations(block, report, names):

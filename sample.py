@@ -5,12 +5,12 @@
     python sample.py --num_samples=8 --seed=1              # eight at once, in one batch
     cat chapter.txt | python sample.py --truncate_ctx=256  # stdin is the text to continue
 
-Without --prompt a pipe or a file on stdin is read to its end; --prompt= (empty) leaves it alone.
+Without --prompt, stdin is read to its end if it is a pipe or a file; --prompt= (empty) ignores it.
 
 The text streams to stdout, and nothing else does; speed and the reason for the end go to stderr. A
 text ends with <|endoftext|>, a --stop text, max_new_tokens, or the model's context. Sample i uses
-seed + i. The same seed gives the same text, alone and in a batch with --dtype=float32; in 16 bits a
-batch rounds differently, and now and then a token is another one.
+seed + i. With --dtype=float32 the same seed gives the same text, alone and in a batch; in 16 bits a
+batch rounds differently, so now and then another token is drawn.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -35,7 +35,7 @@ class Settings(GenerationSettings):
     out_dir: str = "out/demo_pretrain"     # folder of the model, as train.py leaves it
     prompt: str = ""                       # the text to continue; - reads stdin; empty: a new text
     num_samples: whole(1, 10_000) = 1      # texts to make, in one batch
-    truncate_ctx: NonNegative = 0          # use only the prompt's last tokens, this many; 0: all
+    truncate_ctx: NonNegative = 0          # use only this many tokens from the prompt's end; 0: all
 
 
 def main():
@@ -55,7 +55,7 @@ def main():
         context = model.config.block_size
         raise UserError(f"the prompt is {len(ids)} tokens long, the context holds {context} "
                         f"and must take the answer too; "
-                        f"--truncate_ctx={context // 2} keeps its end")
+                        f"--truncate_ctx={context // 2} keeps the end of the prompt")
 
     seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
     stop = options.pop("stop")

@@ -6,12 +6,12 @@
     torchrun --standalone --nproc_per_node=8 train.py config/moe_sft.py
     python train.py config/pretrain.py --init_from=resume  # resume after a crash or Ctrl-C
 
-Guarantees: the batch and the randomness of step s depend on (seed, s) alone. The loss of a step is
-the mean over the supervised tokens of the global batch, however it is cut into micro-steps and
-processes. A run that is killed and resumed is bit-identical to an uninterrupted one (same machine
-and settings; on a GPU with --deterministic=True). A step with a non-finite loss or gradient changes
-nothing. Ctrl-C, SIGTERM or a closed terminal finishes the step, saves and exits 0; Ctrl-C again
-exits at once.
+Guarantees: the batch and the randomness of step s depend only on the seed, s and the batch sizes.
+The loss of a step is the mean over the supervised tokens of the global batch, however it is cut
+into micro-steps and processes. A run that is killed and resumed is bit-identical to an
+uninterrupted one (same machine and settings; on a GPU with --deterministic=True). A step with a
+non-finite loss or gradient changes nothing. After Ctrl-C, SIGTERM or a closed terminal the run
+finishes its step, saves and exits with status 0; a second Ctrl-C ends it at once.
 
 A log line: step 100/1500 · loss (nats per supervised token, before the update) · lr · norm (of the
 gradient, before clipping) · tokens per second · MFU (share of the GPU's peak FLOP/s) · load (MoE:
@@ -67,7 +67,7 @@ class Settings:
     rope_theta: number(1) = 10000.0         # base of the RoPE frequencies
     dropout: float = 0.0                    # on the embedding and after each sub-layer
     bias: bool = False                      # biases in the linear layers
-    # windows of a step: batch_size * gradient_accumulation_steps, which all processes share out
+    # windows of a step: batch_size * gradient_accumulation_steps, shared by all processes
     batch_size: whole(1, 10**7) = 16        # sequences (windows) of a micro-step
     gradient_accumulation_steps: whole(1, 10**7) = 1 # micro-steps of a step, over all processes
     doc_mask: bool | None = None            # no attention across documents; auto: True for SFT data
@@ -104,14 +104,14 @@ class Settings:
     tracker: str = ""                       # tensorboard, wandb, swanlab, or several with commas
     wandb_log: bool = False                 # the same as --tracker=wandb
     wandb_project: str = "mini-llm"         # project of wandb and swanlab
-    wandb_run_name: str = ""                # their name of the run; empty: out_dir
+    wandb_run_name: str = ""                # the run's name there; empty: out_dir
     # the machine
     device: str = "auto"                    # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                     # of the matmuls: auto, float32, bfloat16, float16
     compile: bool = False                   # torch.compile: slower to start, faster to run
     fp8: bool = False                       # 8-bit matmuls in the blocks: Ada, Hopper; MoE: Hopper
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
-    shard: bool = False                     # AdamW's state in shares, as Muon's always is (ZeRO-1)
+    shard: bool = False                     # split AdamW's state over processes, as Muon's is
     deterministic: bool = False             # GPU: only kernels that give the same bits every time
 
 
@@ -192,7 +192,7 @@ def build_model(s, data, start):
 
 
 def make_step_model(model, device, compiled, parallel=None):
-    """The model as a training step calls it. parallel: wraps it on several processes."""
+    """The model as a training step calls it. parallel: what wraps it for several processes."""
     if not parallel:
         return compile_for_training(model, device) if compiled else model
     if compiled:
@@ -278,7 +278,7 @@ def main():
             run_folder.begin(s, log, resumed_step, tokenizer, facts)
 
     def save(step, path, resumable):
-        """Write a checkpoint: all that resuming needs, or the weights alone. False: disk full."""
+        """Write a checkpoint: all that resuming needs, or weights alone. False: disk is full."""
         moments = optimizer.state_dict() if resumable else {}    # from all ranks
         if rank > 0:
             return True
@@ -302,14 +302,14 @@ def main():
 
     # ---- the loop. `step` counts the finished ones
     stop = StopSignal()
-    # where validation computes what training does, one graph is compiled
+    # if validation computes the same function as training, one compiled graph serves both
     one_graph = compiled and not (s.dropout or s.fp8) and not noisy_in_training(model)
     step, last_save_worked = first_step, True
     batches, n_local = read_batches(step) if step < s.steps else ([], 0)
     model.train()
     while True:
         # 1) between two steps: begin to write, evaluate, save, stop
-        # n_supervised: of the whole global batch of the coming step
+        # n_supervised: the supervised tokens in the coming step's global batch
         n_supervised, stopping = sum_over_ranks(host_group, n_local, stop.asked)
         last = step >= s.steps or stopping > 0
         evaluating = s.eval_interval and not stopping and (step % s.eval_interval == 0 or last)
@@ -350,7 +350,7 @@ def main():
             if world > 1:                            # gradients travel only in the last micro-step
                 step_model.require_backward_grad_sync = micro == len(batches) - 1
             loss, moe_stats = forward(x, y)
-            # 0, or NaN if the loss is not finite: then so is the gradient, as set_clipping sees
+            # 0, or NaN if the loss is not finite: the gradient is NaN too, and set_clipping sees it
             nan_if_bad = 0 * loss.detach()
             objective = loss * (world / max(n_supervised, 1) + nan_if_bad)   # DDP divides by world
             if moe_stats:

@@ -5,12 +5,12 @@
     python train_tokenizer.py                        # the embedded demo corpus
 
 Reads what prepare_pretrain.py and prepare_sft.py read: texts and conversations. Writes
-tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers. Of an
-input larger than max_bytes a sample is taken, spread evenly over the input. The same input gives
-the same tokenizer, on any number of processes. Memory stays under 4 GiB for any max_bytes.
-Time: 64 MB take 70 seconds of one core, 28 to count the pieces, which up to four cores share, and
+tokenizer.json and tokenizer_config.json, the latter with the chat template for transformers. If the
+input is larger than max_bytes, a sample of it is read, spread evenly over the input. The same input
+gives the same tokenizer, on any number of processes. Memory stays under 4 GiB for any max_bytes.
+Time: 64 MB take 70 seconds of one core: 28 to count the pieces, which up to four cores share, and
 42 to learn the merges from at most 25 MB of pieces. 1 GB took 7 minutes on two cores that had other
-work, too. A smaller max_bytes takes less.
+work, too. A smaller max_bytes takes less time.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -47,22 +47,22 @@ class Settings:
     vocab_size: whole(259, MAX_VOCAB) | None = None  # number of tokens; auto: 32000, demo 1200
     special_tokens: str = ""          # more of them, as "<think>,</think>": one token each
     max_bytes: Positive = 1_000_000_000  # bytes of text in the sample
-    nfkc: bool = False                # fold full-width letters and ligatures; not undone by decode
+    nfkc: bool = False                # fold full-width letters and ligatures; decode cannot undo it
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
     document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # how many count; 0: one per core up to 4, one if it is small
+    processes: NonNegative = 0        # how many count; 0: one per core up to 4; small input: 1
 
 
 BATCH = 1 << 20                      # characters counted in one call
-LARGE = 256 << 20                    # bytes of a sample; of a larger one, each call gets more
-LARGE_BATCH = 8 << 20                # characters, and cuts its rare pieces itself
+LARGE = 256 << 20                    # a sample of more bytes is counted in larger calls
+LARGE_BATCH = 8 << 20                # characters in one of these; it also halves rare pieces
 FILES = {"tokenizer.json", "tokenizer_config.json"}
-PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes 110 bytes for each
+PIECES_BYTES = 25 << 20              # of all different pieces; the trainer takes 110 times as much
 # Runs of characters that the tokens are learned from, see pre_token_pattern: no token is longer
 HAN_RUN, WORD, OTHER = 16, 24, 16
-# a small town has few phrases, and they would fill its vocabulary
+# the demo's town has few phrases, and whole phrases would fill its vocabulary
 HAN_RUN_DEMO = 4
 
 
@@ -116,7 +116,7 @@ def check_special(text, vocab_size):
 
 
 def is_utf8(text):
-    """Whether it has no lone surrogate: what a terminal sends that is not UTF-8 becomes one."""
+    """Whether it has no lone surrogate, such as Python makes of arguments that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeError:
@@ -157,7 +157,7 @@ def train_on(counts, vocab_size, nfkc=False, special=()):
 
 
 def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BYTES):
-    """How often each pre-token occurs in the texts: a Counter. Special tokens are no part of any.
+    """How often each pre-token occurs in the texts: a Counter, without the special tokens.
 
     Han has no spaces, so most runs of it occur once, and the trainer would keep every one. If the
     pieces exceed `limit` bytes, those that have occurred least are cut in half, repeatedly.
@@ -216,7 +216,7 @@ def written_out(counts, size=1 << 17):
     lines, length = [], 0
     while counts:
         piece, count = counts.popitem()
-        # a byte of the alphabet, in need of no merge
+        # "\n" separates the pieces; a byte is a token already, so it needs no merge
         if piece == "\n":
             continue
         while count:
