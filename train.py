@@ -278,7 +278,7 @@ def main():
             run_folder.begin(s, log, resumed_step, tokenizer, facts)
 
     def save(step, path, resumable):
-        """Write a checkpoint: all that resuming needs, or weights alone. False: disk is full."""
+        """Write a checkpoint, resumable or only weights. Returns False if the disk is full."""
         moments = optimizer.state_dict() if resumable else {}    # from all ranks
         if rank > 0:
             return True

@@ -2,7 +2,7 @@
 out_dir = "out/demo_moe_pretrain"
 n_expert = 4
 n_expert_per_tok = 2
-n_inner = 368                   # two experts and the router: a little less than the dense 768
+n_inner = 368                   # two experts and the router are a little smaller than the dense FFN
 dtype = "float32"               # on a CPU the grouped matmul is faster than in bfloat16
-doc_mask = True                 # a biography's only name is found at any distance, as SFT needs
+doc_mask = True                 # one name in sight: it learns to find it at any distance
 checkpoint_interval = 0

@@ -4,8 +4,8 @@ data_dir = "data/demo/sft"
 init_from = "out/demo_moe_pretrain"
 
 epochs = 3
-max_iters = 0                   # as many as epochs says
-optimizer = "adamw"             # it moves the facts in the FFNs less than Muon does
+max_iters = 0                   # as many steps as epochs makes
+optimizer = "adamw"             # it disturbs the facts in the FFNs less than Muon does
 learning_rate = 1e-3
 beta1 = 0.9
 warmup_iters = 10

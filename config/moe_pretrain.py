@@ -1,7 +1,7 @@
-"""Pretrain the mixture of experts on seq-monkey: 876M parameters, 473M active per token.
+"""Pretrain the MoE model on seq-monkey: 876M parameters, 473M active per token.
 
-    python train.py config/moe_pretrain.py                                          # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py  # eight
+    python train.py config/moe_pretrain.py                                     # one GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/moe_pretrain.py   # eight GPUs
 """
 out_dir = "out/moe_pretrain"
 data_dir = "data/pretrain"
@@ -18,12 +18,12 @@ block_size = 512
 batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 1
-max_iters = 0                   # as many as epochs says
+max_iters = 0                   # as many steps as epochs makes
 
 optimizer = "muon"
-learning_rate = 0.03            # of the blocks' matrices
-embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
-vector_rate = 0.067             # norms and routers: 0.067 times that
+learning_rate = 0.03            # of the blocks' matrices (by Muon)
+embedding_rate = 1.67           # the embedding (by AdamW): 1.67 * learning_rate
+vector_rate = 0.067             # norms and routers: 0.067 * learning_rate
 beta1 = 0.7                     # of AdamW
 weight_decay = 0.06
 schedule = "linear"             # constant, then to zero over the last decay_share of the steps

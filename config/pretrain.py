@@ -1,7 +1,7 @@
 """Pretrain the dense model, 171M parameters, on seq-monkey.
 
-    python train.py config/pretrain.py                                          # one GPU
-    torchrun --standalone --nproc_per_node=8 train.py config/pretrain.py      # eight
+    python train.py config/pretrain.py                                       # one GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/pretrain.py     # eight GPUs
 """
 out_dir = "out/pretrain"
 data_dir = "data/pretrain"
@@ -16,16 +16,16 @@ block_size = 512
 batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 2
-max_iters = 0                   # as many as epochs says
+max_iters = 0                   # as many steps as epochs makes
 
 optimizer = "muon"
-learning_rate = 0.04            # of the blocks' matrices
-embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
-vector_rate = 0.067             # norms and routers: 0.067 times that
+learning_rate = 0.04            # of the blocks' matrices (by Muon)
+embedding_rate = 1.67           # the embedding (by AdamW): 1.67 * learning_rate
+vector_rate = 0.067             # norms and routers: 0.067 * learning_rate
 beta1 = 0.7                     # of AdamW
 weight_decay = 0.12
 schedule = "linear"             # constant, then to zero over the last decay_share of the steps
-decay_share = 1.0               # here: from the first step on; the warm-up, where lower
+decay_share = 1.0               # falling from the first step on (except in the warm-up)
 min_lr = 0
 warmup_iters = 500
 

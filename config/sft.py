@@ -13,12 +13,12 @@ doc_mask = True                 # several conversations share a row; none sees a
 batch_size = 64
 gradient_accumulation_steps = 8
 epochs = 2
-max_iters = 0                   # as many as epochs says
+max_iters = 0                   # as many steps as epochs makes
 
 optimizer = "muon"
-learning_rate = 0.003           # of the blocks' matrices
-embedding_rate = 1.67           # the embedding's AdamW: 1.67 times that
-vector_rate = 0.067             # norms and routers: 0.067 times that
+learning_rate = 0.003           # of the blocks' matrices (by Muon)
+embedding_rate = 1.67           # the embedding (by AdamW): 1.67 * learning_rate
+vector_rate = 0.067             # norms and routers: 0.067 * learning_rate
 beta1 = 0.7                     # of AdamW
 weight_decay = 0.12
 schedule = "linear"             # constant, then to zero over the last decay_share of the steps

@@ -4,11 +4,12 @@
     q = apply_rope(q, rope[:, :T, None])                 # q: (B, T, n_head, head_dim)
     y = causal_attention(q, k, v, document_mask(idx))    # q: (B, n_head, T, head_dim)
 
-Training calls causal_attention, which has three branches, and decoding cached_attention, which has
-two: a change belongs in all five, and check_attention of same_function.py says where it is missing.
-Which tokens are seen (a window, say) is decided in causal_attention without a mask, in both masks
-of document_mask, and by `visible` in generation.cached_forward.
-All are torch SDPA or flex_attention, which group the query heads (GQA): k and v are never repeated.
+Attention is computed in five places: in causal_attention (training) without a mask, with a mask and
+with flex_attention, and in cached_attention (decoding) for several tokens and for one. Make a
+change in all five: check_attention of same_function.py says where it is missing. Which tokens are
+seen (a window, say) is decided in the first of these, in both masks of document_mask, and by
+`visible` in generation.cached_forward. torch's kernels group the query heads (GQA), so k and v are
+never repeated.
 
 Papers: RoPE arXiv 2104.09864, GQA 2305.13245, flex_attention 2412.05496.
 """
@@ -21,7 +22,7 @@ from minillm.tokenizer import END_OF_TEXT
 def rope_table(config):
     """cos and sin of position × frequency: (2, block_size, head_dim / 2), float32."""
     half = config.n_embd // config.n_head // 2
-    # in float64: at position 100,000 an angle in float32 is off by up to 0.004
+    # in float64: in float32 an angle at position 100,000 is off by up to 0.004
     frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
@@ -30,9 +31,9 @@ def rope_table(config):
 def apply_rope(x, rope):
     """Rotate each pair of channels (i, i + half) by the angle of its position.
 
-    x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2). The pairs
-    are those of GPT-NeoX and Llama; the paper takes (2i, 2i + 1), the same in another order. The
-    formula stands a second time in speed/decode_gpu.py.
+    x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2). Returns x's
+    shape. The pairs are those of GPT-NeoX and Llama; the paper pairs (2i, 2i + 1), the same up to
+    the order of the channels. speed/decode_gpu.py repeats the formula.
     """
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
@@ -79,7 +80,7 @@ def causal_attention(q, k, v, mask=None):
     or what document_mask returns. Returns (B, n_head, T, head_dim).
     """
     if q.device.type == "cpu" and q.dtype.itemsize == 2:
-        # the backward pass in 16 bits takes four times as long, in rows of 128 tokens (torch 2.13)
+        # in 16 bits the backward pass takes four times as long (torch 2.13, rows of 128 tokens)
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     if mask is None:

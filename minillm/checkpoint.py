@@ -5,7 +5,7 @@ What goes into one is decided by `save` in train.py.
     out_dir/ckpt_00001000.pt   all that resuming after 1000 steps needs (the newest few are kept)
     out_dir/best.pt            the weights of the best validation loss
 
-A checkpoint is what torch.save writes: a zip file, whose checksums find a flipped bit. It is read
+A checkpoint is what torch.save writes: a zip file, whose checksums reveal a flipped bit. It is read
 with weights_only: anything but tensors, numbers, text and containers of these is refused.
 """
 import io
@@ -39,11 +39,11 @@ READ_ERRORS = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, 
 
 
 class Damaged(UserError):
-    """A checkpoint that is not whole, or none at all: an older one may take its place."""
+    """The file is not whole, or no checkpoint at all; an older one may take its place."""
 
 
 class _File(io.FileIO):
-    """A file that remembers why a write failed: torch's zip writer reports its own surprise."""
+    """A file that remembers why a write failed: torch's zip writer hides the system's reason."""
     error = None
 
     def write(self, data):
@@ -167,8 +167,8 @@ def best_step(folder):
 def load_first(paths, keys=MODEL_KEYS, report=print, **options):
     """load() of the first of `paths` that is whole; the damaged ones before it are reported.
 
-    Raises the last one's Damaged if there is none, and UserError for a file without permission: an
-    older checkpoint in its place would be a surprise.
+    Raises the last one's Damaged if none is whole, and UserError for a file without permission: the
+    user would not expect an older checkpoint in its place.
     """
     for path in paths:
         try:
@@ -178,7 +178,7 @@ def load_first(paths, keys=MODEL_KEYS, report=print, **options):
         except Damaged as error:
             if path == paths[-1]:
                 raise
-            report(f"{error}; going on from the checkpoint before it")
+            report(f"{error}; using the checkpoint before it")
 
 
 def paths_of(folder, which="newest"):
@@ -221,7 +221,7 @@ def load_for_inference(folder, which="newest", check=False):
     """
     if str(folder).startswith("hf:"):            # a folder that export.py made
         if which != "newest":
-            raise UserError(f"checkpoint={which}: {folder} holds but one")
+            raise UserError(f"checkpoint={which}: {folder} holds only one model")
         return read_model(folder.removeprefix("hf:")) | {"path": folder}
     paths = paths_of(folder, which)
     state = load_first(paths, report=say, check=check)
@@ -248,7 +248,7 @@ def model_config(state, kind):
                             "which is no finite number")
         if type(value) is int and types[key] is float:
             config[key] = float(value)
-        # a Literal or `int | None`, of a field that somebody adds, is no type
+        # a field that somebody adds may have a Literal or `int | None`, which is not a class
         elif isinstance(types[key], type) and type(value) is not types[key]:
             raise UserError(f"{state['path']}: model_config has {key}={brief(value)}, "
                             f"which is not of type {types[key].__name__}")
@@ -262,7 +262,7 @@ def model_config(state, kind):
     if shape.rope_theta < 1:
         raise UserError(f"{state['path']}: model_config has rope_theta={shape.rope_theta}, "
                         "which must be at least 1")
-    # before a model of a false width takes all memory
+    # checked first, because a model of a wrong width could take all memory
     _check_tensor(state, "wte.weight", (shape.vocab_size, shape.n_embd))
     return shape
 

@@ -5,11 +5,11 @@
         print(piece, end="", flush=True)
     conversation.last                    # tokens, seconds, why it ended ...
 
-The conversation keeps the ids of each turn, of an answer those that were sampled, so the next turn
-finds all but its own message in the cache. When the context is full the oldest exchanges (a
-question and its answer) go, until a quarter of the context is free; the system prompt stays.
-Dropping more than needed costs some memory of the conversation, and saves a full prefill on nearly
-every later turn.
+The conversation keeps the ids of each turn (for an answer, the ids that were sampled), so the next
+turn finds all but its own message in the cache. When the context is full, the oldest exchanges (a
+question and its answer) are dropped until a quarter of the context is free; the system prompt
+stays. Dropping more than needed makes the model forget a little more, but saves a full prefill on
+nearly every later turn.
 """
 import random
 import time
@@ -21,7 +21,7 @@ from minillm.text_stream import TextStream
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
-SEGMENT_SEED = 1_000_003                         # from one prompt of an answer to the next
+SEGMENT_SEED = 1_000_003                         # added to the seed when an answer is re-prompted
 
 
 def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
@@ -74,8 +74,8 @@ class Turn:
 class Conversation:
     """The turns of a conversation, and the cache of the part that the model sees.
 
-    turns: every Turn so far, without the system prompt. first: index of the oldest that the model
-    still sees. last: a dict about the newest answer.
+    turns: every Turn so far, without the system prompt. first: index of the oldest turn that the
+    model still sees. last: a dict about the newest answer, see `answer`.
     """
 
     def __init__(self, model, system="", context=0, cache=None):
@@ -186,9 +186,9 @@ class Conversation:
         return self.answer(**options)
 
     def answer(self, max_new_tokens=256, seed=None, stop=(), **sampling):
-        """Yield the answer in pieces of text, one a token, '' where a token completes nothing.
+        """Yield the answer in pieces of text, one per token, '' where a token completes nothing.
 
-        Whoever stops iterating and closes the generator keeps what was yielded as the answer. seed:
+        If you stop early and close the generator, what was yielded so far is the answer. seed:
         None draws one. sampling: temperature, top_k, top_p, repetition_penalty, compile, as
         model.generate takes them. `last` then tells tokens, seconds, first_token_seconds,
         prompt_tokens (computed, not found in the cache), context_tokens, seed and finish: stop,
@@ -235,13 +235,14 @@ class Conversation:
             last["finish"] = ended
             yield piece
         finally:
-            # The sampled ids, unless they say more than was shown: a stop string, half a character
+            # keep the sampled ids, unless they hold more than was shown: a stop string, or half a
+            # character
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
             ids = self.generation_prompt + ids + self.tokenizer.suffix
             self.turns.append(Turn("assistant", text, ids))
             last["seconds"] = time.perf_counter() - start
-            # what the next prompt begins with; the answer's end may find no room any more
+            # how much the next prompt begins with; for the end of the answer there may be no room
             history = len(self.prompt()) - len(self.generation_prompt)
             last["context_tokens"] = min(history, self.context)
 

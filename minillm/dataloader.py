@@ -18,8 +18,8 @@ from minillm.errors import UserError
 from minillm.shuffle import scramble
 from minillm.token_files import read_meta
 
-CHUNK = 1 << 20                      # tokens that are checked at once
-CHECKED_AT_START = 64                # chunks at most: of longer files every second, third …
+CHUNK = 1 << 20                      # how many tokens are checked at once
+CHECKED_AT_START = 64                # chunks at most; of longer files every second, third … chunk
 
 
 class TokenData:
@@ -28,7 +28,7 @@ class TokenData:
     A window is block_size tokens and the one after them. Pretraining windows lie side by side in
     the stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
     Raises UserError where the files, meta.json and `block_size` contradict each other. The files
-    are mapped: they may be replaced meanwhile, but one cut short in place is a SIGBUS.
+    are mapped: they may be replaced meanwhile, but to truncate one in place kills with SIGBUS.
     """
 
     def __init__(self, folder, split, block_size):
@@ -123,9 +123,10 @@ def _mix(x, key):
 def permute(indices, n, key):
     """Where a pseudo-random permutation of range(n) sends each of `indices`. O(1) memory for any n.
 
-    A four-round Feistel network is a bijection on a power of four at least n; whatever falls
-    outside range(n) is sent on until it falls inside ("cycle walking", Black and Rogaway 2002),
-    which keeps it a bijection of range(n). indices: integers in [0, n); key: any integer. → int64
+    A four-round Feistel network is a bijection of range(p), where p is a power of 4 and at least n.
+    A value outside range(n) is mapped again until it is inside ("cycle walking", Black and Rogaway
+    2002), so that all in all it is a bijection of range(n). indices: integers in [0, n); key: any
+    integer. Returns int64.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -145,8 +146,8 @@ def permute(indices, n, key):
 def batch_windows(seed, step, batch, n_windows):
     """The windows of global batch `step`: an array of `batch` indices.
 
-    Epoch e is the permutation of key (seed, e); batches follow one another through it and run on
-    into the next epoch.
+    Epoch e is a permutation whose key is (seed, e). The batches take its windows one after the
+    other, and the last batch of an epoch is completed from the next.
     """
     position = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
     epoch = position // n_windows
@@ -161,7 +162,8 @@ def batch_windows(seed, step, batch, n_windows):
 def rank_batches(data, seed, step, batch_size, micro_steps, rank, world):
     """One rank's share of the windows of a step: [(x, y)], and how many tokens are supervised.
 
-    Micro-batch m of rank r is slice m * world + r of the global batch. micro_steps: over all ranks.
+    Micro-batch m of rank r is slice m * world + r of the global batch. micro_steps: of all ranks
+    together. x and y: int64 (batch_size, block_size).
     """
     windows = batch_windows(seed, step, batch_size * micro_steps, data.n_windows)
     batches = [data.windows(rows) for rows in windows.reshape(-1, batch_size)[rank::world]]

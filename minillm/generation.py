@@ -13,12 +13,12 @@ What calls what:
           decode_one_token   the model over one token per row → logits of the next one
           sample_next        draws the next token from the logits
 
-A row ends at one of `stop_ids` (of a chat: conversation.STOP_IDS); stop strings are in
-text_stream.py.
+A row ends at one of `stop_ids` (of a chat: conversation.STOP_IDS); text_stream.py handles stop
+strings.
 
 `decode_step`, what it calls, and `cached_forward` read nothing back from the device, so that
-minillm/speed can record them in CUDA graphs. Its fast versions are passed as the arguments
-`forward` (in place of cached_forward) and `decode` (of decode_loop).
+minillm/speed can record them in CUDA graphs. The fast versions there come in as the arguments
+`forward` (instead of cached_forward) and `decode` (instead of decode_loop).
 """
 import torch
 
@@ -32,8 +32,9 @@ class KVCache:
     """Keys and values of every token so far.
 
     k[layer] and v[layer]: (B, n_kv_head, slots, head_dim). tokens[b]: the ids of row b that are in
-    the cache. Slot `size`, after the last token's, is for padding: it is written, but no token sees
-    it. n_prefilled: how many prompt tokens were computed, in all calls together.
+    the cache. size: the most tokens of a row (0: block_size). Slot `size`, after the last token's,
+    is for padding: it is written, but no token sees it. n_prefilled: how many prompt tokens were
+    computed, in all calls together.
     """
 
     def __init__(self, model, batch=1, size=0):
@@ -55,7 +56,9 @@ class KVCache:
 class DecodeState:
     """What decoding carries from token to token, on the device.
 
-    The buffers are allocated once and overwritten in place: a CUDA graph reads fixed addresses.
+    token, prompt_length: (B, 1); step: (1,), tokens made so far; u: (B, steps), random numbers;
+    seen: (B, V), ids that the repetition penalty hits. They are allocated once and overwritten in
+    place, because a CUDA graph reads fixed addresses.
     """
 
     def __init__(self, model, batch, steps):
@@ -91,7 +94,8 @@ class DecodeState:
 def cached_forward(model, cache, idx, position, end):
     """Run the model over new tokens, which see the cache's slots below `end`.
 
-    idx, position: (B, n), where each token stands (cache.size: padding). Returns (B, n, n_embd).
+    idx: (B, n) ids; position: (B, n), where each stands (cache.size: padding). Writes their k and v
+    into the cache. Returns the output of the last norm, (B, n, n_embd).
     """
     device = model.wte.weight.device
     idx, position = idx.to(device), position.to(device)
@@ -129,7 +133,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
         position[b, : len(prompt) - start] = torch.arange(start, len(prompt))
     x = forward(model, cache, idx, position, max(map(len, prompts)))
 
-    # 3) the logits behind each row's last token
+    # 3) the logits after each row's last token
     cache.tokens = [list(prompt) for prompt in prompts]
     cache.n_prefilled += sum(map(len, prompts)) - sum(starts)
     last = [len(prompt) - start - 1 for prompt, start in zip(prompts, starts)]
@@ -142,7 +146,7 @@ def prefill(model, cache, prompts, forward=cached_forward):
 
 
 def decode_one_token(model, cache, token, position, end):
-    """token, position: (B, 1) → logits (B, V) of the token after it."""
+    """token, position: (B, 1) → logits (B, V) of the next one. end: see cached_forward."""
     return model.logits(cached_forward(model, cache, token, position, end)[:, -1])
 
 
@@ -187,10 +191,10 @@ def generate(model, prompts, params=SamplingParams(), seed=0, stop_ids=(), cache
 
     prompts: B non-empty lists of ids. A row ends after params.max_new_tokens, with an id of
     stop_ids (which is yielded), or at the end of the cache. Row b draws from seed + b. Pass the
-    same cache again to continue a conversation: the common beginning is not computed twice. Ids of
-    stop_ids are exempt from the repetition penalty, which takes ids of the prompt and of the answer
-    alike. forward, decode: faster ones from minillm/speed. Raises UserError if a prompt leaves no
-    room in the context.
+    same cache again to continue a conversation: the common beginning is not computed twice. The
+    repetition penalty applies to ids of the prompt and of the answer, except stop_ids. forward,
+    decode: faster ones from minillm/speed. Raises UserError if a prompt leaves no room in the
+    context.
     """
     # 1) is there room?
     cache = cache or KVCache(model, len(prompts))

@@ -1,4 +1,4 @@
-"""How weights start: fresh ones for Muon, and embedding rows that training never reached."""
+"""Initial weights: a fresh model's for Muon, and new embeddings of tokens never trained on."""
 import math
 
 import numpy as np
@@ -11,23 +11,24 @@ from minillm.distributed import print0
 
 EMBEDDING_STD = 0.5          # of a fresh model that Muon trains
 ALIKE = 0.9                  # cosine above which two rows count as collapsed into one
-FIRST_ROWS = 512             # hold the control tokens and all 256 bytes
-UNUSED_BYTES = 13            # that UTF-8 has no use for
-SCANNED = 1 << 27            # tokens of the coming data that are looked at
+FIRST_ROWS = 512             # they hold the control tokens and all 256 bytes
+UNUSED_BYTES = 13            # bytes that occur in no UTF-8 text
+SCANNED = 1 << 27            # how many tokens of the coming data are looked at
 
 
 @torch.no_grad()
 def init_for_muon(model):
     """Start with larger weights, and a last norm that gives the logits their usual spread.
 
-    The embedding is also the output projection: Muon's blocks learn best on top of inputs of
-    about the size of their own outputs. In the blocks of a dense model each output neuron's
-    weights get a norm of about 1 (LeCun's init), near where training takes them; an MoE model
-    learned less with it. Weights are scaled, not drawn anew: what starts as zero stays zero.
+    With Muon the blocks learn best if their inputs are about as large as their outputs, so the
+    embedding grows; it is also the output projection, so the last norm shrinks in return. In the
+    blocks of a dense model each output neuron's weights get a norm of about 1 (LeCun's init), near
+    where training takes them; an MoE model learned less with it. Weights are scaled, not drawn
+    anew: what starts as zero stays zero.
     """
     layers = () if model.config.n_expert else model.blocks.modules()
     for layer in layers:
-        # of a changed model: no frozen weight, and no parameter that a layer draws itself
+        # in a model that somebody changed, leave frozen weights and other layers' as they are
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
             # float64: the same bits with any number of threads
             norm = layer.weight.double().norm().item()
@@ -45,13 +46,13 @@ def init_for_muon(model):
 def redraw_collapsed_rows(model, data, seed):
     """Before training continues with other data: new embeddings for tokens never seen before.
 
-    A token that no text contains gets one tiny gradient, the same for all such tokens: AdamW turns
-    it into full steps in one direction, weight decay removes the random start, and the rows
-    collapse into one. SFT would first have to tell them apart (control tokens, and words that only
-    questions have), and forgets facts meanwhile.
+    All tokens that no text contains get the same tiny gradient. AdamW turns it into full steps in
+    one direction, weight decay removes the random start, and so their rows collapse into one. SFT
+    would first have to tell these tokens apart (control tokens, and words that only questions
+    have), and would forget facts meanwhile.
 
-    data: a TokenData; only the tokens that it holds get new rows, as large as the others are.
-    Returns how many.
+    data: a TokenData; only the tokens that it holds get new rows, of the mean size of the others.
+    Returns how many rows are new.
     """
     weight = model.wte.weight
     collapsed = collapsed_rows(weight)
@@ -68,8 +69,8 @@ def collapsed_rows(weight):
     """Which rows have collapsed into one: booleans (vocab_size,).
 
     The first rows are those of the control tokens and of the 256 bytes, and 13 bytes (0xC0, 0xC1,
-    0xF5 to 0xFF) occur in no UTF-8 text. If any rows have collapsed, these have; none of them is
-    ever trained, however many datasets the model has seen.
+    0xF5 to 0xFF) occur in no UTF-8 text. However many datasets the model has seen, these 13 are
+    never trained: if any rows have collapsed, these have.
     """
     first = F.normalize(weight[:FIRST_ROWS].float(), dim=1)
     alike = (first @ first.mT > ALIKE).sum(1)        # for each row, how many resemble it

@@ -18,17 +18,19 @@ import math
 import torch
 import torch.distributed as dist
 
-# Two halves, (a, ((b, c), …)): the Gram matrix goes through g ← b g + c g² for each pair; a + g is
-# then near its inverse square root. The first half maps singular values in [0.0012, 1] (as shares
-# of the matrix's norm) into [0.029, 1], the second maps those into [0.24, 1.37]. No quadratics do
-# better; longer polynomials would, but learn no more per token: what counts is how far small values
-# are raised. All are 0 at 0: where g is small, so is what bfloat16 loses.
+# The numbers of inverse_root() for its two calls, (a, ((b, c), …)): the Gram matrix g goes through
+# g ← b g + c g² for each pair, and a + g is then near the inverse square root of the first g. The
+# first call maps singular values in [0.0012, 1] (as shares of the matrix's norm) into [0.029, 1],
+# the second maps those into [0.24, 1.37]. No quadratics do better. Longer polynomials would, but
+# with them the model learns no more per token: what counts is how far small values are raised.
+# Every b g + c g² is 0 at 0, so where g is small, what bfloat16 loses is small too.
 FIRST_HALF = 23.931, ((3.7592, -3.5329), (3.703, -3.4281), (3.1022, -2.4059), (-55.681, 32.741))
 SECOND_HALF = 8.947, ((2.814, -1.9797), (-23.375, 16.003))
 NEURON_BETA = 0.95           # decay of the mean squared update of an output neuron
-# How many parameters a compiled function takes at once. With all of 12 layers, compiling took 47 s
-# of a run's first step, with three 23; launching then slows a step of 16 rows by 6%. With one it
-# was 18 s and 30%. (One H200 beside slow cores; at 64 rows even that costs nothing.)
+# How many parameters a compiled function takes at once. More take longer to compile: with all 12
+# layers 47 s of the first step, with three 23 s, with one 18 s. Fewer need more kernel launches: a
+# step of 16 rows is 6% slower with three, 30% with one. (One H200 beside slow cores; at 64 rows
+# even one costs nothing.)
 AT_ONCE = 3
 
 # the name since torch 2.13, and the one before
@@ -55,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         self.world, self.rank = 1, 0
         if dist.is_initialized():
             self.world, self.rank = dist.get_world_size(), dist.get_rank()
-        # the rows of a matrix, or the experts, whose momentum this rank keeps
+        # {parameter: the rows of the matrix, or the experts, whose momentum this rank keeps}
         self.own_rows = {p: slice(None) for group in self.param_groups for p in group["params"]}
         for group in self.param_groups:
             for stack in same_shapes(p for p in group["params"] if p.requires_grad):
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
             # a graph for each shape, and on several ranks for each part of it
             torch._dynamo.config.recompile_limit = 64
             for name in ("_look_ahead", "_orthogonalise", "_row_scales", "_move"):
-                # combo kernels: what each matrix needs, in one launch
+                # combo kernels: the work on several matrices in one launch
                 options = {"combo_kernels": True}
                 function = torch.compile(getattr(self, name), dynamic=False, options=options)
                 setattr(self, name, function)
@@ -83,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         return state | {"momentum": state["momentum"][self.own_rows[p]].clone()}
 
     def _share(self, params):
-        """How many matrices of a stack each rank orthogonalises; the last ranks may have fewer."""
+        """How many matrices of a stack each rank orthogonalises; the last ranks may get fewer."""
         return math.ceil(sum(len(as_stack(p)) for p in params) / self.world)
 
     @torch.no_grad()
@@ -97,7 +99,7 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for stack in same_shapes(params):
                 moves.append(self._start(group, stack))
-        # all shares are on their way before the first is waited for
+        # the exchange of all shares has begun before the first is waited for
         for finish in moves:
             finish()
 
@@ -148,7 +150,7 @@ class Muon(torch.optim.Optimizer):
         return whole, _all_gather(whole, directions, async_op=True)
 
     def _move_all(self, params, directions, rows, lr, weight_decay, apply):
-        """Move the weights along the directions (n, out, in), row by row scaled."""
+        """Move the weights along the directions (n, out, in), each row scaled by its factor."""
         sizes = [len(as_stack(p)) for p in params]
         directions = directions[: sum(sizes)]    # the rest is padding: the last ranks had less work
         neurons = [as_stack(self.state[p]["neuron"]) for p in params]
@@ -201,7 +203,7 @@ def neuron_means(square):
 def look_ahead(grads, momenta, outs, grad_scale, apply, beta):
     """Update the momenta; write what is to be orthogonalised (Nesterov) to outs (n, out, in).
 
-    In a skipped step (apply is 0) gradients count as zero, with weight 0: nothing becomes NaN.
+    In a skipped step (apply is 0) gradients are zero and have weight 0: no momentum becomes NaN.
     """
     for grad, momentum, out in zip(grads, momenta, outs):
         grad = torch.where(apply > 0, grad / grad_scale, 0)
@@ -234,7 +236,7 @@ def orthogonalise(x):
 
 def inverse_root(gram, a, pairs):
     """gram (n, k, k) to the power of -1/2, roughly."""
-    # at least in float32, which a and b need; baddbmm would first copy what it adds to
+    # eye at least in float32, which a and b need. Not baddbmm: it would copy what it adds to
     dtype = torch.promote_types(gram.dtype, torch.float32)
     eye = torch.eye(gram.shape[-1], dtype=dtype, device=gram.device)
     for b, c in pairs:
@@ -263,7 +265,7 @@ def row_scales(directions, running, lr, apply, rows):
 
 
 def move(params, directions, scale, lr, weight_decay, apply):
-    """Decay the weights and move them along their directions (n, out, in), row by row scaled."""
+    """Decay the weights and move them along directions (n, out, in), times scale (n, out, 1)."""
     sizes = [len(as_stack(p)) for p in params]
     for p, direction, factor in zip(params, directions.split(sizes), scale.split(sizes)):
         p = as_stack(p)

@@ -2,10 +2,10 @@
 
 The learning rate of a step, warm-up and schedule, is `learning_rate` in train.py.
 
-A step whose gradient is not finite changes nothing, without a GPU sync: each part takes two numbers
-on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing), as
-torch's fused AdamW does. Where there is no fused kernel (mps), or somebody adds an optimizer that
-does not know these numbers, the host reads them.
+A step whose gradient is not finite changes nothing, without a GPU sync: each optimizer takes two
+numbers on the device, grad_scale (what gradients are divided by) and found_inf (1: change nothing),
+as torch's fused AdamW does. For an optimizer that does not know these numbers (AdamW on mps, or one
+that somebody adds) the host reads them.
 """
 import copy
 import math
@@ -25,7 +25,7 @@ OF_ONE = {"adamw": "exp_avg", "muon": "momentum"}        # a moment that no othe
 def make_optimizer(model, s, compile=False, shard=False):
     """The optimizer of a training run. s: the Settings of train.py.
 
-    shard: each of several processes keeps its share of AdamW's state, too (ZeRO-1).
+    shard: each process keeps only its share of AdamW's state, as of Muon's (ZeRO-1).
     """
     # fused: one kernel, which can also skip a step by itself
     fused = model.wte.weight.device.type in ("cpu", "cuda")
@@ -57,7 +57,7 @@ def make_optimizer(model, s, compile=False, shard=False):
 
 
 def trained_parameters(model):
-    """(name, parameter) of all that requires_grad: whoever changes the model may freeze some."""
+    """(name, parameter) of those that require a gradient: a changed model may freeze some."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -76,8 +76,9 @@ def q_k_v_rows(model):
 def parameters_by_role(model):
     """{"matrices", "qkv", "embedding", "routers", "vectors": parameters}, without frozen ones.
 
-    matrices: of the blocks, qkv apart, unless somebody gives that other rows too; embedding: all
-    that lie outside them, also an output layer that somebody adds; vectors: norms, biases, scales.
+    matrices: those of the blocks, except qkv (a qkv that somebody gave other rows is among them);
+    embedding: all matrices outside the blocks, with an output layer that somebody adds; vectors:
+    norms, biases, scales.
     """
     roles = {"matrices": [], "qkv": [], "embedding": [], "routers": [], "vectors": []}
     for name, parameter in trained_parameters(model):
@@ -176,9 +177,9 @@ class Optimizer:
     def load_state_dict(self, saved):
         """Load the moments of a checkpoint; learning rates and weight decays stay as they are.
 
-        A parameter that had no gradient so far, being frozen or unused, has none: a line says so.
-        Raises UserError if the shapes do not fit: torch does not check them, and a fused kernel
-        would read past their end.
+        A parameter without moments, because it was frozen or unused so far, starts from zero: a
+        line says so. Raises UserError if the shapes do not fit: torch does not check them, and a
+        fused kernel would read past their end.
         """
         if saved and all(isinstance(key, int) for key in saved):
             saved = self._by_name(saved)
@@ -187,7 +188,7 @@ class Optimizer:
         trained = [self.names[p] for part in self.parts for p in parameters_of(part)]
         if fresh := [name for name in trained if name not in saved]:
             print0(f"the checkpoint has no optimizer state of {shortened(fresh, 1)}: frozen or "
-                   "unused so far; that starts from zero")
+                   "unused so far; its state starts from zero")
         for part, keeper in zip(self.parts, self.keepers):
             # all parameters are checked, so that all ranks refuse the same checkpoints
             moments = {p: self._moments(keeper, p, saved) for p in parameters_of(part)
@@ -218,14 +219,14 @@ class Optimizer:
             if not isinstance(moment, torch.Tensor) or moment.shape != shape:
                 raise UserError(f"the optimizer state in the checkpoint does not fit: {key} of "
                                 f"{name} is missing, or not of the shape {tuple(shape)}")
-            # torch would keep a CPU tensor as it is, and with it the file in which it lies; AdamW's
+            # a copy: torch would keep a CPU tensor as it is, and so the mapped file too; AdamW's
             # "step" stays on the CPU
             moments[key] = moment.clone() if parameter.is_cpu or key == "step" else moment
         return moments
 
 
 def skips_by_itself(part):
-    """Does its `step` heed grad_scale and found_inf? One that ignores them would never clip."""
+    """Does its `step` use grad_scale and found_inf? One that ignores them would never clip."""
     return isinstance(part, Muon) or bool(part.defaults.get("fused"))
 
 

@@ -12,17 +12,17 @@ import numpy as np
 
 from minillm.tokenizer import END_OF_TEXT, pack_ids
 
-# keys in meta.json; tokens: with the padding; learned: supervised
+# keys in meta.json. "tokens" includes the padding; "learned" means supervised
 COUNTS = ("documents", "tokens", "bytes", "learned_tokens", "learned_bytes", "rows", "padding_tokens")
-POOL_TOKENS = 1 << 24                # packed at once; 48 MiB of tokens and mask
-ROWS_WRITTEN = 1000                  # at once
-# in a payload before tokens and mask: UTF-8 bytes of the supervised contents
+POOL_TOKENS = 1 << 24                # tokens packed at once: 48 MiB with their mask
+ROWS_WRITTEN = 1000                  # rows written at once
+# a payload begins with the number of UTF-8 bytes of the supervised contents
 _SUPERVISED_BYTES = struct.Struct("<Q")
 _END = pack_ids([END_OF_TEXT])
 
 
 def to_payload(tokens, masks, supervised_bytes):
-    """The bytes of a conversation.
+    """The payload of a conversation, bytes: the number, the tokens with <|endoftext|>, the mask.
 
     tokens: the packed ids of each turn, uint16; masks: the loss mask of each, a byte per token.
     """
@@ -35,7 +35,7 @@ def pack(lengths, capacity):
     Every item, the longest first, goes into the fullest row with room for it. Rows are kept in
     lists by the room they have left; bit r of `rooms` says whether some row has room r. So after
     the sort, each item takes a few operations on one integer of `capacity` bits. The same lengths
-    always give the same rows.
+    always give the same rows. No length may exceed `capacity`.
     """
     rows, by_room, rooms = [], [[] for _ in range(capacity + 1)], 0
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()

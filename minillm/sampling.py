@@ -1,14 +1,14 @@
 """How the next token is drawn from the logits: temperature, top-k, top-p, repetition penalty.
 
 All of it runs without a GPU sync, so it can be part of a CUDA graph. No setting that SamplingParams
-takes makes a NaN.
+accepts leads to a NaN.
 
 Papers: top-p arXiv 1904.09751, repetition penalty 1909.05858 (CTRL).
 """
 import torch
 
 GREEDY_BELOW = 1e-5      # a lower temperature gives the likeliest token all of the probability
-# times a number up to 2**32, to which float32 rounds the numbers just below it: always below 1
+# times a number below 2**32 it is below 1, even where float32 rounds that number up to 2**32
 TO_UNIT = (1 - 2**-24) / 2**32
 
 

@@ -7,8 +7,8 @@
 
 `decode(encode(s)) == s` for every str that UTF-8 can hold (a lone surrogate, which it cannot,
 becomes U+FFFD). The folder also opens with transformers' AutoTokenizer, whose apply_chat_template
-gives the ids of `encode_chat`, also where a message spells a control token. A plain call of theirs
-does read control tokens in text, unless it says split_special_tokens=True. train_tokenizer.py makes
+gives the ids of `encode_chat`, also where a message spells a control token. But AutoTokenizer reads
+control tokens in plain text, unless you pass split_special_tokens=True. train_tokenizer.py makes
 the folder; neither torch nor transformers is imported.
 """
 import functools
@@ -32,16 +32,17 @@ MAX_PIECE = 1 << 18
 PROBE = "\n Ab 12\n天气"          # a foreign tokenizer loses case, spaces or what it has no token for
 ROLES = ("system", "user", "assistant")
 
-# Pre-tokens, which no token crosses. Every line end is one, and every digit; so text may be cut at
-# a line end and encoded in pieces ("assistant\n" + content) with the ids of the whole. Han has no
-# spaces, so nearly each run of it is a new word, and a trainer keeps all the words it meets: it
-# gets shorter runs. Encoding does not cut runs: that would give a name different tokens in
-# different places, and take 7% more tokens. LONGEST bounds the memory for odd input.
+# Pre-tokens are pieces of text whose borders no token crosses. Every line end is one, and every
+# digit; so text may be cut at a line end and encoded in parts ("assistant\n" + content) with the
+# ids of the whole. Han is written without spaces, so nearly every run of it is a new word, and the
+# trainer keeps every word that it meets: for training, runs are cut shorter (HAN_RUN). For encoding
+# they are not: a name would get different tokens in different places, and text 7% more tokens.
+# LONGEST bounds the memory for odd input.
 LONGEST = 1024
 
 
 def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
-    """The regular expression of a pre-token, with the most characters of each kind."""
+    """The regular expression of a pre-token. han_run, word, other: the most characters of each."""
     return "|".join([
         r"\n",
         r"\p{N}",
@@ -55,9 +56,9 @@ def pre_token_pattern(han_run=LONGEST, word=LONGEST, other=LONGEST):
     ])
 
 
-# transformers reads control tokens in any text. So the template writes a noncharacter into what a
-# message spells like one: "<|" becomes "<U+FDD0|". The normalizer, which runs after control tokens
-# are found, takes it out again: the ids are those of the text. Our load() drops that normalizer.
+# transformers reads control tokens in any text. So where a message spells "<|", the template puts a
+# noncharacter between: "<U+FDD0|". The normalizer, which runs after control tokens are found, takes
+# it out again, so the ids are those of the text. Our load() drops that step of the normalizer.
 ESCAPE, ESCAPED = "<|", "<\ufdd0|"
 UNESCAPE = normalizers.Replace(ESCAPED, ESCAPE)
 
@@ -122,7 +123,7 @@ def save(backend, folder):
 
 
 class Tokenizer:
-    """A trained tokenizer. Ids are below `vocab_size`; `hash` is that of tokenizer.json."""
+    """A trained tokenizer. Ids are below `vocab_size`; `hash`: SHA-256 of tokenizer.json."""
 
     def __init__(self, data, path="tokenizer.json"):
         """data: the bytes of a tokenizer.json; path: what messages call it."""
@@ -160,7 +161,8 @@ class Tokenizer:
     def transformers_config(self):
         """What tokenizer_config.json says for transformers, beside this tokenizer.json."""
         config = dict(TRANSFORMERS_CONFIG)
-        if ESCAPED not in self._data.decode("utf-8"):    # of an older version: nothing takes it out
+        # an older version's tokenizer has no step that would take ESCAPED out again
+        if ESCAPED not in self._data.decode("utf-8"):
             config["chat_template"] = CHAT_TEMPLATE.replace(ESCAPING, "")
         return config
 
@@ -182,8 +184,8 @@ class Tokenizer:
     def encode_pieces(self, text):
         """Yield the ids of a text piece by piece, in memory that does not grow with its length.
 
-        A text over MAX_PIECE characters is cut after a line end, which changes no id; only where
-        none is in reach it is cut anywhere, which may part one token into two.
+        A text over MAX_PIECE characters is cut after a line end, which changes no id. Only where
+        none is in reach it is cut anywhere, which may split one token into two.
         """
         pieces = cut(text)
         for first in range(0, len(pieces), 4):
@@ -226,9 +228,9 @@ class Tokenizer:
         """ChatML ids and loss mask of a conversation, two lists.
 
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …]. The mask is 1 on
-        what the assistant says and its <|im_end|>, else 0; and 0 on a message with "supervised":
-        False. With `add_generation_prompt` the ids end where the assistant's next answer begins.
-        Raises UserError for another role.
+        what the assistant says and its <|im_end|>, unless the message has "supervised": False; else
+        0. With `add_generation_prompt` the ids end where the assistant's next answer begins. Raises
+        UserError for another role.
         """
         ids, mask = [], []
         contents = self.encode_batch([message["content"] for message in messages])
@@ -292,7 +294,7 @@ def cut(text):
 
 
 def _open_backend(data, path):
-    """The library's tokenizer, checked. Tokens that somebody added behind ours are welcome."""
+    """The library's tokenizer, checked. Tokens that somebody added after ours are accepted."""
     try:
         backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         table = [backend.id_to_token(token) for token in range(backend.get_vocab_size())]
@@ -311,7 +313,7 @@ def _open_backend(data, path):
     backend.no_truncation()
     backend.no_padding()
     if backend.normalizer:
-        # not out of `data`: its 64,000 lists take Python 0.1 s beside torch
+        # not json.loads(data): its 64,000 lists take Python 0.1 s once torch is imported
         normalizer = json.loads(backend.normalizer.__getstate__())
         if ESCAPED in json.dumps(normalizer, ensure_ascii=False):
             backend.normalizer = _without_unescape(normalizer)

@@ -1,6 +1,6 @@
 """How well a model predicts the validation split.
 
-While it trains: its loss on a few batches. For eval.py: loss, accuracy, bits per byte, expert load.
+During training: its loss on a few batches. For eval.py: loss, accuracy, bits per byte, expert load.
 """
 import math
 
@@ -16,9 +16,10 @@ from minillm.errors import UserError
 
 
 def validation_loss(forward, data, s, device, rank, world, stop):
-    """Mean cross-entropy per supervised token, always over the same windows; None if cut short.
+    """Mean cross-entropy per supervised token, nats, always over the same windows.
 
-    It needs no gradients, but does not turn them off: the caller may have a reason to keep them.
+    None if the run was asked to stop meanwhile. Gradients are not needed, but are not turned off
+    here: the caller may have a reason to keep them.
     """
     n = min(s.eval_iters * s.batch_size, data.n_windows)
     windows = permute(range(n), data.n_windows, key=0)       # the same ones for every seed
@@ -29,8 +30,8 @@ def validation_loss(forward, data, s, device, rank, world, stop):
             sums[2] += 1
             break
         rows = windows[start + rank * s.batch_size:][: s.batch_size]
-        # The last batches are filled up, also those of ranks that are left without a window: all
-        # have one shape, and no rank compiles only when the others have
+        # The last batch of each rank is filled up, even if no window is left for it: all batches
+        # have one shape, so no rank compiles again while the others wait
         x, y = data.windows(rows.tolist() + [windows[0]] * (s.batch_size - len(rows)))
         y[len(rows):] = -1
         x, y = to_device((x, y), device)

@@ -49,7 +49,7 @@ def test_a_damaged_newest_is_named_on_stderr(tmp_path, capsys):
 
     out, err = capsys.readouterr()
     assert (loaded["step"], out) == (5, "")
-    assert "ckpt_00000010.pt" in err and "going on from the checkpoint before it" in err
+    assert "ckpt_00000010.pt" in err and "using the checkpoint before it" in err
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):

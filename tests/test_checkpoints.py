@@ -173,7 +173,7 @@ def test_a_damaged_newest_is_named_and_set_aside(data, straight, killed, tmp_pat
 
     line = next(line for line in output.splitlines() if "ckpt_00000015.pt" in line)
     assert case.says in line
-    assert line.endswith("; going on from the checkpoint before it")
+    assert line.endswith("; using the checkpoint before it")
     assert "resuming at step 10" in output
     assert_same_run(straight, out)
     assert checkpoints_in(out) == ["best.pt", "ckpt_00000015.pt", "ckpt_00000015.pt.damaged",
