@@ -92,7 +92,7 @@ def fill(template, person, key):
 
 
 def biographies(seed=1337, copies=150):
-    """Yield `copies` biographies of everybody, those of one person spread over the whole corpus."""
+    """Yield `copies` biographies per person, those of one person spread over the whole corpus."""
     rng = random.Random(f"biographies {seed}")
     town = people(seed)
     for _ in range(copies):

@@ -1,4 +1,4 @@
-"""Settings of a stage: a dataclass, then config files, then flags; the later one wins.
+"""Settings of a stage: a dataclass, then config files and flags; the later one wins.
 
     @dataclass
     class Settings:
@@ -36,7 +36,7 @@ from minillm.errors import UserError, brief
 PATHS = ("tokenizer", "init_from", "questions", "choices", "out")
 HOW_TO_SET = """\
 Settings and their defaults. Give --key=value or --key value; --key alone means True. An argument
-FILE.py is a config file, with lines key = value. Of files and flags, the later one wins."""
+FILE.py is a config file, with lines key = value. Files and flags apply in order: the last wins."""
 LARGEST = 10**10             # the upper bound of a number that has no bound of its own
 
 

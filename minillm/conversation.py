@@ -21,7 +21,7 @@ from minillm.text_stream import TextStream
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
-SEGMENT_SEED = 1_000_003                         # added to the seed when an answer is re-prompted
+SEGMENT_SEED = 1_000_003                         # added to the seed for each further prompt
 
 
 def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
@@ -242,7 +242,7 @@ class Conversation:
             ids = self.generation_prompt + ids + self.tokenizer.suffix
             self.turns.append(Turn("assistant", text, ids))
             last["seconds"] = time.perf_counter() - start
-            # how much the next prompt begins with; for the end of the answer there may be no room
+            # tokens that the next prompt begins with; the end of the answer may find no room
             history = len(self.prompt()) - len(self.generation_prompt)
             last["context_tokens"] = min(history, self.context)
 

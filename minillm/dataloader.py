@@ -28,7 +28,7 @@ class TokenData:
     A window is block_size tokens and the one after them. Pretraining windows lie side by side in
     the stream; an SFT window is one row of the file, and only tokens with mask 1 are targets.
     Raises UserError where the files, meta.json and `block_size` contradict each other. The files
-    are mapped: they may be replaced meanwhile, but to truncate one in place kills with SIGBUS.
+    are mapped: they may be replaced meanwhile, but truncating one in place kills (SIGBUS).
     """
 
     def __init__(self, folder, split, block_size):

@@ -60,7 +60,7 @@ def answer_all(model, questions, batch_size, max_new_tokens):
     for start in tqdm(range(0, len(fit), batch_size), unit="batch", disable=None):
         batch = fit[start: start + batch_size]
         if cache is None or len(cache.tokens) != len(batch):
-            # one for all batches but a smaller last one: its CUDA graphs are recorded once
+            # one cache for all batches but a smaller last one: it records CUDA graphs once
             cache = model.new_cache(len(batch), round_up(longest + max_new_tokens, 256))
         texts = answer(model, [prompts[i] for i in batch], max_new_tokens, cache)
         for i, text in zip(batch, texts):

@@ -1,4 +1,4 @@
-"""Initial weights: a fresh model's for Muon, and new embeddings of tokens never trained on."""
+"""Initial weights: a fresh model's for Muon, and new embeddings for unseen tokens."""
 import math
 
 import numpy as np

@@ -25,7 +25,7 @@ OF_ONE = {"adamw": "exp_avg", "muon": "momentum"}        # a moment that no othe
 def make_optimizer(model, s, compile=False, shard=False):
     """The optimizer of a training run. s: the Settings of train.py.
 
-    shard: each process keeps only its share of AdamW's state, as of Muon's (ZeRO-1).
+    shard: each process keeps only its share of AdamW's state, as it does of Muon's (ZeRO-1).
     """
     # fused: one kernel, which can also skip a step by itself
     fused = model.wte.weight.device.type in ("cpu", "cuda")

@@ -26,7 +26,7 @@ from minillm.speed.topk import top_experts, topk_by_parts
 
 
 def use_for_training(model, compiled):
-    """Swap in what is faster in training, before compiling. The parameters keep their names."""
+    """Swap in the fast versions for training, before compiling. Parameters keep their names."""
     on_gpu = model.wte.weight.is_cuda
     for module in model.modules():
         if on_gpu and type(module) is nn.Linear:
