@@ -157,7 +157,11 @@ PASTED = [f"第{i}行 line {i}" for i in range(20)]
     "\x1b[200~" + "\n".join(PASTED) + "\x1b[201~", "\r".join(PASTED)],
     ids=["marked by the terminal", "not marked"])
 def test_pasted_text_is_one_message(session, keys):
-    session.say(keys)
+    with session.still_pasting():
+        session.send(keys + "\r")
+        session.expect("line 19")
+    session.expect(STATS)
+    session.prompt()
 
     assert session.questions() == ["\n".join(PASTED)]
 

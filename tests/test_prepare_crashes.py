@@ -208,19 +208,19 @@ def test_killed_where_folders_cannot_be_exchanged(case, tmp_path, when):
 
 # ---- two runs into one folder
 
-def stop_before_replacing():
-    """The process stops (SIGSTOP) when its new files are complete."""
+def signal_before_replacing(number):
+    """The main thread of the process gets the signal when its new files are complete."""
     inner = atomic_folder._take_place
 
-    def stopping(*args):
-        os.kill(os.getpid(), signal.SIGSTOP)
+    def signalled(*args):
+        signal.raise_signal(number)
         return inner(*args)
-    atomic_folder._take_place = stopping
+    atomic_folder._take_place = signalled
 
 
 def stopped_run(case, which, out):
     """A run that stands still before it replaces the folder."""
-    child = case.fork(which, out, before=stop_before_replacing)
+    child = case.fork(which, out, before=lambda: signal_before_replacing(signal.SIGSTOP))
     _, status = os.waitpid(child.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), child.output
     return child
@@ -273,10 +273,8 @@ def test_interrupted(case, tmp_path):
     """Ctrl-C: the old files stay, and nothing is left beside them."""
     out = tmp_path / "out"
     case.finish("old", out)
-    child = stopped_run(case, "new", out)
 
-    child.kill(signal.SIGINT)
-    child.kill(signal.SIGCONT)
+    child = case.fork("new", out, before=lambda: signal_before_replacing(signal.SIGINT))
 
     assert child.wait() == 130 and "Traceback" not in child.output
     assert fingerprint(out) == case.old and os.listdir(tmp_path) == ["out"]

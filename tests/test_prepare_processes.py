@@ -137,9 +137,13 @@ def group_members(group):
 def threads_stopped(pid):
     """Whether none of a process's threads runs: a signal takes a moment to reach each of them."""
     for name in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{name}/stat") as file:
-            if file.read().rsplit(")", 1)[1].split()[0] != "T":
-                return False
+        try:
+            with open(f"/proc/{pid}/task/{name}/stat") as file:
+                state = file.read().rsplit(")", 1)[1].split()[0]
+        except OSError:                          # the thread has just ended
+            return False
+        if state != "T":
+            return False
     return True
 
 
@@ -150,6 +154,22 @@ def start_endless(corpus, tmp_path):
                  f"--out_dir={tmp_path}/o", "--processes=3", "--batch_size=1000"]
     return subprocess.Popen([sys.executable, "-m", "prepare_pretrain", *arguments], cwd=ROOT,
                             text=True, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def open_input(run, tmp_path):
+    """The pipe to write the run's input to, once it reads there; fails if it ends before."""
+    opened = []
+
+    def is_read():
+        assert run.poll() is None, run.stderr.read()
+        try:
+            opened.append(os.open(tmp_path / "endless.jsonl", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            assert error.errno == errno.ENXIO    # nobody reads
+        return opened
+    wait_until(is_read)
+    os.set_blocking(opened[0], True)
+    return os.fdopen(opened[0], "w")
 
 
 ENDS = [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
@@ -163,7 +183,7 @@ def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, stat
     Ctrl-C goes to all of its processes, the others to the first alone.
     """
     run = start_endless(corpus, tmp_path)
-    with open(tmp_path / "endless.jsonl", "w") as pipe:
+    with open_input(run, tmp_path) as pipe:
         for text in texts(2000):
             pipe.write('{"text": "%s"}\n' % text.replace("\n", ""))
         pipe.flush()
@@ -187,7 +207,7 @@ def test_nothing_is_left_of_a_run_that_is_stopped(corpus, tmp_path, number, stat
 def test_processes_do_not_wait_for_one_another_to_end(corpus, tmp_path):
     """The last one is stopped when the run is killed; the others end nevertheless."""
     run = start_endless(corpus, tmp_path)
-    with open(tmp_path / "endless.jsonl", "w"):
+    with open_input(run, tmp_path):
         wait_until(lambda: len(group_members(run.pid)) == 4)
         last = max(set(group_members(run.pid)) - {run.pid})
         # it has begun: it has a thread that watches for the end

@@ -144,14 +144,21 @@ class Session:
         self.say(f"/set {SETTINGS}", re.escape(SETTINGS))
 
     @contextlib.contextmanager
-    def gate_shut(self):
-        """Answers stop after their tenth token until the with block ends."""
-        gate = self.folder / "shut"
-        gate.touch()
+    def _file(self, name):
+        path = self.folder / name
+        path.touch()
         try:
             yield
         finally:
-            gate.unlink()
+            path.unlink()
+
+    def gate_shut(self):
+        """Answers stop after their tenth token until the with block ends."""
+        return self._file("shut")
+
+    def still_pasting(self):
+        """No line is the last of a pasted text until the with block ends."""
+        return self._file("pasting")
 
     def ctrl_c(self):
         """Ctrl-C at the prompt, once the program sleeps there.
