@@ -21,8 +21,9 @@ def shut(server):
 def begin(page, *texts):
     """A conversation for each text, the last one on top and open; none of them is answered."""
     chats = [{"messages": [{"role": "user", "content": text}], "system": "", "used": 5}
-             for text in reversed(texts)]
-    page.run(f"Object.assign(state, {{ chats: {json.dumps(chats)}, current: 0 }}), show()")
+             for text in texts]
+    page.run(f"chats = [], {json.dumps(chats)}.forEach(one => add({{ ...one, id: newId() }})), "
+             "state.current = '', save(...chats), show()")
 
 
 def confirm(page, answer):
@@ -125,23 +126,15 @@ def test_a_full_storage_is_said_until_there_is_room(page):
     assert page.run(HINT).startswith("Enter sends")
 
 
-OTHER_TAB = """
-    const chats = [{ messages: [{ role: "user", content: "别处" }], system: "", used: 0 }];
-    localStorage.setItem("mini-llm", JSON.stringify({ ...state, chats, current: 0 }));
-    window.dispatchEvent(new StorageEvent("storage"));
-"""
+def test_what_an_earlier_version_kept_is_still_there(page, server):
+    """All conversations were under one name, and `current` was an index."""
+    kept = {"chats": [{"messages": [{"role": "user", "content": text}], "system": "", "used": 5}
+                      for text in ("三", "二", "一")], "current": 1, "lang": "zh"}
+    page.run(f"localStorage.setItem('mini-llm', {json.dumps(json.dumps(kept))})")
 
-
-def test_another_tab_is_followed_but_not_during_an_answer(page, server, shut):
-    say(page, "你好", wait=LIVE)
-    page.run(f"{{ {OTHER_TAB} }}")
-    assert page.run(TEXTS)[0] == "你好"
-
-    server.gate.open.set()
-    page.wait(DONE)
-    page.run(f"{{ {OTHER_TAB} }}")
-
-    assert page.run(TEXTS) == ["别处"]
+    for _ in range(2):
+        open_page(page, server)
+        assert page.run(NAMES) == ["三", "二", "一"]
 
 
 @pytest.mark.parametrize("accepts, language", [("zh-CN", "zh"), ("de-DE", "en")])

@@ -22,24 +22,67 @@ const OPTIONS = ["temperature", "top_k", "seed", "max_tokens"];
 const $ = id => document.getElementById(id);
 const t = word => WORDS[word][state.lang === "zh" ? 1 : 0];
 
-// ---- what is kept: conversations, options, language, key
-const state = { chats: [], current: 0, lang: navigator.language.startsWith("zh") ? "zh" : "en",
+// ---- what is kept: under "mini-llm" the state, under "mini-llm/" + id each conversation, so that
+// two tabs never write over each other's
+const state = { id: "", current: "", lang: navigator.language.startsWith("zh") ? "zh" : "en",
   options: {}, key: "" };
+let chats = [], made = 0;                    // the newest first: an id begins with its time
+const unsaved = new Set();                   // what did not fit into the storage
 const runs = new Map();                      // conversation → what is under way for it
 let card = { max_model_len: 0, defaults: {} };
-let hint = "hint";                           // or "full"
 
+function newId() {
+  const time = (Date.now() * 1000 + made++).toString(36);
+  return `/${time}-${Math.random().toString(36).slice(2)}`;
+}
+function newChat() { return { id: newId(), messages: [], system: "", used: 0 }; }
+function add(one) { chats = [...chats, one].sort((a, b) => (a.id < b.id ? 1 : -1)); }
+function chat() {
+  if (!chats.length) add(newChat());
+  const here = chats.find(one => one.id === state.current) || chats[0];
+  state.current = here.id;
+  return here;
+}
+function parse(text) { try { return JSON.parse(text); } catch { return null; } }
 function restore() {
-  try { Object.assign(state, JSON.parse(localStorage.getItem("mini-llm"))); } catch { }
-  if (!state.chats?.length) state.chats = [newChat()];
+  try {
+    Object.assign(state, parse(localStorage["mini-llm"]), { id: "" });
+    for (const key of Object.keys(localStorage)) {
+      const one = key.startsWith("mini-llm/") && parse(localStorage[key]);
+      if (one?.messages) add(one);
+    }
+    const { chats: old } = state;            // an earlier version kept all in one place
+    delete state.chats;
+    old?.reverse().forEach(one => add({ ...one, id: newId() }));
+    if (old) save(state, ...chats);
+  } catch { }                                // a browser that keeps nothing
 }
-function save() {
-  try { localStorage.setItem("mini-llm", JSON.stringify(state)); hint = "hint"; }
-  catch { hint = "full"; }
-  $("hint").textContent = t(hint);
+function save(...changed) {
+  for (const one of new Set([...unsaved, ...changed])) {
+    try { localStorage.setItem("mini-llm" + one.id, JSON.stringify(one)); unsaved.delete(one); }
+    catch { unsaved.add(one); }
+  }
+  $("hint").textContent = t(unsaved.size ? "full" : "hint");
 }
-function newChat() { return { messages: [], system: "", used: 0 }; }
-function chat() { return state.chats[state.current] || state.chats[state.current = 0]; }
+function drop(one) {
+  runs.get(one)?.abort.abort();
+  unsaved.delete(one);
+  chats = chats.filter(other => other !== one);
+}
+function follow({ key, newValue }) {         // another tab has saved or deleted this
+  const here = chat(), value = parse(newValue);
+  const known = chats.find(one => "mini-llm" + one.id === key);
+  if (key === "mini-llm") Object.assign(state, value, { current: here.id });
+  else if (known && !value) drop(known);
+  else if (known && !runs.has(known)) Object.assign(known, value);
+  else if (value?.messages) {
+    if (known) known.id = newId();           // both tabs asked something: keep both
+    if (known === here) state.current = known.id;
+    add(value);
+  }
+  if (known === here || !document.querySelector(".edit")) draw();
+  else drawChats();
+}
 
 // ---- the network
 async function call(path, options) {
@@ -49,7 +92,7 @@ async function call(path, options) {
   if (response.ok) return response;
   if (response.status === 401) {
     const key = prompt(t("key"), "");
-    if (key) { state.key = key; save(); return call(path, options); }
+    if (key) { state.key = key; save(state); return call(path, options); }
   }
   const body = await response.json().catch(() => ({}));
   throw new Error(body.error?.message || `HTTP ${response.status}`);
@@ -106,7 +149,7 @@ async function answer(one, tries) {
   }
   runs.delete(one);
   if (!reply.content && !reply.error && !reply.note) one.messages.pop();
-  save();
+  if (chats.includes(one)) save(one);
   if (one === chat()) draw();                // elsewhere somebody may be editing
 }
 function grow(run, text) {
@@ -120,7 +163,7 @@ function say(text, index = chat().messages.length, tries = 0) {      // in place
   if (!text.trim() || runs.has(here)) return;
   here.messages.length = index;
   here.messages.push({ role: "user", content: text });
-  save();
+  save(here, state);
   answer(here, tries);
   toEnd();
 }
@@ -148,7 +191,7 @@ function draw() {
     if (document.activeElement !== $(id)) $(id).value = value ?? "";
   }
   $("input").placeholder = $("input").ariaLabel = t("ask");
-  $("hint").textContent = t(hint);
+  $("hint").textContent = t(unsaved.size ? "full" : "hint");
   $("burger").ariaLabel = t("burger");
   $("context").title = t("context");
   $("model").textContent = card.id || "mini-llm";
@@ -157,26 +200,25 @@ function draw() {
   $("send").textContent = run ? "■" : "↑";
   $("send").ariaLabel = $("send").title = run ? t("stop") : t("send");
   $("clear").disabled = !!run || !here.messages.length;
-  $("chats").replaceChildren(...state.chats.map(drawChat));
+  drawChats();
   $("messages").replaceChildren(...here.messages.map((message, i) => drawMessage(message, i, run)));
   if (!here.messages.length) $("messages").append(drawEmpty());
   if (stays) toEnd();
 }
-function show() { document.body.className = ""; save(); draw(); }
-function drawChat(one, index) {
+function show() { document.body.className = ""; save(state); draw(); }
+function drawChats() { $("chats").replaceChildren(...chats.map(drawChat)); }
+function drawChat(one) {
   const name = one.messages[0]?.content.slice(0, 60) || t("untitled");
-  const open = () => { state.current = index; show(); toEnd(); };
-  const drop = () => {
+  const open = () => { state.current = one.id; show(); toEnd(); };
+  const onclick = () => {
     if (one.messages.length && !confirm(t("sure"))) return;
-    runs.get(one)?.abort.abort();
-    state.chats.splice(index, 1);
-    if (!state.chats.length) state.chats = [newChat()];
-    if (state.current >= index) state.current = Math.max(state.current - 1, 0);
+    drop(one);
+    try { localStorage.removeItem("mini-llm" + one.id); } catch { }
     show();
   };
-  return h("div", { className: index === state.current ? "chat here" : "chat" },
+  return h("div", { className: one === chat() ? "chat here" : "chat" },
     h("button", { className: "name", onclick: open }, name),
-    h("button", { className: "drop", title: t("drop"), ariaLabel: t("drop"), onclick: drop }, "×"));
+    h("button", { className: "drop", title: t("drop"), ariaLabel: t("drop"), onclick }, "×"));
 }
 function drawMessage(message, index, run) {
   const live = run?.reply === message, node = document.createTextNode(message.content);
@@ -237,24 +279,27 @@ $("input").onkeydown = event => {
 };
 document.querySelector("form").onsubmit = event => { event.preventDefault(); submit(); };
 $("new").onclick = () => {
-  const empty = state.chats.findIndex(one => !one.messages.length);
-  if (empty < 0) state.chats.unshift(newChat());
-  state.current = Math.max(empty, 0);
+  const empty = chats.find(one => !one.messages.length) || newChat();
+  if (!chats.includes(empty)) add(empty);
+  state.current = empty.id;
   show(); $("input").focus();
 };
-$("clear").onclick = () => { chat().messages = []; chat().used = 0; show(); };
+$("clear").onclick = () => {
+  save(Object.assign(chat(), { messages: [], used: 0 }));
+  show();
+};
 $("gear").onclick = () => { $("settings").hidden = !$("settings").hidden; };
 $("language").onclick = () => { state.lang = state.lang === "zh" ? "en" : "zh"; show(); };
 $("burger").onclick = () => { document.body.className = "open"; };
 $("shade").onclick = () => { document.body.className = ""; };
-$("system").oninput = () => { chat().system = $("system").value; save(); };
+$("system").oninput = () => { chat().system = $("system").value; save(chat()); };
 for (const name of OPTIONS) $(name).oninput = () => {
   const value = $(name).value === "" ? undefined : $(name).valueAsNumber;
   state.options[name] = value;
-  save();
+  save(state);
 };
-window.onpagehide = save;                    // what has come of an answer so far
-window.onstorage = () => { if (!runs.size) { restore(); draw(); } };          // another tab
+window.onpagehide = () => save(...runs.keys());               // what has come of an answer so far
+window.onstorage = follow;
 restore();
 draw();
 toEnd();

@@ -30,7 +30,7 @@ def find_chromium():
 
 
 class Browser:
-    """One page of a browser with a profile of its own in `folder`."""
+    """A browser with a profile of its own in `folder`, and one tab of it."""
 
     def __init__(self, folder):
         # the browser reads its orders from 3 and writes what happens to 4
@@ -52,11 +52,7 @@ class Browser:
         # a browser that says nothing is ended, and then reading from it fails
         self.watchdog = threading.Timer(PATIENCE * 5, self.process.kill)
         self.watchdog.start()
-        page = self.order("Target.createTarget", url="about:blank")["targetId"]
-        target = self.order("Target.attachToTarget", targetId=page, flatten=True)
-        self.session = target["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.order(f"{domain}.enable")
+        self.session = self.new_tab()
         return self
 
     def __exit__(self, *error):
@@ -64,6 +60,17 @@ class Browser:
         self.process.kill()
         self.process.wait()
         os.close(self.orders), os.close(self.news)
+
+    def new_tab(self):
+        """Returns a session: whose `session` it is, that tab does what the methods say."""
+        before, self.session = self.session, None
+        page = self.order("Target.createTarget", url="about:blank")["targetId"]
+        target = self.order("Target.attachToTarget", targetId=page, flatten=True)
+        self.session = target["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.order(f"{domain}.enable")
+        new, self.session = self.session, before
+        return new
 
     def order(self, method, **params):
         """Send a DevTools command; returns its result."""
