@@ -24,7 +24,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from minillm.atomic_folder import replaced_folder
-from minillm.configurator import BelowOne, NonNegative, Positive, configure, positional
+from minillm.configurator import BelowOne, Positive, configure, positional, whole
 from minillm.documents import Document, columns
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import run
@@ -54,7 +54,7 @@ class Settings:
     document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # how many encode; 0: one per core, or one for a small input
+    processes: whole(0, 1000) = 0     # how many encode; 0: one per core, or one for a small input
     batch_size: Positive = 1_000_000  # bytes encoded in one call: affects speed and memory only
 
 

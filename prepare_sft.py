@@ -74,7 +74,7 @@ class Settings:
     map: str = ""                     # names of roles and keys in your files: q:user,a:assistant
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # how many encode; 0: one per core, or one for a small input
+    processes: whole(0, 1000) = 0     # how many encode; 0: one per core, or one for a small input
     batch_size: Positive = 1_000_000  # bytes encoded in one call: affects speed and memory only
     show: NonNegative = 0             # print this many conversations as tokens, and write nothing
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from minillm import tokenizer as tokenizer_module
 from minillm.atomic_folder import replaced_folder
-from minillm.configurator import NonNegative, Positive, configure, positional, whole
+from minillm.configurator import Positive, configure, positional, whole
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
 from minillm.report import Report, counted
@@ -52,7 +52,7 @@ class Settings:
     document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
-    processes: NonNegative = 0        # how many count; 0: one per core up to 4; small input: 1
+    processes: whole(0, 1000) = 0     # how many count; 0: one per core up to 4; small input: 1
 
 
 BATCH = 1 << 20                      # characters counted in one call
