@@ -58,6 +58,7 @@ def write_model(folder, config, weights, vocab_size, kind, dtype=torch.float32):
     tensors, training = to_transformers(config, weights, vocab_size, kind)
     # every tensor by itself in memory: safetensors refuses two that share it
     tensors = {name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}
+    training = {name: tensor.clone() for name, tensor in training.items()}
     save_file = safetensors.torch.save_file
     try:
         save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})

@@ -106,6 +106,11 @@ def cached_forward(model, cache, idx, position, end):
     row = torch.arange(len(idx), device=device)[:, None]
 
     def attend(q, k, v, layer):
+        # of a changed model: blocks that run twice, heads that differ from layer to layer
+        if layer >= len(cache.k) or k.shape[1::2] != cache.k[layer].shape[1::2]:
+            raise UserError(f"layer {layer} of the model does not fit the KV cache, which has "
+                            "n_layer layers of n_kv_head heads: change KVCache in "
+                            "minillm/generation.py as well")
         keys, values = cache.k[layer], cache.v[layer]
         keys[row, :, position] = k.transpose(1, 2).to(keys.dtype)
         values[row, :, position] = v.transpose(1, 2).to(values.dtype)

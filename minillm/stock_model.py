@@ -103,8 +103,15 @@ def activation(config, x):
     return {"silu": F.silu, "sigmoid": torch.sigmoid}[config["hidden_act"]](x)
 
 
+def check_width(config, weight):
+    """Raise ValueError for an FFN or expert of another width than config.json can say."""
+    if len(weight) != config["intermediate_size"]:
+        raise ValueError(f"an FFN is {len(weight)} wide, n_inner is {config['intermediate_size']}")
+
+
 def mlp(config, layer, x):
     """Arcee's: two matrices. (Llama's export is these with another name and a gate of 1.)"""
+    check_width(config, layer["mlp.up_proj.weight"])
     return linear(layer, "mlp.down_proj", activation(config, linear(layer, "mlp.up_proj", x)))
 
 
@@ -115,6 +122,7 @@ def experts(config, layer, x):
     y = torch.zeros_like(x)
     for e in range(config["num_local_experts"]):
         w1, w2, w3 = (layer[f"block_sparse_moe.experts.{e}.w{n}.weight"] for n in (1, 2, 3))
+        check_width(config, w1)
         gate = (gates * (chosen == e)).sum(-1, keepdim=True)
         y = y + gate * ((activation(config, x @ w1.t()) * (x @ w3.t())) @ w2.t())
     return y
