@@ -1,6 +1,6 @@
 """Do two pieces of code compute the same function? Known small weights, then compare the logits.
 
-    for copy in copies(model):               # of the same class and settings, 10 ms each
+    for copy in copies(model):               # of the same class and settings, some 10 ms
         same(copy(text(copy)), other(copy, text(copy)))
     fingerprint(model)                       # the logits of the copies: change with the code alone
     check_attention(model)                   # its branches are one function, or a line says so
@@ -10,7 +10,7 @@ exporters; and a checkpoint holds weights, not the code that they belong to. Who
 model must hear of each place that still computes the old one, so each of them compares.
 
 What only training does (dropout, the router's noise) is not compared, nor what concerns only tokens
-that lie LONGEST or more apart.
+that lie LONGEST or more apart, and in layers from FIRST_LAYERS on those that lie 12 or more apart.
 """
 import contextlib
 import os
@@ -31,6 +31,8 @@ from minillm.tokenizer import END_OF_TEXT
 IDS = (1, 9, 4, 15, 2, 0, 11, 3, 13, 6, 10, 5)   # the beginning of a text for the copies
 VOCAB = 16
 LONGEST = 1024                                   # tokens of a text
+FIRST_LAYERS = 4                                 # that are compared over a long text
+DEEPEST = 64                                     # layers that are compared at all
 DECODED = 6                                      # of them, one at a time
 
 
@@ -45,25 +47,27 @@ def one_thread():
         torch.set_num_threads(count)
 
 
-def copies(model):
-    """Two small copies of `model`: one with all of its heads, one with all of its context.
+def copies(model, deepest=DEEPEST):
+    """Two small copies of `model`: one with all of its heads and layers, one with all its context.
 
-    A change may concern distant tokens alone: a sliding window, for instance.
+    A change may concern some layers alone, or distant tokens: a sliding window, for instance.
     """
     c = model.config
     length = max(len(IDS), min(c.block_size, LONGEST))
-    n_head = min(c.n_head // c.n_kv_head, 2)     # so that a long text takes 10 ms too
-    return small_copy(model), small_copy(model, block_size=length, n_head=n_head, n_kv_head=1)
+    # so that a long text takes 10 ms too
+    long = {"block_size": length, "n_head": min(c.n_head // c.n_kv_head, 2), "n_kv_head": 1}
+    return small_copy(model, deepest), small_copy(model, FIRST_LAYERS, **long)
 
 
-def small_copy(model, **sizes):
+def small_copy(model, deepest=DEEPEST, **sizes):
     """A model like `model`, of another size, float64, on the CPU: the same numbers every time.
 
     All settings stay but the sizes, so that a setting that somebody adds counts as well.
     """
     sizes = {"block_size": len(IDS), "n_head": model.config.n_head} | sizes
     config = replace(model.config, vocab_size=VOCAB, n_inner=16, dropout=0.0,
-                     n_layer=min(model.config.n_layer, 4), n_embd=8 * sizes["n_head"], **sizes)
+                     n_layer=min(model.config.n_layer, deepest), n_embd=8 * sizes["n_head"],
+                     **sizes)
     with torch.random.fork_rng(devices=[]):      # whoever draws next must not notice
         copy = type(model)(config)
     for name, parameter in copy.named_parameters():
@@ -98,14 +102,14 @@ def text(copy):
 
 @one_thread()
 @torch.no_grad()
-def fingerprint(model):
+def fingerprint(model, deepest=DEEPEST):
     """Logits (rows, V) of the small copies, float64: they follow from the code and its settings.
 
     Checkpoints hold them: whatever changes them lets train.py and chat.py warn of older ones. None
     where there are none: a changed model may refuse the copies' sizes, or need a GPU.
     """
     try:
-        short, long = [copy(text(copy))[0] for copy in copies(model)]
+        short, long = [copy(text(copy))[0] for copy in copies(model, deepest)]
     except Exception:                            # of code that we do not know
         return None
     return torch.cat((short, long[::16]))        # a longer context adds rows at the end
@@ -114,15 +118,19 @@ def fingerprint(model):
 def has_changed(model, then):
     """Does the code now give other logits than `then`, the fingerprint in a checkpoint?
 
-    Older ones hold the rows of the short text alone. False where there is nothing to compare.
+    Older ones hold fewer layers, or the rows of the short text alone. False where there is nothing
+    to compare.
     """
     if not isinstance(then, torch.Tensor) or then.layout != torch.strided or then.is_meta:
         return False
-    now = fingerprint(model)
-    if now is None:
-        return False
-    rows = min(len(now), len(then)) if then.dim() else 0
-    return rows == 0 or not same(then[:rows], now[:rows])
+    for deepest in (DEEPEST, FIRST_LAYERS):
+        now = fingerprint(model, deepest)
+        if now is None:
+            return False
+        rows = min(len(now), len(then)) if then.dim() else 0
+        if rows and same(then[:rows], now[:rows]):
+            return False
+    return True
 
 
 def check_attention(model, flex=False):
@@ -168,13 +176,17 @@ def check_loss(model):
 @one_thread()
 @torch.no_grad()
 def noisy_in_training(model):
-    """Does the model compute something else in training, or move a buffer? Dropout aside."""
+    """Does the model compute something else in training, or move a buffer? Dropout aside.
+
+    Logits and loss: somebody may add a term to the loss in training alone.
+    """
     try:
         copy, ids = small_copy(model), torch.tensor([IDS])
-        before, buffers = copy(ids), [buffer.clone() for buffer in copy.buffers()]
+        before = [copy(ids), copy(ids, ids)[0], *(buffer.clone() for buffer in copy.buffers())]
         with torch.random.fork_rng(devices=[]):
-            after = copy.train()(ids)
-        return not all(map(torch.equal, [before, *buffers], [after, *copy.buffers()]))
+            copy.train()
+            after = [copy(ids), copy(ids, ids)[0], *copy.buffers()]
+        return not all(map(torch.equal, before, after))
     except Exception:                            # of code that we do not know
         return True
 
