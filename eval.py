@@ -201,7 +201,7 @@ def report_validation(results, report):
         n_expert = len(results["load"][0])
         report("share of tokens per expert, as a multiple of the fair share")
         report("layer  " + "".join(f"{expert:>7}" for expert in range(n_expert)))
-        for layer, row in enumerate(results["load"]):
+        for layer, row in zip(results["moe_layers"], results["load"]):
             report(f"{layer:>5}  " + "".join(f"{share * n_expert:7.2f}" for share in row))
 
 

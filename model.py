@@ -29,7 +29,7 @@ from minillm.errors import UserError
 from minillm.generation import KVCache, generate, round_up
 from minillm.same_function import check_attention
 from minillm.sampling_params import SamplingParams
-from moe import MoE
+from moe import MoE, over_layers
 
 try:
     from minillm.speed import fast_versions
@@ -179,7 +179,7 @@ class GPT(nn.Module):
 
         Without targets: the logits (B, T, V). With targets (B, T), -1 for none, a pair: the *sum*
         of the cross-entropies in nats, which the caller divides by the step's number of targets;
-        and None, or with experts (the layers' mean load-balancing loss, load (n_layer, n_expert)).
+        and the experts' statistics, as moe.over_layers returns them (None: no experts).
         """
         x, stats = self.hidden(idx, attn_mask)
         if targets is None:
@@ -211,11 +211,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, stat = block(x, rope, partial(attend, layer=layer))
             stats.append(stat)
-        x = self.norm(x)
-        if not self.config.n_expert:
-            return x, None
-        balance_loss, load = zip(*stats)
-        return x, (torch.stack(balance_loss).mean(), torch.stack(load))
+        return self.norm(x), over_layers(stats)
 
     def logits(self, x):
         """(…, D) → (…, V). Training does not call it: cross_entropy has this product inside."""
@@ -231,14 +227,17 @@ class GPT(nn.Module):
         return self
 
     def n_params(self):
-        """(all parameters, those that one token passes through)."""
-        total = sum(p.numel() for p in self.parameters())
-        if not self.config.n_expert:
-            return total, total
-        ffn = self.blocks[0].ffn
-        experts = self.config.n_layer * (ffn.w1_EDF.numel() + ffn.w2_EFD.numel())
-        idle = 1 - self.config.n_expert_per_tok / self.config.n_expert
-        return total, total - round(idle * experts)
+        """(all parameters, those that one token passes through). Experts: an MoE's (E, in, out)."""
+        total, idle = sum(p.numel() for p in self.parameters()), 0
+        for moe in {moe for _, moe in self.moe_layers()}:
+            experts = sum(p.numel() for p in moe.parameters() if p.dim() == 3)
+            idle += round(experts * (1 - moe.k / moe.n_expert))
+        return total, total - idle
+
+    def moe_layers(self):
+        """Yields (number of the layer, its MoE): of all layers, of some, or of none."""
+        for layer, block in enumerate(self.blocks):
+            yield from ((layer, module) for module in block.modules() if isinstance(module, MoE))
 
     def flops_per_token(self, length):
         """FLOPs of a training step per token, in sequences of `length` tokens."""

@@ -84,6 +84,19 @@ def loop_over_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
     return y_ND.to(x_ND.dtype)
 
 
+def over_layers(stats):
+    """What MoE.forward returned of each layer, None of a dense one → the same of the whole model.
+
+    The load-balancing loss is the mean over the MoE layers, the load (MoE layers, E). None if there
+    is none.
+    """
+    stats = [stat for stat in stats if stat is not None]
+    if not stats:
+        return None
+    loss, load_E = zip(*stats)
+    return torch.stack(loss).mean(), torch.stack(load_E)
+
+
 class MoE(nn.Module):
     def __init__(self, config):
         super().__init__()

@@ -111,7 +111,9 @@ class RunLog:
 
     def __init__(self, s, model, facts, device, world, resumed, writes):
         resumed = resumed or {}
-        self.s, self.config, self.writes = s, model.config, writes
+        self.s, self.writes = s, writes
+        self.moe_layers = [layer for layer, _ in model.moe_layers()]
+        self.n_loads = sum(moe.n_expert for _, moe in model.moe_layers())
         self.flops = model.flops_per_token(s.block_size)
         self.peak = world * (peak_flops(device) or 0)    # FLOP/s of all devices; 0: unknown
         self.tokens_per_step = facts["tokens_per_step"]
@@ -176,7 +178,7 @@ class RunLog:
         """Take the numbers of a finished step, and log those of the step before it.
 
         numbers: a tensor on the device: loss, gradient norm, and of an MoE its load-balancing loss
-        and the load of every expert in every layer.
+        and the load of every expert in every MoE layer.
         """
         arrived = None
         if numbers.is_cuda:
@@ -197,8 +199,7 @@ class RunLog:
         if arrived:
             arrived.synchronize()
         loss, norm, *moe = numbers.tolist()
-        c = self.config
-        known = 1 + c.n_layer * c.n_expert if c.n_expert else 0
+        known = 1 + self.n_loads if self.moe_layers else 0
         if len(moe) != known:                    # a further number would be taken for an expert's
             raise ValueError(f"train.py gives {len(moe)} numbers after loss and norm, RunLog takes "
                              f"{known}: read a new one here, before *moe")
@@ -241,12 +242,12 @@ class RunLog:
 
     def _moe_record(self, step, moe):
         """How the experts share the work; warns of an expert that is almost unused for long."""
-        balance, load = moe[0], torch.tensor(moe[1:]).view(self.config.n_layer, -1)
+        balance, load = moe[0], torch.tensor(moe[1:]).view(len(self.moe_layers), -1)
         experts = load.shape[1]
         self.starved = (self.starved + 1) * (load < 0.01 / experts)
-        for layer, expert in (self.starved == 100).nonzero().tolist():
-            print0(f"warning: step {step}: expert {expert} of layer {layer} has had under 1% of "
-                   "its fair share for 100 steps")
+        for row, expert in (self.starved == 100).nonzero().tolist():
+            print0(f"warning: step {step}: expert {expert} of layer {self.moe_layers[row]} has had "
+                   "under 1% of its fair share for 100 steps")
         entropy = torch.ones(1)
         if experts > 1:
             entropy = -(load * load.clamp(min=1e-9).log()).sum(1) / math.log(experts)

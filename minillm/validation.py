@@ -51,7 +51,8 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
     """Predict every supervised token of a TokenData, or of its first `batches` batches (0: all).
 
     Returns a dict: loss (nats per supervised token), accuracy, tokens (how many were supervised),
-    and for an MoE model load, the share of tokens per expert, (n_layer, n_expert).
+    and for an MoE model load, the share of tokens per expert, (MoE layers, n_expert), and
+    moe_layers, their numbers.
     """
     loss, correct, n_supervised = 0.0, 0, 0
     load, seen = 0.0, 0
@@ -81,6 +82,7 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
               "tokens": n_supervised}
     if seen:
         result["load"] = (load / seen).tolist()
+        result["moe_layers"] = [layer for layer, _ in model.moe_layers()]
     return result
 
 

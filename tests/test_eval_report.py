@@ -33,12 +33,13 @@ def test_each_number_stands_behind_its_name(doc_mask, masked):
 
 
 def test_the_table_of_experts_is_in_multiples_of_the_fair_share():
-    """A row per layer and a column per expert, both counted from 0 as everywhere."""
-    _, _, header, *rows = validation_lines(load=[[0.5, 0.25, 0.125, 0.125], [0.25] * 4])
+    """A row per MoE layer and a column per expert, both counted from 0 as everywhere."""
+    _, _, header, *rows = validation_lines(load=[[0.5, 0.25, 0.125, 0.125], [0.25] * 4],
+                                           moe_layers=[0, 2])
 
     assert header.split() == ["layer", "0", "1", "2", "3"]
     assert [row.split() for row in rows] == [["0", "2.00", "1.00", "0.50", "0.50"],
-                                             ["1", "1.00", "1.00", "1.00", "1.00"]]
+                                             ["2", "1.00", "1.00", "1.00", "1.00"]]
     assert {len(line) for line in (header, *rows)} == {len(header)}
 
 

@@ -69,26 +69,31 @@ def decodes(copy, step, cache_type, rows=1):
 
 
 def multiplies_experts(copy, experts, tolerance=1e-4):
-    """Do the fast experts give what those of moe.py give, and the same gradients?"""
-    ffn = copy.blocks[0].ffn
+    """Do the fast experts give what those of moe.py give in each layer, and the same gradients?"""
     x_ND = normal_numbers(TOKENS, copy.config.n_embd)
-    gate_NK, expert_NK = ffn.router(x_ND)
-    results = []
-    for function in (experts, ffn.experts):
-        inputs = [x.detach().clone().requires_grad_()
-                  for x in (x_ND, gate_NK, ffn.w1_EDF, ffn.w2_EFD)]
-        x, gate, w1, w2 = inputs
-        with torch.enable_grad():
-            y = function(x, gate, expert_NK, w1, w2)
-        results.append([y, *torch.autograd.grad(y, inputs, normal_numbers(*y.shape))])
-    return all(same(found, expected, tolerance) for found, expected in zip(*results))
+    for _, moe in copy.moe_layers():
+        gate_NK, expert_NK = moe.router(x_ND)
+        results = []
+        for function in (experts, moe.experts):
+            inputs = [x.detach().clone().requires_grad_()
+                      for x in (x_ND, gate_NK, moe.w1_EDF, moe.w2_EFD)]
+            x, gate, w1, w2 = inputs
+            with torch.enable_grad():
+                y = function(x, gate, expert_NK, w1, w2)
+            results.append([y, *torch.autograd.grad(y, inputs, normal_numbers(*y.shape))])
+        if not all(same(found, expected, tolerance) for found, expected in zip(*results)):
+            return False
+    return True
 
 
 def chooses_experts(copy, top_experts):
     """Does it choose the experts that moe.py's function chooses?"""
-    logits_NE, k = normal_numbers(TOKENS, copy.config.n_expert), copy.config.n_expert_per_tok
-    expected = copy.blocks[0].ffn.router.top_experts(logits_NE, k)
-    return torch.equal(top_experts(logits_NE, k), expected)
+    logits_NE = normal_numbers(TOKENS, copy.config.n_expert)
+    for _, moe in copy.moe_layers():
+        expected = moe.router.top_experts(logits_NE, moe.router.k)
+        if not torch.equal(top_experts(logits_NE, moe.router.k), expected):
+            return False
+    return True
 
 
 def has_the_loss(copy, cross_entropy):
@@ -105,7 +110,7 @@ def has_the_loss(copy, cross_entropy):
 
 
 def runs_the_blocks(copy, trunk):
-    """Does trunk(model, idx, rope, attend) give what GPT.trunk gives?"""
+    """Does trunk(model, idx, rope, attend) give what GPT.trunk gives, statistics included?"""
     seen = []
 
     def keep(idx, rope, attend):
@@ -114,4 +119,5 @@ def runs_the_blocks(copy, trunk):
     plain, copy.trunk = copy.trunk, keep
     copy(text(copy))
     found, expected = seen[0]
-    return same(found[0], expected[0])
+    tensors, others = [[x, *(stats or ())] for x, stats in (found, expected)]
+    return len(tensors) == len(others) and all(map(same, tensors, others))

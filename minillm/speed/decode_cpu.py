@@ -37,7 +37,7 @@ def decode_vector(model, cache, token, position):
         y = F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen])
         x = x + linear(attn.proj, y.view(-1))
         row = rms_norm(block.ffn_norm, x)
-        if model.config.n_expert:
+        if hasattr(ffn, "router"):
             x = x + moe(ffn, row)
         else:
             x = x + linear(ffn.down, F.silu(linear(ffn.up, row)))

@@ -66,8 +66,8 @@ def use_float8(model, device, dtype, tokens):
     for layer in layers:
         layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints
     if model.config.n_expert:
-        for block in model.blocks:
-            block.ffn.experts = float8_experts
+        for _, moe in model.moe_layers():
+            moe.experts = float8_experts
 
 
 def check_float8_gpu(device, n_expert):
@@ -84,28 +84,29 @@ def use_for_generation(model):
     """Swap in what is faster in a model that is only used: experts, and their weights' layout."""
     if model.wte.weight.is_cpu:
         decodes_on_cpu(model)                        # says now, not in an answer, if it does not
-    if not model.config.n_expert:
-        return
-    use_experts(model, generating_experts)
-    weight = model.blocks[0].ffn.w1_EDF
-    if weight.is_cuda or weight.element_size() < 4:
-        for block in model.blocks:
-            lay_out_for_decoding(block.ffn)
+    if model.config.n_expert and use_experts(model, generating_experts):
+        for _, moe in model.moe_layers():
+            if moe.w1_EDF.is_cuda or moe.w1_EDF.element_size() < 4:
+                lay_out_for_decoding(moe)
 
 
 def use_experts(model, experts):
-    """Swap in the experts' product and their choice; other devices (mps) lack the kernel."""
+    """Swap in the experts' product and their choice; other devices (mps) lack the kernel.
+
+    Returns whether the product was.
+    """
     device = model.wte.weight.device.type
     fast_product = device in ("cpu", "cuda") and all(
         agrees(model, f"{function.__name__} of minillm/speed/grouped_mm.py", multiplies_experts,
                function) for function in (grouped_experts, all_experts))
     fast_choice = device == "cuda" and agrees(
         model, "top_experts of minillm/speed/topk.py", chooses_experts, top_experts)
-    for block in model.blocks:
+    for _, moe in model.moe_layers():
         if fast_product:
-            block.ffn.experts = experts
+            moe.experts = experts
         if fast_choice:
-            block.ffn.router.top_experts = top_experts
+            moe.router.top_experts = top_experts
+    return fast_product
 
 
 def decodes_on_cpu(model):

@@ -38,9 +38,10 @@ def trunk(model, embed, run_block, norm, idx, rope, attend):
     stats = []
     for block in model.blocks:
         x, stat = run_block(block, x, rope, attend)
-        stats.append(stat)
+        if stat is not None:
+            stats.append(stat)
     x = norm(x)
-    if not model.config.n_expert:
+    if not stats:
         return x, None
     balance_loss, load = zip(*stats)
     return x, (torch.stack(balance_loss).mean(), torch.stack(load))
