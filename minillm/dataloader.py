@@ -49,7 +49,8 @@ class TokenData:
         if sft and self.meta["block_size"] != block_size:
             packed = self.meta["block_size"]
             raise UserError(f"{folder} was packed for block_size={packed}, not {block_size}: "
-                            f"give --block_size={packed} here, or to prepare_sft.py")
+                            f"give train.py --block_size={packed}, or prepare_sft.py "
+                            f"--block_size={block_size}")
         if sft:
             self.stride = block_size + 1
             self.n_windows = len(self.tokens) // self.stride

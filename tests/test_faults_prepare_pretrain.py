@@ -42,6 +42,7 @@ CASES = [
     Case("all for validation", PRETRAIN + "--val_fraction=1", "val_fraction"),
     Case("negative fraction", PRETRAIN + "--val_fraction=-0.1", "val_fraction"),
     Case("fraction is no number", PRETRAIN + "--val_fraction=nan", "val_fraction"),
+    Case("too many processes", PRETRAIN + "--processes=1001", "processes=1001"),
     Case("no batch", PRETRAIN + "--batch_size=0", "batch_size=0"),
     Case("strict", "bad.jsonl --tokenizer=tok --out_dir=new --strict=True",
          "bad.jsonl:1: not a JSON object", put("bad.jsonl", "5\n")),

@@ -31,6 +31,7 @@ CASES = [
     Case("huge block_size", SFT + "--block_size=1e15", "block_size"),
     Case("fraction above 1", SFT + "--val_fraction=2", "val_fraction"),
     Case("fraction is no number", SFT + "--val_fraction=nan", "val_fraction"),
+    Case("too many processes", SFT + "--processes=1001", "processes=1001"),
     Case("negative show", SFT + "--show=-1", "show=-1"),
     Case("no batch", SFT + "--batch_size=-1", "batch_size=-1"),
     Case("out_dir with other things", "chats.jsonl --tokenizer=tok --out_dir=out",

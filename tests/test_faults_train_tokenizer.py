@@ -10,6 +10,7 @@ CASES = [
     Case("unknown suffix", "corpus.docx --out_dir=new",
          "corpus.docx is of no known kind: .jsonl", put("corpus.docx", "x")),
     Case("folder without text", "empty --out_dir=new", "empty holds no file of a known kind: .jsonl", make("empty")),
+    Case("too many processes", "corpus.jsonl --out_dir=new --processes=1001", "processes=1001"),
     Case("empty file", "empty.jsonl --out_dir=new", "holds no text", put("empty.jsonl", "")),
     Case("blank lines only", "blank.txt --out_dir=new",
          "holds no text", put("blank.txt", "\n \n\n")),
