@@ -14,7 +14,7 @@ from minillm.errors import UserError
 from support import ROOT
 from support.encoders import Dies, Doubles, FailsAtSeven
 from support.preparation_runs import chats, command, fingerprint, texts, write_chats, write_texts
-from support.processes import LIMIT, wait_until
+from support.processes import LIMIT, stat_fields, wait_until
 from support.tiny_tokenizer import make_tokenizer
 
 
@@ -125,8 +125,7 @@ def group_members(group):
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{name}/stat") as file:
-                state, _, member_of = file.read().rsplit(")", 1)[1].split()[:3]
+            state, _, member_of = stat_fields(f"/proc/{name}/stat")[:3]
         except OSError:
             continue
         if int(member_of) == group and state != "Z":
@@ -138,8 +137,7 @@ def threads_stopped(pid):
     """Whether none of a process's threads runs: a signal takes a moment to reach each of them."""
     for name in os.listdir(f"/proc/{pid}/task"):
         try:
-            with open(f"/proc/{pid}/task/{name}/stat") as file:
-                state = file.read().rsplit(")", 1)[1].split()[0]
+            state = stat_fields(f"/proc/{pid}/task/{name}/stat")[0]
         except OSError:                          # the thread has just ended
             return False
         if state != "T":

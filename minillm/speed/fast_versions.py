@@ -63,11 +63,10 @@ def use_float8(model, device, dtype, tokens):
         # 8 bits err by a few percent
         insist(model, "minillm/speed/float8_experts.py", multiplies_experts, float8_experts, 0.2,
                advice="leave --fp8 out")
-    for layer in layers:
-        layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints
-    if model.config.n_expert:
         for _, moe in model.moe_layers():
             moe.experts = float8_experts
+    for layer in layers:
+        layer.__class__ = Float8Linear               # names and weights stay, and so do checkpoints
 
 
 def check_float8_gpu(device, n_expert):

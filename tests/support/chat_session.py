@@ -17,7 +17,7 @@ import termios
 import time
 
 from support import ROOT
-from support.processes import LIMIT
+from support.processes import LIMIT, stat_fields
 from support.tiny_models import talkative, tiny_model, write_folder
 
 LETTERS = r"[A-Za-z\u4e00-\u9fff]"
@@ -173,8 +173,7 @@ class Session:
 
     def _state(self):
         """R where the program runs, S where it sleeps (Linux)."""
-        with open(f"/proc/{self.pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
+        return stat_fields(f"/proc/{self.pid}/stat")[0]
 
 
 @contextlib.contextmanager

@@ -128,6 +128,12 @@ class Fork:
         return self.out + self.err
 
 
+def stat_fields(path):
+    """What the stat file of a process or thread says after its name: state, parent, group, …"""
+    with open(path) as file:
+        return file.read().rsplit(")", 1)[1].split()
+
+
 def wait_until(condition):
     """Returns once condition() holds."""
     limit = time.monotonic() + LIMIT
