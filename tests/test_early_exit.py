@@ -108,3 +108,21 @@ def test_who_imports_a_program_keeps_ctrl_c():
                           timeout=LIMIT, cwd=ROOT)
 
     assert done.stdout == "default_int_handler\n", done.stderr
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "2000"),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+], ids=["nothing", "a count", "a policy"])
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(given, expected):
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    # OpenMP reads it when torch is imported: it must be there before
+    code = ("import minillm.early_exit, os, sys; "
+            "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))")
+
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True,
+                          text=True, timeout=LIMIT)
+
+    assert (done.stdout, done.stderr) == (f"False {expected}\n", "")
