@@ -30,6 +30,7 @@ import torch
 
 from minillm import checkpoint, exact_match, multiple_choice, validation
 from minillm.atomic_folder import replaced_file
+from minillm.chat_names import Names
 from minillm.configurator import NonNegative, Positive, configure
 from minillm.dataloader import TokenData
 from minillm.device import describe, pick_device, pick_dtype
@@ -53,9 +54,11 @@ class Settings:
     doc_mask: bool | None = None          # no attention across documents; auto: see open_data
     questions: str = "auto"               # file of chats, demo or none; auto: demo after demo SFT
     max_new_tokens: Positive = 64         # longest answer, in tokens
+    map: str = ""                         # names in the file of questions, as for prepare_sft.py
     choices: str = "none"                 # file of multiple-choice questions, demo or none
     answer_by: Literal["text", "letters"] = "text"      # compare the choices, or A, B, C ...
     template: Literal["chat", "plain"] = "chat"         # of multiple choice; plain: no ChatML
+    encoding: str = "utf-8"               # of both files; a byte order mark overrides it
     # how
     batch_size: Positive = 16             # sequences, questions or choices at once
     show: NonNegative = 3                 # wrong answers to print
@@ -169,7 +172,7 @@ def open_questions(s, data, report):
         # the demo is imported only where it is asked for
         from demo.town import held_out_questions
         return exact_match.demo_questions(held_out_questions())
-    questions, skipped = exact_match.read_questions(s.questions)
+    questions, skipped = exact_match.read_questions(s.questions, s.encoding, Names(s.map))
     for line in skipped:
         report(line)
     return questions
@@ -184,7 +187,7 @@ def open_choices(s):
         from demo.town import choice_questions
         records = enumerate(choice_questions(), 1)
         return [multiple_choice.parse_record(f"demo:{i}", record) for i, record in records]
-    return multiple_choice.read_questions(s.choices)
+    return multiple_choice.read_questions(s.choices, s.encoding)
 
 
 def sizes(model):

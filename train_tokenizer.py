@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from minillm import tokenizer as tokenizer_module
 from minillm.atomic_folder import replaced_folder
+from minillm.chat_names import Names
 from minillm.configurator import Positive, configure, positional, whole
 from minillm.encode_ahead import default_processes, encode_ahead
 from minillm.errors import UserError, run
@@ -50,6 +51,7 @@ class Settings:
     nfkc: bool = False                # fold full-width letters and ligatures; decode cannot undo it
     text_key: str = "text"            # key of the text in JSON; several are joined: title,content
     document: Literal["file", "paragraph", "line"] = "file"  # what counts as one in a .txt
+    map: str = ""                     # names of roles and keys in your files: q:user,a:assistant
     encoding: str = "utf-8"           # of the input, e.g. gb18030; a byte order mark overrides it
     strict: bool = False              # stop at the first line that would be skipped
     processes: whole(0, 1000) = 0     # how many count; 0: one per core up to 4; small input: 1
@@ -246,6 +248,7 @@ class Sample:
 
     def __init__(self, source, settings, report):
         self._source, self._settings, self._report = source, settings, report
+        self._names = Names(settings.map)
         self.bytes = self.documents = 0
 
     def __iter__(self):
@@ -268,7 +271,7 @@ class Sample:
         return max(0, room) if self._settings.max_bytes - self.bytes >= 4 else 0
 
     def _texts_of(self, block):
-        for _, text in block_documents(block, self._report, self._settings.text_key, chats=True):
+        for _, text in block_documents(block, self._report, self._settings.text_key, self._names):
             if not self._may_take():
                 return
             content = text.encode("utf-8")

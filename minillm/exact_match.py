@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minillm.chat_names import NAMES
 from minillm.chat_records import clean_conversation
 from minillm.conversation import STOP_IDS
 from minillm.errors import UserError
@@ -12,7 +13,8 @@ from minillm.text_files import Source
 from minillm.text_reader import conversations
 from minillm.token_files import advice
 
-SHAPES = '; a question is {"instruction": …, "output": …} or {"messages": […]}'
+SHAPES = ('; a question is {"instruction": …, "output": …} or {"messages": […]}; '
+          "--map=KEY:user,KEY:assistant says which other keys hold it")
 
 
 class Question(NamedTuple):
@@ -21,12 +23,12 @@ class Question(NamedTuple):
     expected: str
 
 
-def read_questions(path):
+def read_questions(path, encoding="utf-8", names=NAMES):
     """(questions, lines that say what was skipped) of a file of chats that end with the answer."""
     report = Report(hint=SHAPES)
-    chats = conversations(Source([path], report, "utf-8"))
+    chats = conversations(Source([path], report, encoding), names)
     questions = questions_of(chats)
-    lines = report.lines() + advice(report)
+    lines = report.lines() + advice(report, encoding)
     if not questions:
         reasons = "; ".join(line.strip() for line in lines) or "the file is empty"
         raise UserError(f"{path} holds no chat that ends with an answer ({reasons})")

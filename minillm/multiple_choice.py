@@ -14,6 +14,7 @@ log-probability, `accuracy_norm` divides it by the choice's number of characters
 scripts/lm_eval_choices.yaml is the same task for that program, on an exported model.
 """
 import csv
+import io
 import json
 import math
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.device import autocast
-from minillm.encodings import guess_encoding
+from minillm.encodings import guess_encoding, known_encoding, marked_encoding, refuse_utf8
 from minillm.errors import UserError
 from minillm.tokenizer import END_OF_TEXT
 
@@ -36,28 +37,41 @@ class Question(NamedTuple):
     answer: int                  # index into choices
 
 
-def read_questions(path):
+def read_questions(path, encoding="utf-8"):
     """The questions of a .jsonl or .csv file. UserError names the file and line of a bad one."""
+    lines = io.StringIO(read_text(path, known_encoding(encoding)), newline="")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.lower().endswith(".csv"):
-                reader = csv.DictReader(file)
-                records = [(f"{path}:{reader.line_num}", record) for record in reader]
-            else:
-                records = [(f"{path}:{number}", parse_line(f"{path}:{number}", line))
-                           for number, line in enumerate(file, 1) if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        fits, hint = guess_encoding(error.object), ""
-        if fits and fits != "utf-8":
-            hint = f": it looks like {fits}, which `iconv -f {fits} -t utf-8 OLD > NEW` converts"
-        raise UserError(f"{path} is not UTF-8 text{hint}") from None
+        if path.lower().endswith(".csv"):
+            reader = csv.DictReader(lines)
+            records = [(f"{path}:{reader.line_num}", record) for record in reader]
+        else:
+            records = [(f"{path}:{number}", parse_line(f"{path}:{number}", line))
+                       for number, line in enumerate(lines, 1) if line.strip()]
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from None
     if not records:
         raise UserError(f"{path} holds no questions")
     return [parse_record(location, record) for location, record in records]
+
+
+def read_text(path, encoding):
+    """The text of a file, without its byte order mark. UserError if it is in another encoding."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    length, marked = marked_encoding(data)
+    if not marked:
+        refuse_utf8(path, data, encoding)
+    encoding = marked or encoding
+    try:
+        return data[length:].decode(encoding)
+    except UnicodeDecodeError:
+        fits, hint = guess_encoding(data), ""
+        if fits and fits != encoding:
+            hint = f": it looks like {fits}, so try --encoding={fits}"
+        raise UserError(f"{path} is not {encoding} text{hint}") from None
 
 
 def parse_line(location, line):

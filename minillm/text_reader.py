@@ -44,30 +44,31 @@ def conversations(source, names=NAMES):
         yield from block_conversations(block, source.report, names)
 
 
-def block_documents(block, report, text_key="text", chats=False):
+def block_documents(block, report, text_key="text", names=None):
     """Yield (place, text) of each document of a block.
 
     In JSON the text stands under `text_key`, and is kept to the letter; under several keys
     ("title,content") it is joined by line ends. A record that is a string is a text itself. With
-    `chats`, a record without text may hold a conversation; its turns are then the text.
+    `names`, a record without text may hold a conversation; its turns are then the text.
     """
-    for place, text in _block_texts(block, report, text_key, chats):
+    for place, text in _block_texts(block, report, text_key, names):
         note_control_tokens([text], report, place)
         yield place, text
 
 
-def _block_texts(block, report, text_key, chats):
+def _block_texts(block, report, text_key, names):
     if block.kind == "texts":
         yield from block.data
         return
     keys = split_keys(text_key)
-    for place, record in block_records(block, report, OWN_KEYS.union(keys), turns=chats):
+    own_keys = OWN_KEYS.union(keys, names.mapped if names else ())
+    for place, record in block_records(block, report, own_keys, turns=names is not None):
         if isinstance(record, str):
             text = record
         else:
             text = _joined_text(record, keys, report, place)
-        if text is None and chats:
-            messages = clean_conversation(record, report, place)
+        if text is None and names:
+            messages = clean_conversation(record, report, place, names)
             if messages:
                 yield place, "\n".join(message["content"] for message in messages)
         elif text is None:

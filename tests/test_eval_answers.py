@@ -75,6 +75,21 @@ def test_a_question_that_fills_the_context_is_not_answered():
         assert (text is not None) == answered
 
 
+def test_both_files_may_have_another_encoding_and_questions_other_names(tmp_path):
+    """What the report of a file that is not understood advises, eval.py takes."""
+    questions, choices = tmp_path / "q.jsonl", tmp_path / "c.csv"
+    questions.write_text('{"题": "问", "解": "答"}', encoding="gb18030")
+    choices.write_text("question,A,B,answer\n哪个,第一,第二,B\n", encoding="gb18030")
+    s = evaluation.Settings(questions=str(questions), choices=str(choices),
+                            encoding="gb18030", map="题:user,解:assistant")
+
+    [question] = evaluation.open_questions(s, None, print)
+    [choice] = evaluation.open_choices(s)
+
+    assert question == (f"{questions}:1", [message("user", "问")], "答")
+    assert choice[1:] == ("哪个", ["第一", "第二"], 1)
+
+
 @pytest.mark.parametrize("sources, asked", [
     (["demo.town.conversations()"], "demo"), (["demo_corpus.conversations()"], "demo"),
     (["chats.jsonl"], "none"), (None, "none")],
@@ -161,11 +176,12 @@ def test_there_are_as_many_choices_as_letters_at_most():
         parse_record("f:1", {"question": "q", "choices": list(map(str, range(27))), "answer": 0})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name, text", [
     ("q.csv", "question,A,B,answer\nq,a,b,B\n"),
     ("q.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": 1}\n')])
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, name, text, encoding):
+    (tmp_path / name).write_text(text, encoding=encoding)
 
     [question] = read_questions(str(tmp_path / name))
 

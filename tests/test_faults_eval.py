@@ -75,7 +75,7 @@ CASES = [
          "mc.jsonl:1: answer 2 is none",
          put("mc.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": 2}\n')),
     Case("choices are not UTF-8", "--out_dir=out --choices=mc.csv",
-         "mc.csv is not UTF-8 text: it looks like gb18030, which `iconv -f gb18030 -t utf-8 OLD",
+         "mc.csv is not utf-8 text: it looks like gb18030, so try --encoding=gb18030",
          put("mc.csv", "question,A,B,answer\n下面哪一种说法是对的,前者,后者,A\n".encode("gbk"))),
     Case("no multiple-choice question", "--out_dir=out --choices=mc.csv",
          "mc.csv holds no questions", put("mc.csv", "question,A,B,answer\n")),

@@ -77,10 +77,10 @@ def test_nfkc_is_an_option(tmp_path):
 
 # ---- the sample
 
-def sample_of(path, max_bytes):
+def sample_of(path, max_bytes, **more):
     """(texts, the Sample)."""
     report = Report()
-    settings = train_tokenizer.Settings(max_bytes=max_bytes)
+    settings = train_tokenizer.Settings(max_bytes=max_bytes, **more)
     sample = train_tokenizer.Sample(Source([str(path)], report), settings, report)
     return list(sample), sample
 
@@ -96,6 +96,18 @@ def test_sample_has_the_size_asked_for(corpus, tmp_path, suffix):
 
     size = sum(len(text.encode()) for text in texts)
     assert size == sample.bytes and 0.9 * most < size <= most
+
+
+def test_conversations_under_other_names_are_in_the_sample(tmp_path):
+    """As prepare_sft.py takes them."""
+    turns = [{"role": "客官", "content": "问"}, {"role": "assistant", "content": "答"}]
+    records = [{"messages": turns}, {"题": "甲", "解": "乙"}, {"data": [{"题": "丙", "解": "丁"}]}]
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+
+    texts, _ = sample_of(path, 1000, map="客官:user,题:user,解:assistant")
+
+    assert texts == ["问\n答", "甲\n乙", "丙\n丁"]
 
 
 def test_sample_is_spread_over_the_input(corpus):
