@@ -43,7 +43,8 @@ def read_questions(path, encoding="utf-8"):
     try:
         if path.lower().endswith(".csv"):
             reader = csv.DictReader(lines)
-            records = [(f"{path}:{reader.line_num}", record) for record in reader]
+            records = [(f"{path}:{reader.line_num}", record) for record in reader
+                       if any(record.values())]          # spreadsheets write ",,," for no row
         else:
             records = [(f"{path}:{number}", parse_line(f"{path}:{number}", line))
                        for number, line in enumerate(lines, 1) if line.strip()]
@@ -93,6 +94,8 @@ def parse_record(location, record):
     if named:
         columns = [fields.get(letter.lower()) for letter in LETTERS]
         choices = columns[: columns.index(None)] if None in columns else columns
+        while choices and choices[-1] == "":
+            choices.pop()                # a column that only questions with more choices fill
     if not isinstance(question, str) or not question.strip():
         found = ", ".join(fields)[:200]
         raise UserError(f"{location}: no question under `question` (it has {found})")

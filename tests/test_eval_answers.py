@@ -176,6 +176,19 @@ def test_there_are_as_many_choices_as_letters_at_most():
         parse_record("f:1", {"question": "q", "choices": list(map(str, range(27))), "answer": 0})
 
 
+def test_cells_that_a_spreadsheet_leaves_empty(tmp_path):
+    """Behind the last choice of a question, and behind the last question; but not between."""
+    path = tmp_path / "q.csv"
+    path.write_text("question,A,B,C,D,answer\nq,a,b,,,B\nr,a,b,c,d,D\n,,,,,\n")
+
+    questions = read_questions(str(path))
+
+    assert [question.choices for question in questions] == [["a", "b"], ["a", "b", "c", "d"]]
+    path.write_text("question,A,B,C,D,answer\nq,a,,c,,A\n")
+    with pytest.raises(UserError, match="q.csv:2: a choice that is not text, or empty"):
+        read_questions(str(path))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name, text", [
     ("q.csv", "question,A,B,answer\nq,a,b,B\n"),
