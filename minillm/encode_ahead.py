@@ -12,6 +12,7 @@ The processes end with this one, also after an error, Ctrl-C or SIGKILL.
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -89,21 +90,25 @@ def _pool(encode, processes):
     # the write end closes with this process, however that ends
     alive, write_end = multiprocessing.Pipe(duplex=False)
     inherited = write_end if START == "fork" else None
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context(START), _begin_worker, (encode, alive, inherited))
+    start = multiprocessing.get_context(START)
 
     def submit(function, *arguments):
         with _signals_held(), _environment_of_workers():     # it may start a process
             return pool.submit(function, *arguments)
     try:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            processes, start, _begin_worker, (encode, alive, inherited))
         # all are forked here, before the thread that reads begins: its locks would stay locked in
         # them. (tqdm has a thread too, which they never touch)
         submit(_begun)
-    except OSError as error:                     # a limit on processes, or memory
+    except OSError as error:
         for process in multiprocessing.active_children():
             process.kill()                       # nobody else would end those that have started
+        # a limit on processes, or memory; or no place for the locks of several: /dev/shm
+        few = error.errno in (errno.EAGAIN, errno.ENOMEM)
+        fewer = max(1, processes // 2) if few else 1
         raise UserError(f"cannot start {processes} processes ({error.strerror}): "
-                        f"--processes={max(1, processes // 2)} takes fewer") from None
+                        f"--processes={fewer} takes fewer") from None
     try:
         yield lambda block: submit(_encode_in_worker, block), processes
     finally:

@@ -110,6 +110,18 @@ def test_a_process_that_cannot_start_is_one_line(monkeypatch):
     wait_until(lambda: not multiprocessing.active_children())
 
 
+def test_no_place_for_the_locks_of_several_processes_is_one_line(monkeypatch):
+    """As in a container without /dev/shm. It is not the folder of the output that is at fault."""
+    def refuse(*arguments):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    monkeypatch.setattr("_multiprocessing.SemLock", refuse)
+
+    found, error = encoded_until_error(Doubles(), range(20), 4)
+
+    assert not found and error.startswith("cannot start 4 processes (No such file")
+    assert error.endswith("--processes=1 takes fewer")
+
+
 def test_strict_stops_at_the_first_bad_line_of_the_file(corpus, tmp_path):
     """Another process may be the first to meet a later one."""
     arguments = argv(corpus, "prepare_pretrain", tmp_path / "o", "--processes=3", "--strict")
