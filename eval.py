@@ -9,9 +9,9 @@ Validation: the loss in nats per supervised token (without the load-balancing lo
 bits per byte of text (comparable between tokenizers), next-token accuracy, and for an MoE model
 each expert's share of the tokens. Questions are answered greedily; an answer is right if every
 character matches. Multiple choice compares the likelihood of the choices, see
-minillm/multiple_choice.py. A question longer than the context counts as wrong, and is named. The
-same model and data give the same numbers. They are also written to out_dir/eval.json, beside what
-an earlier command measured of the same weights.
+minillm/multiple_choice.py. A question longer than the context counts as wrong. The same model and
+data give the same numbers. They are also written to out_dir/eval.json, beside what an earlier
+command measured of the same weights.
 
 Exit status: 0; 2 after a mistake that you can correct, with one line on stderr; 130 after Ctrl-C.
 """
@@ -210,10 +210,10 @@ def report_validation(results, report):
 
 def report_answers(s, questions, answers, tokenizer, report):
     """Say how many answers are right; returns the numbers."""
-    right, shown = 0, 0
+    right, shown, too_long = 0, 0, []
     for question, answer in zip(questions, answers):
         if answer is None:
-            report(f"  not answered, longer than the context: {question.location}")
+            too_long.append(question.location)
         elif answer == question.expected:
             right += 1
         elif shown < s.show:
@@ -221,6 +221,7 @@ def report_answers(s, questions, answers, tokenizer, report):
             made = answer.replace("\ufffd", "")
             report(f"  wrong: {question.messages[-1]['content']} → {made} "
                    f"(right: {question.expected})")
+    report_too_long(too_long, report)
     count = len(questions)
     report(f"{s.questions}: {right} of {count} questions answered exactly, {right / count:.1%}")
     longer = sum(len(tokenizer.encode(question.expected)) > s.max_new_tokens
@@ -229,18 +230,26 @@ def report_answers(s, questions, answers, tokenizer, report):
         report(f"  {counted(longer, 'right answers')} of more than max_new_tokens="
                f"{s.max_new_tokens}: no answer can match")
     return {"questions_file": s.questions, "questions": count, "right": right,
-            "exact_match": right / count, "too_long": answers.count(None)}
+            "exact_match": right / count, "too_long": len(too_long)}
+
+
+def report_too_long(locations, report):
+    """Count the questions that are longer than the context, and name the first."""
+    if locations:
+        report(f"  not answered {len(locations):,}: longer than the context "
+               f"(first: {locations[0]})")
 
 
 def report_choices(s, questions, chosen, scores, report):
-    shown = 0
+    shown, too_long = 0, []
     for question, index in zip(questions, chosen):
         if index is None:
-            report(f"  not answered, longer than the context: {question.location}")
+            too_long.append(question.location)
         elif index != question.answer and shown < s.show:
             shown += 1
             report(f"  wrong: {question.question} → {question.choices[index]} "
                    f"(right: {question.choices[question.answer]})")
+    report_too_long(too_long, report)
     report(f"{s.choices}, {counted(scores['questions'], 'questions')}, by {s.answer_by}: "
            f"accuracy {scores['accuracy']:.1%} ± {scores['accuracy_stderr']:.1%} · per character "
            f"{scores['accuracy_norm']:.1%} ± {scores['accuracy_norm_stderr']:.1%} · "

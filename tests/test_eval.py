@@ -247,8 +247,8 @@ def test_a_question_longer_than_the_context_is_counted_and_named(run_folder, tmp
     output = processes.finish("eval", argv)
     results, _ = evaluate(folder, *argv[1:])
 
-    assert f"not answered, longer than the context: {questions}:2" in output
-    assert f"not answered, longer than the context: {choices}:2" in output
+    assert f"not answered 1: longer than the context (first: {questions}:2)" in output
+    assert f"not answered 1: longer than the context (first: {choices}:2)" in output
     assert (results["questions"], results["too_long"]) == (3, 1)
     multiple = results["multiple_choice"]
     assert (multiple["questions"], multiple["too_long"]) == (2, 1)

@@ -148,13 +148,13 @@ def answers_reported(answers, expected="好天", show=3, max_new_tokens=64):
 
 
 def test_an_answer_is_right_if_every_character_is():
-    lines, numbers = answers_reported(["好天", "好", "好天气", None, "好天"], show=9)
+    lines, numbers = answers_reported(["好天", "好", "好天气", None, None], show=9)
 
     assert lines == ["  wrong: 问1 → 好 (right: 好天)", "  wrong: 问2 → 好天气 (right: 好天)",
-                     "  not answered, longer than the context: q.jsonl:4",
-                     "q.jsonl: 2 of 5 questions answered exactly, 40.0%"]
-    assert numbers == {"questions_file": "q.jsonl", "questions": 5, "right": 2,
-                       "exact_match": 0.4, "too_long": 1}
+                     "  not answered 2: longer than the context (first: q.jsonl:4)",
+                     "q.jsonl: 1 of 5 questions answered exactly, 20.0%"]
+    assert numbers == {"questions_file": "q.jsonl", "questions": 5, "right": 1,
+                       "exact_match": 0.2, "too_long": 2}
 
 
 @pytest.mark.parametrize("show", [0, 1, 3])
@@ -195,10 +195,10 @@ def choices_reported(chosen, show):
 
 
 def test_choices_are_reported_with_their_errors_and_what_chance_gives():
-    lines = choices_reported([1, 0, None, 2], show=1)
+    lines = choices_reported([1, 0, None, None], show=1)
 
     assert lines == ["  wrong: 问1 → 山 (right: 庙)",
-                     "  not answered, longer than the context: mc.csv:4",
+                     "  not answered 2: longer than the context (first: mc.csv:4)",
                      "mc.csv, 4 questions, by letters: accuracy 25.0% ± 21.7% · "
                      "per character 50.0% ± 28.9% · chance 12.5%"]
 
