@@ -18,7 +18,6 @@ if __name__ == "__main__":
     import minillm.early_exit        # first: no traceback while the rest is imported
 import json
 import re
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -141,13 +140,14 @@ def train_on(counts, vocab_size, nfkc=False, special=()):
         pre_tokenizers.Split("\n", "removed"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
-    backend.train_from_iterator(written_out(counts), trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2,
         special_tokens=[*SPECIAL_TOKENS, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),    # every string can be encoded
-        show_progress=sys.stderr.isatty(),
-    ))
+        show_progress=False,         # its bar panics where stdout is full or nobody reads it
+    )
+    with tqdm(desc="learning the merges", bar_format="{desc} …", leave=False, disable=None):
+        backend.train_from_iterator(written_out(counts), trainer)
     backend.normalizer, backend.pre_tokenizer = encoding
     if not special:
         return backend

@@ -60,6 +60,19 @@ def test_training_goes_on_where_nobody_reads(data, tmp_path):
     assert newest(tmp_path / "out")["step"] == 6
 
 
+def test_a_tokenizer_is_saved_whatever_becomes_of_stdout(project):
+    """In a terminal, where progress is shown: the trainer's own bar would panic."""
+    def before():
+        _, terminal = pty.openpty()
+        os.dup2(terminal, 2)
+        lead(1, "/dev/full")()
+
+    done = processes.run("train_tokenizer", ["corpus.jsonl", "--vocab_size=300", "--out_dir=new"],
+                         folder=project, before=before)
+
+    assert done.status == 2 and (project / "new/tokenizer.json").exists()
+
+
 def test_a_pipe_gets_each_line_at_once():
     """Also `train.py > log`, followed with `tail -f`. The program ends when it may read."""
     code = "import sys; from minillm.errors import run; run(lambda: (print(1), sys.stdin.read()))"
