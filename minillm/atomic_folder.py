@@ -9,6 +9,7 @@ removes. A second run into the same folder, while one is at work, is refused.
 """
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -22,8 +23,12 @@ from minillm.errors import UserError, reason
 def replaced_file(path):
     """Yield a temporary name beside `path`; at the end of the block, that file takes its place.
 
-    After an exception nothing is left. Every process has a name of its own.
+    After an exception nothing is left. Every process has a name of its own. A link stays, and what
+    it leads to is replaced; OSError for what is there and is no file, such as /dev/null.
     """
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it is not a file", path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary

@@ -170,3 +170,21 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
             1 / 0
 
     assert contents(tmp_path) == {"file": "whole"}
+
+
+def test_a_file_is_replaced_behind_a_link_and_a_device_is_not(tmp_path):
+    """As root, /dev/null would be a file from then on, and /dev/stdout no link."""
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    for link, target in (("link", "file"), ("link to pipe", "pipe"), ("new link", "new")):
+        (tmp_path / link).symlink_to(target)
+
+    for name in ("link", "new link"):
+        with replaced_file(tmp_path / name) as new, open(new, "w") as file:
+            file.write("whole")
+    for name in ("pipe", "link to pipe"):
+        with pytest.raises(OSError, match="it is not a file"), replaced_file(tmp_path / name):
+            pass
+
+    assert (tmp_path / "file").read_text() == (tmp_path / "new").read_text() == "whole"
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()

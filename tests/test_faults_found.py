@@ -122,7 +122,7 @@ CASES = [
                          "no model in out/best.pt: --out_dir is the folder of a run")),
     # a folder in the place of a file, and the temporary file that stayed
     Found("scripts.plot", Case("a folder for the picture", "out --out=pictures",
-                               "cannot write pictures: Is a directory", make("pictures"))),
+                               "cannot write pictures: it is not a file", make("pictures"))),
     # metrics.jsonl of another program
     Found("scripts.plot", Case("nested too deep", "out", "it is not JSON lines",
                                put("out/metrics.jsonl", "[" * 100_000 + "\n"))),

@@ -126,7 +126,7 @@ def test_save_writes_what_load_reads(terminal, tmp_path):
 @pytest.mark.parametrize("command, says", [
     ("/load deep.jsonl", "deep.jsonl is not a conversation that /save wrote"),
     ("/save a\0b", "/save needs a file name"),
-    ("/save folder", "cannot write folder: Is a directory")])
+    ("/save folder", "cannot write folder: it is not a file")])
 def test_odd_commands_are_a_line(terminal, tmp_path, command, says):
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "folder").mkdir()
