@@ -22,6 +22,7 @@ from minillm.configurator import NonNegative, configure
 from minillm.conversation import Conversation
 from minillm.errors import UserError, run
 from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
+from minillm.text_stream import show
 
 
 @dataclass
@@ -49,7 +50,7 @@ def answer_once(s, options, message):
     for piece in conversation.ask(message, seed=s.seed, **options):
         text += piece
         if not s.json:
-            print(piece, end="", flush=True)
+            show(piece)
     if s.json:
         print(record(message, text, conversation))
     else:

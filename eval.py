@@ -37,6 +37,7 @@ from minillm.device import describe, pick_device, pick_dtype
 from minillm.errors import UserError, run
 from minillm.report import counted
 from minillm.run_folder import read_settings
+from minillm.text_stream import printable
 from minillm.token_files import fingerprint
 from model import GPT
 
@@ -218,7 +219,7 @@ def report_answers(s, questions, answers, tokenizer, report):
             right += 1
         elif shown < s.show:
             shown += 1
-            made = answer.replace("\ufffd", "")
+            made = printable(answer).replace("\ufffd", "")
             report(f"  wrong: {question.messages[-1]['content']} → {made} "
                    f"(right: {question.expected})")
     report_too_long(too_long, report)

@@ -26,7 +26,7 @@ from minillm.configurator import NonNegative, configure, whole
 from minillm.conversation import STOP_IDS
 from minillm.errors import UserError, run
 from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
-from minillm.text_stream import TextStream
+from minillm.text_stream import TextStream, show
 from minillm.tokenizer import END_OF_TEXT
 
 
@@ -68,10 +68,10 @@ def main():
         texts[row] += piece
         # the first sample streams, the others follow it whole
         if row == 0 and not s.json:
-            print(piece, end="", flush=True)
+            show(piece)
 
     if not s.json:
-        print(prompt, end="", flush=True)
+        show(prompt)
     start = time.perf_counter()
     for step in model.generate([ids] * s.num_samples, stop_ids=STOP_IDS, seed=seed, **options):
         for row, token in enumerate(step):
@@ -93,7 +93,7 @@ def main():
                           finish=finish[row], seed=seed + row)
             print(json.dumps(record, ensure_ascii=False))
         elif row > 0:
-            print("\n---------------\n" + prompt + texts[row], end="")
+            show("\n---------------\n" + prompt + texts[row])
     if not s.json:
         print()
     if sys.stderr.isatty():

@@ -18,6 +18,7 @@ from minillm.device import describe
 from minillm.errors import UserError
 from minillm.report import counted
 from minillm.tab_completion import completions
+from minillm.text_stream import printable
 
 if sys.flags.utf8_mode:
     # The locale is C or is not installed: Python still reads UTF-8, but readline follows the locale
@@ -318,13 +319,3 @@ def waiting(seconds):
         return bool(select.select([sys.stdin], [], [], seconds)[0])
     except (OSError, ValueError):                # Windows selects on sockets only
         return False
-
-
-def printable(text):
-    """`text` without control characters: a model must not be able to drive the terminal."""
-    shown = []
-    for char in text:
-        control = char < " " or "\x7f" <= char < "\xa0"
-        if char in "\n\t" or not control:
-            shown.append(char)
-    return "".join(shown)

@@ -1,5 +1,6 @@
 """Token ids → text as they come: whole characters only, and nothing from a stop string on."""
 import codecs
+import sys
 
 
 class TextStream:
@@ -65,3 +66,20 @@ class StreamDecoder:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
+
+
+def printable(text):
+    """`text` without control characters: a model must not be able to drive the terminal."""
+    shown = []
+    for char in text:
+        control = char < " " or "\x7f" <= char < "\xa0"
+        if char in "\n\t" or not control:
+            shown.append(char)
+    return "".join(shown)
+
+
+def show(text):
+    """Print a model's text at once: into a terminal its printable part, else every character."""
+    if sys.stdout.isatty():
+        text = printable(text)
+    print(text, end="", flush=True)

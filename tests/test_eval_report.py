@@ -164,8 +164,8 @@ def test_as_many_wrong_answers_are_shown_as_asked(show):
     assert [line.split()[1] for line in lines[:-1]] == [f"问{i}" for i in range(show)]
 
 
-def test_half_a_character_at_the_end_of_an_answer_is_not_shown():
-    lines, _ = answers_reported(["好\ufffd"])
+def test_half_a_character_and_control_characters_of_an_answer_are_not_shown():
+    lines, _ = answers_reported(["\x1b\x07好\ufffd"])
 
     assert lines[0] == "  wrong: 问0 → 好 (right: 好天)"
 

@@ -2,11 +2,13 @@
 import io
 import json
 import os
+import pty
 import sys
 
 import pytest
 
 from minillm import sampling_params
+from minillm.text_stream import printable
 from support.processes import run
 from support.tiny_models import talkative, tiny_model, write_folder
 
@@ -20,10 +22,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def sample(folder, *argv):
+def sample(folder, *argv, **options):
     common = ["--out_dir=tiny", "--device=cpu", "--dtype=float32", "--max_new_tokens=20",
               f"--prompt={PROMPT}"]
-    return run("sample", [*common, *argv], folder=folder)
+    return run("sample", [*common, *argv], folder=folder, **options)
 
 
 def records(folder, *argv):
@@ -95,6 +97,21 @@ def test_several_are_shown_with_a_line_between(folder, batch):
 
     texts = [PROMPT + record["text"] for record in batch[:3]]
     assert shown == "\n---------------\n".join(texts) + "\n"
+
+
+def test_a_terminal_gets_no_control_characters(folder):
+    """A model that has learned little makes them, and they would ring, and move the cursor."""
+    argv = ["--temperature=100", "--top_k=0", "--max_new_tokens=300", "--seed=5"]
+    raw = sample(folder, *argv).out
+    ours, theirs = pty.openpty()
+
+    def before():
+        sys.stdout = open(theirs, "w", encoding="utf-8")
+    done = sample(folder, *argv, before=before)
+
+    assert done.status == 0, done.err
+    shown = os.read(ours, 1 << 16).decode().replace("\r\n", "\n")
+    assert shown == printable(raw) and len(shown) < len(raw)
 
 
 def test_a_stop_string_ends_each_text_by_itself(folder, batch):
