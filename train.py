@@ -74,13 +74,13 @@ class Settings:
     seed: int = 1337                        # of weights, data order, dropout and router noise
     # the optimizer and its learning rate: linear warm-up, then the schedule
     optimizer: Literal["muon", "adamw"] = "muon"   # muon: AdamW for all but the blocks' matrices
-    max_iters: NonNegative = 700            # number of steps; 0: as many as epochs makes
+    max_iters: NonNegative = 600            # number of steps; 0: as many as epochs makes
     epochs: NonNegativeFloat = 0.0          # passes over the data; 0: no limit. The shorter wins
-    learning_rate: NonNegativeFloat = 0.03  # peak learning rate, reached after the warm-up
+    learning_rate: NonNegativeFloat = 0.04  # peak learning rate, reached after the warm-up
     min_lr: NonNegativeFloat = 0.0          # learning rate at the end of the schedule
     warmup_iters: NonNegative = 20          # steps of linear warm-up
     schedule: Literal["cosine", "linear", "constant"] = "linear" # linear: constant, then falling
-    decay_share: Fraction = 0.5             # linear: the last share of the steps, where it falls
+    decay_share: Fraction = 1.0             # linear: the last share of the steps, where it falls
     lr_decay_iters: NonNegative = 0         # step at which min_lr is reached; 0: the last one
     decay_lr: bool = True                   # False: the same as --schedule=constant
     embedding_rate: NonNegativeFloat = 1.67 # muon: the embedding's rate = learning_rate * this
@@ -92,7 +92,7 @@ class Settings:
     aux_loss_weight: NonNegativeFloat = 0.05    # weight of the load-balancing loss of an MoE
     # watching and saving
     log_interval: Positive = 50             # steps between log lines and records in metrics.jsonl
-    eval_interval: NonNegative = 350        # steps between validations; 0: none
+    eval_interval: NonNegative = 300        # steps between validations; 0: none
     eval_iters: Positive = 50               # validation batches of batch_size sequences
     checkpoint_interval: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep_checkpoints: Positive = 2          # how many of the newest to keep

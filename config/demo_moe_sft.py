@@ -9,7 +9,6 @@ optimizer = "adamw"             # it disturbs the facts in the FFNs less than Mu
 learning_rate = 1e-3
 beta1 = 0.9
 warmup_iters = 10
-decay_share = 1.0               # linear to zero from the start
 eval_interval = 75
 checkpoint_interval = 0
 log_interval = 25

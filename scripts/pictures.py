@@ -177,8 +177,8 @@ def routing(say):
 
 
 def schedule(say):
-    title = say("The learning rate: warm-up, constant, then down to zero; or a cosine",
-                "学习率：预热、保持、线性降到零；也可用余弦")
+    title = say("The learning rate: warm-up, then down to zero; or a cosine",
+                "学习率：预热，然后线性降到零；也可用余弦")
     picture = Picture(720, 270, title)
     s = train.Settings(warmup_iters=30)
     s.steps = 1000

@@ -42,11 +42,11 @@ def train_command(folder):
 
 
 def run_demo(folder, last_step):
-    """make the first model with a train.py of 700 steps that saves `last_step` and exits 0."""
+    """make the first model with a train.py of 600 steps that saves `last_step` and exits 0."""
     python = folder / ".venv/bin/python"
     python.parent.mkdir(exist_ok=True)
     python.write_text("#!/bin/sh\nmkdir -p out/demo_pretrain && cd out/demo_pretrain || exit 1\n"
-                      f"echo '# steps: 700' > config.py; touch ckpt_{last_step:08d}.pt\n")
+                      f"echo '# steps: 600' > config.py; touch ckpt_{last_step:08d}.pt\n")
     python.chmod(0o755)
     return subprocess.run(["make", "out/demo_pretrain/done"], cwd=folder, capture_output=True,
                           encoding="utf-8")
@@ -102,7 +102,7 @@ def test_a_run_that_has_ended_starts_over_when_the_code_changes(project):
 
 
 def test_a_run_that_was_told_to_stop_has_not_ended(project):
-    stopped = run_demo(project, last_step=350)
+    stopped = run_demo(project, last_step=300)
 
     assert stopped.returncode and "stopped before its last step" in stopped.stdout
     assert not (project / "out/demo_pretrain/done").exists()
@@ -110,7 +110,7 @@ def test_a_run_that_was_told_to_stop_has_not_ended(project):
 
 
 def test_a_run_that_saved_its_last_step_has_ended(project):
-    assert run_demo(project, last_step=700).returncode == 0
+    assert run_demo(project, last_step=600).returncode == 0
     assert (project / "out/demo_pretrain/done").exists()
 
 

@@ -67,8 +67,8 @@ def test_size_and_length_of_the_run(capsys):
     ({"warmup_iters": 100}, None),
     ({"first_step": 101}, "beyond them: nothing is left to train"),
     ({"first_step": 100}, None),
-    ({"min_lr": 0.04}, "min_lr=0.04 is above learning_rate=0.03"),
-    ({"min_lr": 0.03}, None),
+    ({"min_lr": 0.05}, "min_lr=0.05 is above learning_rate=0.04"),
+    ({"min_lr": 0.04}, None),
     ({"shard": True}, "shard=True changes nothing with one process"),
     ({"shard": True, "world": 2}, None),
 ])
