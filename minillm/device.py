@@ -69,9 +69,7 @@ def _best_dtype(device):
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.float32
-    # an older torch cannot tell
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-    return torch.bfloat16 if has_bf16() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def start_compiler():
