@@ -61,8 +61,8 @@ def clean_conversation(record, report, place, names=NAMES):
         return _alternating(_all_turns(record, names, left_out), report, place)
     except Skip as reason:
         by_name = str(reason) == "no conversation" or left_out.unknown   # else a value is at fault
-        if by_name and not report.keys_seen and isinstance(record, dict):
-            report.keys_seen = tuple(map(str, list(record)[:8]))
+        if by_name and isinstance(record, dict):
+            report.see_keys(record)
         return report.skip(str(reason), place)
     finally:
         report.left_out.update(sorted(left_out.known))

@@ -61,6 +61,10 @@ class Report:
         suffix = os.path.splitext(path)[1].lower()
         _count(self.other_files, kind or suffix or "no suffix", path)
 
+    def see_keys(self, record):
+        """Remember the keys of a record in which nothing was understood, if it is the first."""
+        self.keys_seen = self.keys_seen or tuple(map(str, list(record)[:8]))
+
     def undecodable_line(self, line, encoding, place):
         self.skip(f"not {encoding}", place)
         self.undecodable = (self.undecodable + line)[:SAMPLE_BYTES]

@@ -10,7 +10,8 @@ from tokenizers import pre_tokenizers, trainers
 import train_tokenizer
 from bench.prose import write_documents
 from minillm import tokenizer as tokenizer_module
-from minillm.text_reader import Report, Source
+from minillm.report import Report
+from minillm.text_files import Source
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, Tokenizer
 from support.preparation_runs import command, finish, peak_memory, text_line
 
