@@ -124,11 +124,6 @@ def is_utf8(text):
     return True
 
 
-def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):
-    """A tokenizers.Tokenizer trained on an iterable of texts, in bounded memory."""
-    return train_on(count_pieces(texts, nfkc, han_run), vocab_size, nfkc)
-
-
 def train_on(counts, vocab_size, nfkc=False, special=()):
     """A tokenizers.Tokenizer trained on the counts of pieces. Empties `counts`."""
     backend = tokenizer_module.untrained(nfkc)

@@ -13,6 +13,7 @@ the folder; neither torch nor transformers is imported.
 """
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -91,7 +92,7 @@ TRANSFORMERS_CONFIG = {
 }
 
 
-def untrained(nfkc=False, han_run=LONGEST):
+def untrained(nfkc=False):
     """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer.
 
     `nfkc` folds compatibility characters (full-width letters, ligatures …) before all else; the
@@ -101,7 +102,7 @@ def untrained(nfkc=False, han_run=LONGEST):
     if nfkc:
         backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pre_token_pattern(han_run)), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(pre_token_pattern()), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     backend.decoder = decoders.ByteLevel()
@@ -172,33 +173,27 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
+        return [list(itertools.chain.from_iterable(pieces)) for pieces in self._pieces(texts)]
+
+    def encode_packed(self, texts):
+        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
+        return [b"".join(map(pack_ids, pieces)) for pieces in self._pieces(texts)]
+
+    def _pieces(self, texts):
+        """Yield the ids of each text, an iterable of lists: one, or one for each piece of it."""
         short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        encoded = []
         for text in texts:
-            if len(text) <= MAX_PIECE:
-                encoded.append(next(short))
-            else:
-                encoded.append([token for ids in self.encode_pieces(text) for token in ids])
-        return encoded
+            yield [next(short)] if len(text) <= MAX_PIECE else self._encode_long(text)
 
-    def encode_pieces(self, text):
-        """Yield the ids of a text piece by piece, in memory that does not grow with its length.
+    def _encode_long(self, text):
+        """Yield the ids of each piece, a few encoded at once: the memory does not grow with them.
 
-        A text over MAX_PIECE characters is cut after a line end, which changes no id. Only where
-        none is in reach it is cut anywhere, which may split one token into two.
+        A piece ends after a line end, which changes no id. Only where none is in reach it ends
+        anywhere, which may split one token into two.
         """
         pieces = cut(text)
         for first in range(0, len(pieces), 4):
             yield from self._encode(pieces[first: first + 4])
-
-    def encode_packed(self, texts):
-        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
-        short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        packed = []
-        for text in texts:
-            pieces = [next(short)] if len(text) <= MAX_PIECE else self.encode_pieces(text)
-            packed.append(b"".join(map(pack_ids, pieces)))
-        return packed
 
     def _encode(self, texts):
         try:

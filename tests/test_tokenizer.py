@@ -41,7 +41,8 @@ def folder(tmp_path_factory):
     texts = list(biographies())[:3000]
     texts.append("hello world, this is some English text.\n" * 3)
     texts.append("# 标题\n\n  - 一\n  - 二\n" * 3)
-    tokenizer_module.save(train_tokenizer.train(texts, 1000), folder)
+    counts = train_tokenizer.count_pieces(texts)
+    tokenizer_module.save(train_tokenizer.train_on(counts, 1000), folder)
     return folder
 
 
