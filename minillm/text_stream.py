@@ -3,24 +3,26 @@ import codecs
 
 
 class TextStream:
-    """Turns ids into text, a piece per id. Whole characters only.
+    """Turns ids into text, a piece per id. Special tokens have none.
 
-    `stopped` becomes True when one of the strings in `stop` has been made; it is not shown. What
-    may be the beginning of one is held back until that is clear.
+    Bytes that cannot become a character are dropped: no U+FFFD appears that the tokens do not
+    spell. `stopped` becomes True when one of the strings in `stop` has been made; it is not shown.
+    What may be the beginning of one is held back until that is clear.
     """
 
     def __init__(self, tokenizer, stop=()):
-        self.decoder = StreamDecoder(tokenizer)
+        self.token_bytes = tokenizer.token_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self.stop = tuple(stop)
         self.held, self.stopped = "", False
 
     def push(self, token):
         """The text that token completes, often ''."""
-        return self._pass(self.decoder.push(token))
+        return self._pass(self.decoder.decode(self.token_bytes[token]))
 
     def flush(self):
         """What is left at the end."""
-        text = self._pass(self.decoder.flush())
+        text = self._pass(self.decoder.decode(b"", final=True))
         text, self.held = text + self.held, ""
         return text
 
@@ -45,23 +47,3 @@ class TextStream:
                 if text.endswith(stop[:n]):
                     longest = max(longest, n)
         return longest
-
-
-class StreamDecoder:
-    """Text out of tokens as they come, whole characters only.
-
-    `push(token)` returns the text that is complete by now, `flush()` ends. Bytes that cannot become
-    a character are dropped: no U+FFFD appears that the tokens do not spell. Special tokens give "".
-    """
-
-    def __init__(self, tokenizer):
-        self._token_bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-
-    def push(self, token):
-        return self._decoder.decode(self._token_bytes[token])
-
-    def flush(self):
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
