@@ -72,7 +72,8 @@ def main():
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     batches = batches_of(blocks, s.batch_size)
     encoder = Encoder(tokenizer, s.text_key, s.strict)
-    processes = s.processes or default_processes(source.size if source else 0)
+    size = source.size if source else 0
+    processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
         buckets = os.path.join(folder, "buckets")
@@ -81,7 +82,8 @@ def main():
             "duplicate of an earlier document", place))
         split = ValidationSplit(s.val_fraction, may_cut=True)
         characters, encoded = 0, 0               # characters and tokens, with the duplicates
-        with progress(source) as bar:
+        # by bytes of the input, or by characters of the demo; no bar without a terminal
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
             for documents, length, block_report in encode_ahead(encoder, batches, processes):
                 report.merge(block_report)
                 characters += length
@@ -99,19 +101,14 @@ def main():
         write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
     print_summary(s.out_dir, splits, report, s.encoding)
     seconds = time.perf_counter() - begun
-    size = splits["train"]["bytes"] + splits["val"]["bytes"]
+    n_bytes = splits["train"]["bytes"] + splits["val"]["bytes"]
     print(f"  {characters / encoded:.3f} characters per token, {seconds:.1f} s "
-          f"({size / seconds / 1e6:.2f} MB/s)")
+          f"({n_bytes / seconds / 1e6:.2f} MB/s)")
 
 
 def demo_blocks():
     from demo.town import demo_documents                 # only the demo needs the town
     yield Block("texts", "demo", 1, list(demo_documents()))
-
-
-def progress(source):
-    """A bar by bytes read of the input (by characters of the demo); none without a terminal."""
-    return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
 
 
 _END = pack_ids([END_OF_TEXT])

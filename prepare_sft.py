@@ -32,6 +32,7 @@ Exit status: 0; 2 after a mistake that you can correct, with one line on stderr;
 """
 if __name__ == "__main__":
     import minillm.early_exit        # first: no traceback while the rest is imported
+import itertools
 import os
 import sys
 import time
@@ -103,7 +104,8 @@ def main():
     batches = batches_of(blocks, s.batch_size)
     capacity = s.block_size + 1
     encoder = Encoder(tokenizer, names, capacity, s.long, s.strict)
-    processes = s.processes or default_processes(source.size if source else 0)
+    size = source.size if source else 0
+    processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
         buckets = os.path.join(folder, "buckets")
@@ -111,7 +113,8 @@ def main():
         shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
             "duplicate of an earlier conversation", place))
         split = ValidationSplit(s.val_fraction, may_cut=False)
-        with progress(source) as bar:
+        # by bytes of the input, or by conversations of the demo; no bar without a terminal
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
             for documents, block_report in encode_ahead(encoder, batches, processes):
                 report.merge(block_report)
                 shuffle.add(documents)
@@ -137,11 +140,6 @@ def demo_blocks():
     from demo.town import conversations                  # only the demo needs the town
     records = [(f"demo:{number}", record) for number, record in enumerate(conversations(), 1)]
     yield Block("records", "demo", 1, records)
-
-
-def progress(source):
-    """A bar by bytes read of the input (by conversations of the demo); none without a terminal."""
-    return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
 
 
 @dataclass
@@ -279,15 +277,11 @@ def write_splits(folder, shuffle, split, capacity):
 
 def show(tokenizer, blocks, names, report, s):
     """Print s.show conversations token by token; raises UserError if none was understood."""
+    chats = itertools.chain.from_iterable(
+        block_conversations(block, report, names) for block in blocks)
     number = 0
-    for block in blocks:
-        for place, messages in block_conversations(block, report, names):
-            number += 1
-            show_conversation(tokenizer, place, messages)
-            if number == s.show:
-                break
-        if number == s.show:
-            break
+    for number, (place, messages) in enumerate(itertools.islice(chats, s.show), 1):
+        show_conversation(tokenizer, place, messages)
     lines = report.lines() + advice(report, s.encoding)
     if not number:
         reasons = "; ".join(line.strip() for line in lines)
