@@ -68,7 +68,7 @@ def check_messages(messages):
 class Turn:
     role: str                              # user, assistant or system
     content: str
-    ids: list[int]                 # from <|im_start|> to the line end, as the model reads it
+    ids: list[int]                         # from <|im_start|> to the line end
 
 
 class Conversation:
@@ -90,7 +90,7 @@ class Conversation:
 
     def set_system(self, text):
         """Set the system prompt ('': none). Raises UserError if no room is left for a question."""
-        ids = self._ids("system", text) if text else []
+        ids = self._turn("system", text).ids if text else []
         if len(self.generation_prompt) >= self.context:
             raise UserError(f"a context of {self.context} tokens holds no question: the answer's "
                             f"beginning alone takes {len(self.generation_prompt)}")
@@ -101,7 +101,7 @@ class Conversation:
 
     def add(self, role, content):
         """Append a message without answering it."""
-        self.turns.append(Turn(role, content, self._ids(role, content)))
+        self.turns.append(self._turn(role, content))
 
     def clear(self):
         self.turns, self.first = [], 0
@@ -126,10 +126,7 @@ class Conversation:
         system = ""
         if messages and messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        turns = []
-        for message in messages:
-            role, content = message["role"], message["content"]
-            turns.append(Turn(role, content, self._ids(role, content)))
+        turns = [self._turn(message["role"], message["content"]) for message in messages]
         self.set_system(system)
         self.turns, self.first = turns, 0
 
@@ -150,7 +147,7 @@ class Conversation:
 
         Makes room if the context is full. None if nothing is left to drop.
         """
-        if ids and not self._droppable():
+        if ids and not self._second_exchange():
             return None
         self._make_room(len(ids))
         return self.prompt() + ids
@@ -227,7 +224,7 @@ class Conversation:
                         break
                 if ended is None and len(ids) == max_new_tokens:
                     ended = "length"
-                if ended is None and not self._droppable():
+                if ended is None and not self._second_exchange():
                     ended = "context"
                 segment += 1
             piece = stream.flush()
@@ -246,11 +243,15 @@ class Conversation:
             history = len(self.prompt()) - len(self.generation_prompt)
             last["context_tokens"] = min(history, self.context)
 
-    def _ids(self, role, content):
-        return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]
+    def _turn(self, role, content):
+        ids, _ = self.tokenizer.encode_chat([{"role": role, "content": content}])
+        return Turn(role, content, ids)
 
-    def _droppable(self):
-        """Index of the turn that begins the second exchange that the model sees, or 0."""
+    def _second_exchange(self):
+        """Index of the turn that begins the second exchange that the model sees; 0: there is none.
+
+        The exchange before it can be dropped.
+        """
         for i in range(self.first + 1, len(self.turns)):
             if self.turns[i].role == "user":
                 return i
@@ -261,7 +262,7 @@ class Conversation:
         length = len(self.prompt()) + n_answered
         if length < self.context:
             return
-        while length > self.context * 3 // 4 and (second := self._droppable()):
+        while length > self.context * 3 // 4 and (second := self._second_exchange()):
             length -= sum(len(turn.ids) for turn in self.turns[self.first:second])
             self.first = second
         if length >= self.context:

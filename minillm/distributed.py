@@ -2,6 +2,7 @@
 
 torchrun starts them and gives each its rank in environment variables; without it there is one.
 """
+import contextlib
 import os
 import socket
 import sys
@@ -144,6 +145,13 @@ def print0(text):
         write_nowhere(1)
     except OSError:                              # the disk with the log is full
         pass
+
+
+def warn0(text):
+    """Print a line to stderr, on rank 0: stdout belongs to the answer. A closed one is ignored."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def forget_lost_lines():

@@ -7,9 +7,10 @@ import warnings
 
 import torch
 
+from minillm.distributed import warn0
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_one_token, prefill
-from minillm.same_function import copies, in_a_line, one_thread, same, say, text
+from minillm.same_function import copies, in_a_line, one_thread, same, text
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
@@ -26,7 +27,7 @@ def agrees(model, path, check, *args):
     problem = disagreement(model, check, *args)
     verdicts[path] = problem is None
     if problem:
-        say(f"{path} {problem}: it is left out, the plain code runs instead; "
+        warn0(f"{path} {problem}: it is left out, the plain code runs instead; "
             "make the same change there to have it back")
     return verdicts[path]
 

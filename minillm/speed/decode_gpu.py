@@ -18,8 +18,11 @@ MOST_GRAPHS = 200                    # of one function; torch's own limit is 8
 BLOCK = 64                           # slots of the cache that a batch's attention reads or skips
 
 
-def run_parts(parts, model, cache, token, position):
-    """Fast version of generation.decode_one_token, if the parts are compiled."""
+def run_parts(parts, model, cache, token, position, end=None):
+    """Fast version of generation.decode_one_token, if the parts are compiled.
+
+    end: not used, the parts look at all slots.
+    """
     embed, layer, finish = parts
     x, place = embed(model, cache, token, position)
     x, new = run_layers(layer, model, cache, x, place, position)

@@ -117,13 +117,9 @@ def decodes_on_cpu(model):
 def decodes_compiled(model, name):
     """Whether these parts of decode_gpu.py, VECTOR or BATCH, compute what this model does."""
     rows = {"VECTOR": 1, "BATCH": 2}[name]
-    step = partial(run_parts, getattr(decode_gpu, name))
+    step = partial(decode_gpu.run_parts, getattr(decode_gpu, name))
     return agrees(model, f"{name} of minillm/speed/decode_gpu.py", decodes, step,
                   cuda_graph.GraphCache, rows)
-
-
-def run_parts(parts, model, cache, token, position, end):
-    return decode_gpu.run_parts(parts, model, cache, token, position)
 
 
 def generate_arguments(model, compile, rows):
