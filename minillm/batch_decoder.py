@@ -24,8 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from minillm.answer import Answer
-from minillm.conversation import SEGMENT_SEED, STOP_IDS
+from minillm.answer import STOP_IDS, Answer
 from minillm.generation import cached_forward, common_length, decode_one_token, prefill
 from minillm.report import counted
 from minillm.sampling import penalize, sample
@@ -69,8 +68,7 @@ class Row:
         self.read = self.shared(prompt)          # tokens of the prompt that are in the cache
         self.limit = min(params.max_new_tokens - len(answer.ids), self.cache.size - len(prompt))
         self.step = 0
-        seed = answer.seed + SEGMENT_SEED * answer.segment
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        generator = torch.Generator().manual_seed(answer.segment_seed % 2**63)
         self.u = torch.rand(self.limit, generator=generator).tolist()
         self.seen = None
         if params.repetition_penalty != 1:
@@ -294,15 +292,6 @@ class BatchDecoder:
             row.seen[token] = True
         answer.push(token)
         if answer.finish is None and row.step == row.limit:
-            self._make_room(row)
-
-    def _make_room(self, row):
-        """The row is full: prefill again with fewer messages, or end the answer."""
-        answer = row.answer
-        prompt = answer.next_prompt(answer.ids)
-        if prompt is None:
-            answer.end("context")
-            return
-        answer.prompt = prompt
-        answer.segment += 1
-        row.start(answer, self.vocab_size)
+            answer.begin_segment()
+            if answer.finish is None:
+                row.start(answer, self.vocab_size)

@@ -15,13 +15,9 @@ import random
 import time
 from dataclasses import asdict, dataclass
 
+from minillm.answer import STOP_IDS, Answer
 from minillm.errors import UserError
 from minillm.sampling_params import DEFAULTS, SamplingParams
-from minillm.text_stream import TextStream
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
-
-STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
-SEGMENT_SEED = 1_000_003                         # added to the seed for each further prompt
 
 
 def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
@@ -143,7 +139,7 @@ class Conversation:
         return ids + self.generation_prompt
 
     def next_prompt(self, ids):
-        """The prompt to continue with after `ids` of the answer; for a decoder outside this class.
+        """The prompt to continue with after `ids` of the answer.
 
         Makes room if the context is full. None if nothing is left to drop.
         """
@@ -192,48 +188,38 @@ class Conversation:
         length (max_new_tokens), context (no room left), interrupt.
         """
         seed = random.SystemRandom().getrandbits(31) if seed is None else seed
-        stream, text, ids = TextStream(self.tokenizer, stop), "", []
         last = dict(tokens=0, seconds=0.0, first_token_seconds=0.0, prompt_tokens=0,
                     context_tokens=0, seed=seed, finish="interrupt")
         self.last = last
-        start = time.perf_counter()
-        ended, segment = None, 0
+        start, before, text = time.perf_counter(), self.cache.n_prefilled, ""
+        params = SamplingParams(max_new_tokens)
+        answer = Answer(self.tokenizer, self.next_prompt, params, seed, stop)
         try:
-            while ended is None:
-                self._make_room(len(ids))
-                prompt = self.prompt() + ids
-                before = self.cache.n_prefilled
-                room = min(max_new_tokens - len(ids), self.context - len(prompt))
+            while not answer.finish:
+                room = min(max_new_tokens - len(answer.ids), self.context - len(answer.prompt))
                 tokens = self.model.generate(
-                    prompt, room, cache=self.cache, seed=seed + SEGMENT_SEED * segment,
+                    answer.prompt, room, cache=self.cache, seed=answer.segment_seed,
                     stop_ids=STOP_IDS, **sampling)
                 for token in tokens:
-                    if not last["tokens"]:
+                    if not answer.tokens:
                         last["first_token_seconds"] = time.perf_counter() - start
                         last["prompt_tokens"] = self.cache.n_prefilled - before
-                    last["tokens"] += 1
-                    if token in STOP_IDS:
-                        ended = "stop"
-                        break
-                    ids.append(token)
-                    piece = stream.push(token)
+                    answer.push(token)
+                    piece = answer.take()
                     text += piece
                     yield piece
-                    if stream.stopped:
-                        ended = "stop"
+                    if answer.finish:
                         break
-                if ended is None and len(ids) == max_new_tokens:
-                    ended = "length"
-                if ended is None and not self._second_exchange():
-                    ended = "context"
-                segment += 1
-            piece = stream.flush()
+                if not answer.finish:
+                    answer.begin_segment()
+            piece = answer.take()                # the end of a text that the context cut
             text += piece
-            last["finish"] = ended
             yield piece
         finally:
+            last["tokens"], last["finish"] = answer.tokens, answer.finish or "interrupt"
             # keep the sampled ids, unless they hold more than was shown: a stop string, or half a
             # character
+            ids = answer.ids
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
             ids = self.generation_prompt + ids + self.tokenizer.suffix

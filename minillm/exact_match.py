@@ -3,8 +3,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minillm.answer import STOP_IDS
 from minillm.chat_records import clean_conversation
-from minillm.conversation import STOP_IDS
 from minillm.errors import UserError
 from minillm.generation import round_up
 from minillm.report import Report
