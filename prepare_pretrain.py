@@ -207,7 +207,7 @@ def cut_point(tokens, wanted, tokenizer):
         if kind in candidates and wanted / 2 <= candidates[kind][2] <= 2 * wanted:
             break
     else:
-        kind = min(candidates, key=lambda kind: candidates[kind])
+        kind = min(candidates, key=candidates.get)
     _, place, size = candidates[kind]
     return 2 * place, size
 

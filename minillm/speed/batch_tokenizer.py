@@ -234,12 +234,12 @@ def characters_first(model, token_bytes):
         if len(character) != 1 or character == "\ufffd":
             continue
         ids, last = [of_bytes[bytes([byte])] for byte in content], -1
-        while ranks := [rank_of[pair] for pair in zip(ids, ids[1:]) if pair in rank_of]:
-            pairs = list(zip(ids, ids[1:]))
-            place = next(i for i, pair in enumerate(pairs) if rank_of.get(pair) == min(ranks))
+        while ranked := [(rank_of[pair], place) for place, pair in enumerate(zip(ids, ids[1:]))
+                         if pair in rank_of]:
+            rank, place = min(ranked)
             merged = token_bytes[ids[place]] + token_bytes[ids[place + 1]]
             ids[place: place + 2] = [of_bytes[merged]]
-            last = max(last, min(ranks))
+            last = max(last, rank)
         if ids == [token] and last < earliest.get(token, last + 1):
             yield character, token
 
