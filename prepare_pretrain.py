@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from tqdm import tqdm
@@ -59,6 +60,8 @@ class Settings:
 
 
 FILES = {"train.bin", "val.bin", "meta.json"}
+_END = pack_ids([END_OF_TEXT])
+SENTENCE_ENDS = tuple(mark.encode("utf-8") for mark in "。！？.!?")
 
 
 def main():
@@ -71,7 +74,7 @@ def main():
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     batches = batches_of(blocks, s.batch_size)
-    encoder = Encoder(tokenizer, s.text_key, s.strict)
+    encode = partial(encode_blocks, tokenizer, s.text_key, s.strict)
     size = source.size if source else 0
     processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
@@ -84,7 +87,7 @@ def main():
         characters, encoded = 0, 0               # characters and tokens, with the duplicates
         # by bytes of the input, or by characters of the demo; no bar without a terminal
         with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-            for documents, length, block_report in encode_ahead(encoder, batches, processes):
+            for documents, length, block_report in encode_ahead(encode, batches, processes):
                 report.merge(block_report)
                 characters += length
                 encoded += sum(map(len, documents.payloads)) // 2
@@ -111,22 +114,13 @@ def demo_blocks():
     yield Block("texts", "demo", 1, list(demo_documents()))
 
 
-_END = pack_ids([END_OF_TEXT])
-
-
-@dataclass
-class Encoder:
-    """Encodes blocks: (Documents, number of characters, Report of what was skipped or repaired)."""
-    tokenizer: Tokenizer
-    text_key: str
-    strict: bool
-
-    def __call__(self, blocks):
-        report, texts = Report(self.strict), []
-        for block in blocks:
-            texts += block_documents(block, report, self.text_key)
-        documents = columns(encode_documents(self.tokenizer, texts))
-        return documents, sum(len(text) for _, text in texts), report
+def encode_blocks(tokenizer, text_key, strict, blocks):
+    """Blocks → (Documents, number of characters, Report of what was skipped or repaired)."""
+    report, texts = Report(strict), []
+    for block in blocks:
+        texts += block_documents(block, report, text_key)
+    documents = columns(encode_documents(tokenizer, texts))
+    return documents, sum(len(text) for _, text in texts), report
 
 
 def encode_documents(tokenizer, texts):
@@ -210,9 +204,6 @@ def cut_point(tokens, wanted, tokenizer):
         kind = min(candidates, key=candidates.get)
     _, place, size = candidates[kind]
     return 2 * place, size
-
-
-SENTENCE_ENDS = tuple(mark.encode("utf-8") for mark in "。！？.!?")
 
 
 if __name__ == "__main__":

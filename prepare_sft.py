@@ -37,6 +37,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
@@ -103,7 +104,7 @@ def main():
         return
     batches = batches_of(blocks, s.batch_size)
     capacity = s.block_size + 1
-    encoder = Encoder(tokenizer, names, capacity, s.long, s.strict)
+    encode = partial(encode_blocks, tokenizer, names, capacity, s.long, s.strict)
     size = source.size if source else 0
     processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
@@ -115,7 +116,7 @@ def main():
         split = ValidationSplit(s.val_fraction, may_cut=False)
         # by bytes of the input, or by conversations of the demo; no bar without a terminal
         with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-            for documents, block_report in encode_ahead(encoder, batches, processes):
+            for documents, block_report in encode_ahead(encode, batches, processes):
                 report.merge(block_report)
                 shuffle.add(documents)
                 split.count(documents)
@@ -142,21 +143,13 @@ def demo_blocks():
     yield Block("records", "demo", 1, records)
 
 
-@dataclass
-class Encoder:
-    """Encodes blocks: (Documents, Report of what was skipped or repaired)."""
-    tokenizer: Tokenizer
-    names: Names
-    capacity: int
-    long: str
-    strict: bool
-
-    def __call__(self, blocks):
-        report, chats = Report(self.strict), []
-        for block in blocks:
-            chats += block_conversations(block, report, self.names)
-        documents = encode_conversations(self.tokenizer, chats, self.capacity, self.long, report)
-        return columns(documents), report
+def encode_blocks(tokenizer, names, capacity, long, strict, blocks):
+    """Blocks → (Documents, Report of what was skipped or repaired)."""
+    report, chats = Report(strict), []
+    for block in blocks:
+        chats += block_conversations(block, report, names)
+    documents = encode_conversations(tokenizer, chats, capacity, long, report)
+    return columns(documents), report
 
 
 def encode_conversations(tokenizer, chats, capacity, long, report):
