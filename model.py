@@ -186,11 +186,6 @@ class GPT(nn.Module):
             return self.logits(x)
         return self.cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten()), stats
 
-    def logits_and_stats(self, idx, attn_mask=None):
-        """(B, T) → logits (B, T, V), and the experts' statistics, as `forward` returns them."""
-        x, stats = self.hidden(idx, attn_mask)
-        return self.logits(x), stats
-
     def hidden(self, idx, attn_mask=None):
         """(B, T) → the output of the last norm (B, T, D), and the experts' statistics."""
         T = idx.shape[1]

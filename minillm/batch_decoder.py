@@ -65,7 +65,7 @@ class Row:
     def start(self, answer, vocab_size):
         """Get ready to read answer.prompt."""
         self.answer, prompt, params = answer, answer.prompt, answer.params
-        self.read = self.shared(prompt)          # tokens of the prompt that are in the cache
+        self.n_read = self.shared(prompt)        # tokens of the prompt that are in the cache
         self.limit = min(params.max_new_tokens - len(answer.ids), self.cache.size - len(prompt))
         self.step = 0
         generator = torch.Generator().manual_seed(answer.segment_seed % 2**63)
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def reading(self):
-        return self.read < len(self.answer.prompt)
+        return self.n_read < len(self.answer.prompt)
 
 
 class BatchDecoder:
@@ -223,7 +223,7 @@ class BatchDecoder:
         answer.started = time.monotonic()
         self.active += 1
         row.start(answer, self.vocab_size)
-        answer.cached_tokens = row.read
+        answer.cached_tokens = row.n_read
 
     def _fail(self):
         for row in self.rows:
@@ -244,8 +244,8 @@ class BatchDecoder:
 
     def _read(self, row):
         prompt = row.answer.prompt
-        row.read = min(row.read + READ_TOKENS, len(prompt))
-        logits = prefill(self.model, row.cache, [prompt[: row.read]], self.read)
+        row.n_read = min(row.n_read + READ_TOKENS, len(prompt))
+        logits = prefill(self.model, row.cache, [prompt[: row.n_read]], self.read)
         if not row.reading:
             self._choose([row], logits)
 

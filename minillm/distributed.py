@@ -152,11 +152,3 @@ def warn0(text):
     if int(os.environ.get("RANK") or 0) == 0:
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
-
-
-def forget_lost_lines():
-    """At the end of a run: do not fail because of lines that could not be printed."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        write_nowhere(1)

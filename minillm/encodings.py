@@ -132,7 +132,7 @@ def _plausible(text, encoding):
     other = [char for char in text if not " " <= char <= "~" and char not in "\t\r\n"]
     if not other:
         return 1.0
-    return sum(map(lambda char: _usual(char, encoding), other)) / len(other)
+    return sum(_usual(char, encoding) for char in other) / len(other)
 
 
 def _usual(char, encoding):

@@ -90,8 +90,8 @@ def lay_out_for_decoding(moe):
 def expert_mm(x_RA, w_EAB, offset_E):
     """Rows sorted by expert times each expert's matrix: (R, A) × (E, A, B) → (R, B).
 
-    offset_E (int32): where each expert's rows end. float64, which only the tests use, has no such
-    kernel and takes a loop.
+    offset_E (int32): where each expert's rows end. float64, in which agreement.py compares, has no
+    such kernel and takes a loop.
     """
     if x_RA.dtype == torch.float64:
         parts = x_RA.tensor_split(offset_E[:-1].long().cpu())
