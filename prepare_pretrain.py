@@ -79,10 +79,8 @@ def main():
     processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
-        buckets = os.path.join(folder, "buckets")
-        os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of an earlier document", place))
+        on_duplicate = partial(report.skip, "duplicate of an earlier document")
+        shuffle = DiskShuffle(os.path.join(folder, "buckets"), s.seed, s.dedup, on_duplicate)
         split = ValidationSplit(s.val_fraction, may_cut=True)
         characters, encoded = 0, 0               # characters and tokens, with the duplicates
         # by bytes of the input, or by characters of the demo; no bar without a terminal

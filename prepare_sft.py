@@ -109,10 +109,8 @@ def main():
     processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
-        buckets = os.path.join(folder, "buckets")
-        os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of an earlier conversation", place))
+        on_duplicate = partial(report.skip, "duplicate of an earlier conversation")
+        shuffle = DiskShuffle(os.path.join(folder, "buckets"), s.seed, s.dedup, on_duplicate)
         split = ValidationSplit(s.val_fraction, may_cut=False)
         # by bytes of the input, or by conversations of the demo; no bar without a terminal
         with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:

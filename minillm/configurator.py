@@ -253,15 +253,12 @@ def _parse(text, hint, where):
         plain = text.replace("_", "")
         if re.fullmatch(r"[+-]?\d+", plain):
             return int(plain)
-        return _whole(float(plain))              # 1e6 is a natural way to write a count
+        value = float(plain)                     # 1e6 is a natural way to write a count
+        if value != int(value):
+            raise ValueError
+        return int(value)
     except (ValueError, OverflowError):
         raise UserError(f"{where} takes {_kind_name(kind)}, not {text!r}") from None
-
-
-def _whole(number):
-    if number != int(number):
-        raise ValueError
-    return int(number)
 
 
 def _kind_name(kind):

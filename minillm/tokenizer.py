@@ -311,11 +311,7 @@ def _open_backend(data, path):
         # not json.loads(data): its 64,000 lists take Python 0.1 s once torch is imported
         normalizer = json.loads(backend.normalizer.__getstate__())
         if ESCAPED in json.dumps(normalizer, ensure_ascii=False):
-            backend.normalizer = _without_unescape(normalizer)
+            # without the step that is for transformers alone
+            nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
+            backend.normalizer = normalizers.NFKC() if nfkc else None
     return backend
-
-
-def _without_unescape(normalizer):
-    """The normalizer without the step that is for transformers alone."""
-    nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
-    return normalizers.NFKC() if nfkc else None
