@@ -22,11 +22,11 @@ TRANSCRIPT = re.compile(r"(?:^|\n)(Human|Assistant):")       # of Belle's multi-
 
 
 class _LeftOut:
-    """Keys of one record under which something stands that is not used."""
+    """What one record holds and nothing uses: keys, roles, and other reasons."""
 
     def __init__(self, names):
         self._names = names
-        self.known = set()               # and other reasons why something is left out
+        self.known = set()               # keys with a meaning, and other reasons
         self.unknown = set()
         self.unknown_roles = set()
 

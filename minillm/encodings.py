@@ -52,8 +52,8 @@ def is_wide(encoding):
 def is_utf8(data):
     """Whether bytes that may end inside a character are UTF-8, and not by chance.
 
-    Of two bytes that are one Chinese character in GBK, about one pair in six is also one character
-    of UTF-8. A dozen different ones are not: that happens to one text in a billion.
+    Of the pairs of bytes that are a Chinese character in GBK, about one in six is also a character
+    in UTF-8. A dozen different pairs are all so in one text of a billion.
     """
     if data.isascii() or b"\0" in data:
         return False

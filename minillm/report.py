@@ -23,7 +23,7 @@ class Skip(Exception):
 class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
-    A note is of what is used as it stands, and was perhaps meant otherwise.
+    A note is about what is used as it stands, but was perhaps meant otherwise.
 
     `left_out` counts, for each key that has a meaning and is left out nevertheless, the records
     that have it. `unknown` does so for keys that no rule knows, `unknown_roles` for such roles.
@@ -57,7 +57,7 @@ class Report:
         _count(self.noted, reason, place)
 
     def other_file(self, path, kind=None):
-        """Count a file in a folder or a tar that is passed over; kind: its suffix as a rule."""
+        """Count a file in a folder or a tar that is passed over, by `kind`, or by its suffix."""
         suffix = os.path.splitext(path)[1].lower()
         _count(self.other_files, kind or suffix or "no suffix", path)
 

@@ -26,7 +26,8 @@ from minillm.token_files import fingerprint
 
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
 MADE_OF_A_RUN = ("hf", "gguf", "loss.png", "load.png")  # by export.py and scripts/plot.py
-# settings that a resumed run keeps where its command does not repeat them, and their old values
+# settings that a resumed run takes from its checkpoint unless the command gives them; and their
+# values in a checkpoint that is older than the setting
 KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
 DECIDES_VALIDATION = ("data", "block_size", "batch_size", "eval_iters", "doc_mask")
 

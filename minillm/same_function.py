@@ -9,8 +9,8 @@ Formulas of model.py and moe.py are repeated where they must be: in minillm/spee
 exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the
 model must hear of each place that still computes the old one, so each of them compares.
 
-What only training does (dropout, the router's noise) is not compared, nor what concerns only tokens
-that lie LONGEST or more apart, and in layers from FIRST_LAYERS on those that lie 12 or more apart.
+Not compared: what only training does (dropout, the router's noise); and what concerns only tokens
+that lie LONGEST or more apart, or in the layers from FIRST_LAYERS on, 12 or more.
 """
 import contextlib
 import random

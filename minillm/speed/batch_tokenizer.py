@@ -6,9 +6,8 @@
 1. Text is cut into words: where one pre-token ends and the next begins, and inside a pre-token
    between two characters that stand side by side in no token. No merge joins those, so BPE does the
    same on both sides alone. In Chinese, which has no spaces, this cuts every third place.
-2. Each character becomes its token. What makes a character out of bytes is merged before anything
-   that holds the character, so BPE would come by here as well; where it does not, see
-   characters_first().
+2. Each character becomes its token. BPE comes by here too: it merges the bytes of a character
+   before anything that holds the character. characters_first() leaves out those where it does not.
 3. In rounds, every word merges the pair of the lowest rank, the first of several, until no word has
    one. A round is a dozen numpy calls for all words that still merge.
 

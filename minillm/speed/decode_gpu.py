@@ -1,8 +1,8 @@
 """Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
 
 For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the
-MoE nine. 2,930 to 3,518 tokens/s at 171M, as the compiler's tuner draws, where the modules in a
-CUDA graph made 815 (H200, `python -m bench.decode`).
+MoE nine. 2,930 to 3,518 tokens/s at 171M, depending on what the compiler's tuner chose; the
+modules in a CUDA graph made 815 (H200, `python -m bench.decode`).
 """
 import math
 
