@@ -70,7 +70,7 @@ def main():
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict, TEXT_KEY_HINT)
+    report = Report(s.strict, TEXT_KEY_HINT, s.encoding)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     batches = batches_of(blocks, s.batch_size)
@@ -95,12 +95,12 @@ def main():
         # 2) read the buckets, and write the files
         split.decide()
         splits = write_splits(folder, shuffle, split, tokenizer)
-        check_splits(splits, s.val_fraction, report, s.encoding)
+        check_splits(splits, s.val_fraction, report)
         check_text_keys(s.text_key, report)
         settings = {key: getattr(s, key) for key in ("tokenizer", "seed", "val_fraction", "dedup")}
         sources = s.files or ["demo.town.biographies()"]
         write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
-    print_summary(s.out_dir, splits, report, s.encoding)
+    print_summary(s.out_dir, splits, report)
     seconds = time.perf_counter() - begun
     n_bytes = splits["train"]["bytes"] + splits["val"]["bytes"]
     print(f"  {characters / encoded:.3f} characters per token, {seconds:.1f} s "

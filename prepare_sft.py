@@ -54,7 +54,7 @@ from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source, batches_of
 from minillm.text_reader import block_conversations
-from minillm.token_files import advice, check_splits, print_summary, write_meta
+from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import IM_END, ROLES, Tokenizer, is_supervised, pack_ids
 
 try:
@@ -93,7 +93,7 @@ def main():
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
     s.block_size = s.block_size or (512 if s.files else 128)
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict, MAP_HINT)
+    report = Report(s.strict, MAP_HINT, s.encoding)
     names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
     if source:
@@ -122,12 +122,12 @@ def main():
         # 2) read the buckets, pack, and write the files
         split.decide()
         splits = write_splits(folder, shuffle, split, capacity)
-        check_splits(splits, s.val_fraction, report, s.encoding)
+        check_splits(splits, s.val_fraction, report)
         keys = ("tokenizer", "block_size", "seed", "val_fraction", "dedup", "long")
         settings = {key: getattr(s, key) for key in keys}
         sources = s.files or ["demo.town.conversations()"]
         write_meta(folder, "sft", tokenizer, settings, splits, sources, report)
-    print_summary(s.out_dir, splits, report, s.encoding)
+    print_summary(s.out_dir, splits, report)
     total = {key: splits["train"][key] + splits["val"][key] for key in COUNTS}
     padding = total["padding_tokens"] / total["tokens"]
     supervised = total["learned_tokens"] / total["tokens"]
@@ -273,11 +273,10 @@ def show(tokenizer, blocks, names, report, s):
     number = 0
     for number, (place, messages) in enumerate(itertools.islice(chats, s.show), 1):
         show_conversation(tokenizer, place, messages)
-    lines = report.lines() + advice(report, s.encoding)
     if not number:
-        reasons = "; ".join(line.strip() for line in lines)
-        raise UserError(f"no conversation was understood ({reasons or 'the input is empty'})")
-    for line in lines:
+        reasons = report.in_a_line() or "the input is empty"
+        raise UserError(f"no conversation was understood ({reasons})")
+    for line in report.lines():
         print(line)
 
 

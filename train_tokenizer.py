@@ -37,7 +37,6 @@ from minillm.errors import UserError, run
 from minillm.report import Report, counted
 from minillm.text_files import BLOCK, Block, Source
 from minillm.text_reader import TEXT_KEY_HINT, block_documents, check_text_keys
-from minillm.token_files import advice
 from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
 
@@ -74,14 +73,13 @@ def main():
     s.out_dir = s.out_dir or f"{where}/tokenizer"
     s.vocab_size = s.vocab_size or (32000 if s.files else 1200)
     special = check_special(s.special_tokens, s.vocab_size)
-    report = Report(s.strict, TEXT_KEY_HINT)
+    report = Report(s.strict, TEXT_KEY_HINT, s.encoding)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     sample = Sample(source, s, report)
     with replaced_folder(s.out_dir, FILES) as folder:
         counts = count_sample(sample, source, s, special)
         if not sample.bytes:
-            lines = report.lines() + advice(report, s.encoding)
-            reasons = "".join(f"; {line.strip()}" for line in lines)
+            reasons = "".join(f"; {line.strip()}" for line in report.lines())
             raise UserError(f"the input holds no text (--text_key={s.text_key}){reasons}")
         check_text_keys(s.text_key, report)
         backend = train_on(counts, s.vocab_size, s.nfkc, special)
@@ -93,7 +91,7 @@ def main():
     if tokenizer.vocab_size < s.vocab_size:
         print(f"  fewer than the {s.vocab_size:,} asked for: "
               "the text holds no more pairs that occur twice")
-    for line in report.lines() + advice(report, s.encoding):
+    for line in report.lines():
         print(line)
 
 

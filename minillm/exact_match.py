@@ -10,7 +10,6 @@ from minillm.generation import round_up
 from minillm.report import Report
 from minillm.text_files import Source
 from minillm.text_reader import conversations
-from minillm.token_files import advice
 
 SHAPES = '; a question is {"instruction": …, "output": …} or {"messages": […]}'
 
@@ -26,11 +25,10 @@ def read_questions(path):
     report = Report(hint=SHAPES)
     chats = conversations(Source([path], report, "utf-8"))
     questions = questions_of(chats)
-    lines = report.lines() + advice(report)
     if not questions:
-        reasons = "; ".join(line.strip() for line in lines) or "the file is empty"
+        reasons = report.in_a_line() or "the file is empty"
         raise UserError(f"{path} holds no chat that ends with an answer ({reasons})")
-    return questions, lines
+    return questions, report.lines()
 
 
 def demo_questions(records):
