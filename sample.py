@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from minillm.answer import STOP_IDS, Answer
 from minillm.configurator import NonNegative, configure, whole
 from minillm.errors import UserError, run
-from minillm.sampling_params import GenerationSettings, SamplingParams, check_folder, read_prompt
+from minillm.generation_settings import GenerationSettings, check_folder, read_prompt
+from minillm.sampling_params import SamplingParams
 from minillm.tokenizer import END_OF_TEXT
 
 
