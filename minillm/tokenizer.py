@@ -126,12 +126,13 @@ def save(backend, folder):
 class Tokenizer:
     """A trained tokenizer. Ids are below `vocab_size`; `hash`: SHA-256 of tokenizer.json."""
 
-    def __init__(self, data, path="tokenizer.json"):
-        """data: the bytes of a tokenizer.json; path: what messages call it."""
+    def __init__(self, data, path):
+        """data: the bytes of the tokenizer.json at `path`; see load()."""
         self.hash = hashlib.sha256(data).hexdigest()
-        self._data = data
-        self._folder = None
+        self._folder = os.path.abspath(os.path.dirname(path))
         self._backend = _open_backend(data, path)
+        # an older version's tokenizer has no step that takes ESCAPED out again
+        self._unescapes = ESCAPED in data.decode("utf-8")
         self.vocab_size = self._backend.get_vocab_size()
         # [id] -> the bytes it stands for; b"" for special tokens
         self.token_bytes, self._special = bytes_of_tokens(self._backend, path)
@@ -149,21 +150,16 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; "
                             "train_tokenizer.py makes it, train.py copies it to a model") from None
-        tokenizer = cls(data, path)
-        tokenizer._folder = os.path.abspath(folder)
-        return tokenizer
+        return cls(data, path)
 
-    def __reduce__(self):                                # for the processes that encode
-        if self._folder is None:
-            return type(self), (self._data,)
-        # 3 MB through a pipe would make one process wait until another has started
+    def __reduce__(self):
+        # for the processes that encode: 3 MB through a pipe would make one wait for another's start
         return _load_again, (type(self), self._folder, self.hash)
 
     def transformers_config(self):
         """What tokenizer_config.json says for transformers, beside this tokenizer.json."""
         config = dict(TRANSFORMERS_CONFIG)
-        # an older version's tokenizer has no step that would take ESCAPED out again
-        if ESCAPED not in self._data.decode("utf-8"):
+        if not self._unescapes:
             config["chat_template"] = CHAT_TEMPLATE.replace(ESCAPING, "")
         return config
 

@@ -53,7 +53,7 @@ class BatchTokenizer(Tokenizer):
     `RAYON_NUM_THREADS=1 python -m bench.data corpus.jsonl chats.jsonl`).
     """
 
-    def __init__(self, data, path="tokenizer.json"):
+    def __init__(self, data, path):
         super().__init__(data, path)
         state = json.loads(self._backend.to_str())
         self._is_ours = _is_ours(state)
