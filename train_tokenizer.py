@@ -152,13 +152,13 @@ class Sample:
                 yield from self._texts_of(block)
 
     def _may_take(self):
-        """How many bytes may be taken now."""
+        """Whether there is room for more texts from this place of the input."""
         share = 1.0
         if self._source:
             share = min(1, self._source.position / max(1, self._source.size) + 0.01)
         # a character may take 4 bytes, so the last 3 may stay untaken
-        room = int(self._settings.max_bytes * share) - self.bytes
-        return max(0, room) if self._settings.max_bytes - self.bytes >= 4 else 0
+        return (self.bytes < int(self._settings.max_bytes * share)
+                and self.bytes + 4 <= self._settings.max_bytes)
 
     def _texts_of(self, block):
         for _, text in block_documents(block, self._report, self._settings.text_key, chats=True):

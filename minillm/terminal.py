@@ -7,6 +7,7 @@ a row it exits; Ctrl-D exits. Colour only if the terminal has it and NO_COLOR is
 import difflib
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -29,6 +30,7 @@ except ImportError:                              # Windows; input() then has no 
     readline = None
 
 PASTE_SECONDS = 0.03                             # what follows a line this soon was pasted with it
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")      # all but the tab and the line end
 SETTABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
 
 
@@ -318,9 +320,4 @@ def waiting(seconds):
 
 def printable(text):
     """`text` without control characters: a model must not be able to drive the terminal."""
-    shown = []
-    for char in text:
-        control = char < " " or "\x7f" <= char < "\xa0"
-        if char in "\n\t" or not control:
-            shown.append(char)
-    return "".join(shown)
+    return CONTROL.sub("", text)

@@ -154,6 +154,4 @@ def for_batch_decoder(model, rows, compile=False):
 
 def cache_type(model):
     """The KVCache that generate_arguments' functions need."""
-    if model.wte.weight.is_cuda:
-        return cuda_graph.GraphCache
-    return KVCache
+    return cuda_graph.GraphCache if model.wte.weight.is_cuda else KVCache
