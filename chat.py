@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from minillm.configurator import NonNegative, configure
 from minillm.conversation import Conversation
 from minillm.errors import UserError, run
-from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
+from minillm.generation_settings import GenerationSettings, check_folder, read_prompt
 from minillm.text_stream import show
 
 

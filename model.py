@@ -162,6 +162,7 @@ class GPT(nn.Module):
         # not trained and not saved: it follows from the config
         self.register_buffer("rope", rope_table(config), persistent=False)
         self.cross_entropy = cross_entropy
+        self.over_layers = over_layers           # an attribute for minillm/speed/parts.py
         self.tokenizer = self.step = self._chat_cache = None     # for from_checkpoint and chat
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -186,11 +187,6 @@ class GPT(nn.Module):
             return self.logits(x)
         return self.cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten()), stats
 
-    def logits_and_stats(self, idx, attn_mask=None):
-        """(B, T) → logits (B, T, V), and the experts' statistics, as `forward` returns them."""
-        x, stats = self.hidden(idx, attn_mask)
-        return self.logits(x), stats
-
     def hidden(self, idx, attn_mask=None):
         """(B, T) → the output of the last norm (B, T, D), and the experts' statistics."""
         T = idx.shape[1]
@@ -203,15 +199,20 @@ class GPT(nn.Module):
 
     def trunk(self, idx, rope, attend):
         """Embedding, blocks and the last norm. attend(q, k, v, layer): one layer's attention."""
-        x = F.dropout(self.wte(idx), self.config.dropout, self.training)
-        if torch.is_autocast_enabled(idx.device.type):
-            # the residual stream in bf16 too: half the memory traffic of everything element-wise
-            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        x = self.embed(idx)
         stats = []
         for layer, block in enumerate(self.blocks):
             x, stat = block(x, rope, partial(attend, layer=layer))
             stats.append(stat)
-        return self.norm(x), over_layers(stats)
+        return self.norm(x), self.over_layers(stats)
+
+    def embed(self, idx):
+        """(B, T) → (B, T, D), the start of the residual stream."""
+        x = F.dropout(self.wte(idx), self.config.dropout, self.training)
+        if torch.is_autocast_enabled(idx.device.type):
+            # the residual stream in bf16 too: half the memory traffic of everything element-wise
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        return x
 
     def logits(self, x):
         """(…, D) → (…, V). Training does not call it: cross_entropy has this product inside."""

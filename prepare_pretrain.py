@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from tqdm import tqdm
@@ -59,6 +60,8 @@ class Settings:
 
 
 FILES = {"train.bin", "val.bin", "meta.json"}
+_END = pack_ids([END_OF_TEXT])
+SENTENCE_ENDS = tuple(mark.encode("utf-8") for mark in "。！？.!?")
 
 
 def main():
@@ -67,22 +70,22 @@ def main():
     where = "data" if s.files else "data/demo"
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/pretrain"
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict, TEXT_KEY_HINT)
+    report = Report(s.strict, TEXT_KEY_HINT, s.encoding)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     blocks = source.blocks(s.batch_size) if source else demo_blocks()
     batches = batches_of(blocks, s.batch_size)
-    encoder = Encoder(tokenizer, s.text_key, s.strict)
-    processes = s.processes or default_processes(source.size if source else 0)
+    encode = partial(encode_blocks, tokenizer, s.text_key, s.strict)
+    size = source.size if source else 0
+    processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
-        buckets = os.path.join(folder, "buckets")
-        os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of an earlier document", place))
+        on_duplicate = partial(report.skip, "duplicate of an earlier document")
+        shuffle = DiskShuffle(os.path.join(folder, "buckets"), s.seed, s.dedup, on_duplicate)
         split = ValidationSplit(s.val_fraction, may_cut=True)
         characters, encoded = 0, 0               # characters and tokens, with the duplicates
-        with progress(source) as bar:
-            for documents, length, block_report in encode_ahead(encoder, batches, processes):
+        # by bytes of the input, or by characters of the demo; no bar without a terminal
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            for documents, length, block_report in encode_ahead(encode, batches, processes):
                 report.merge(block_report)
                 characters += length
                 encoded += sum(map(len, documents.payloads)) // 2
@@ -92,16 +95,16 @@ def main():
         # 2) read the buckets, and write the files
         split.decide()
         splits = write_splits(folder, shuffle, split, tokenizer)
-        check_splits(splits, s.val_fraction, report, s.encoding)
+        check_splits(splits, s.val_fraction, report)
         check_text_keys(s.text_key, report)
         settings = {key: getattr(s, key) for key in ("tokenizer", "seed", "val_fraction", "dedup")}
         sources = s.files or ["demo.town.biographies()"]
         write_meta(folder, "pretrain", tokenizer, settings, splits, sources, report)
-    print_summary(s.out_dir, splits, report, s.encoding)
+    print_summary(s.out_dir, splits, report)
     seconds = time.perf_counter() - begun
-    size = splits["train"]["bytes"] + splits["val"]["bytes"]
+    n_bytes = splits["train"]["bytes"] + splits["val"]["bytes"]
     print(f"  {characters / encoded:.3f} characters per token, {seconds:.1f} s "
-          f"({size / seconds / 1e6:.2f} MB/s)")
+          f"({n_bytes / seconds / 1e6:.2f} MB/s)")
 
 
 def demo_blocks():
@@ -109,27 +112,13 @@ def demo_blocks():
     yield Block("texts", "demo", 1, list(demo_documents()))
 
 
-def progress(source):
-    """A bar by bytes read of the input (by characters of the demo); none without a terminal."""
-    return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
-
-
-_END = pack_ids([END_OF_TEXT])
-
-
-@dataclass
-class Encoder:
-    """Encodes blocks: (Documents, number of characters, Report of what was skipped or repaired)."""
-    tokenizer: Tokenizer
-    text_key: str
-    strict: bool
-
-    def __call__(self, blocks):
-        report, texts = Report(self.strict), []
-        for block in blocks:
-            texts += block_documents(block, report, self.text_key)
-        documents = columns(encode_documents(self.tokenizer, texts))
-        return documents, sum(len(text) for _, text in texts), report
+def encode_blocks(tokenizer, text_key, strict, blocks):
+    """Blocks → (Documents, number of characters, Report of what was skipped or repaired)."""
+    report, texts = Report(strict), []
+    for block in blocks:
+        texts += block_documents(block, report, text_key)
+    documents = columns(encode_documents(tokenizer, texts))
+    return documents, sum(len(text) for _, text in texts), report
 
 
 def encode_documents(tokenizer, texts):
@@ -210,12 +199,9 @@ def cut_point(tokens, wanted, tokenizer):
         if kind in candidates and wanted / 2 <= candidates[kind][2] <= 2 * wanted:
             break
     else:
-        kind = min(candidates, key=lambda kind: candidates[kind])
+        kind = min(candidates, key=candidates.get)
     _, place, size = candidates[kind]
     return 2 * place, size
-
-
-SENTENCE_ENDS = tuple(mark.encode("utf-8") for mark in "。！？.!?")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ Exit status: 0; 2 after a mistake that you can correct, with one line on stderr;
 """
 if __name__ == "__main__":
     import minillm.early_exit        # first: no traceback while the rest is imported
+import itertools
 import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
@@ -52,7 +54,7 @@ from minillm.shuffle import DiskShuffle, content_digest
 from minillm.split import ValidationSplit
 from minillm.text_files import Block, Source, batches_of
 from minillm.text_reader import block_conversations
-from minillm.token_files import advice, check_splits, print_summary, write_meta
+from minillm.token_files import check_splits, print_summary, write_meta
 from minillm.tokenizer import IM_END, ROLES, Tokenizer, is_supervised, pack_ids
 
 try:
@@ -91,7 +93,7 @@ def main():
     s.tokenizer, s.out_dir = s.tokenizer or f"{where}/tokenizer", s.out_dir or f"{where}/sft"
     s.block_size = s.block_size or (512 if s.files else 128)
     tokenizer = BatchTokenizer.load(s.tokenizer)
-    report = Report(s.strict, MAP_HINT)
+    report = Report(s.strict, MAP_HINT, s.encoding)
     names = Names(s.map)
     source = Source(s.files, report, s.encoding) if s.files else None
     if source:
@@ -102,17 +104,17 @@ def main():
         return
     batches = batches_of(blocks, s.batch_size)
     capacity = s.block_size + 1
-    encoder = Encoder(tokenizer, names, capacity, s.long, s.strict)
-    processes = s.processes or default_processes(source.size if source else 0)
+    encode = partial(encode_blocks, tokenizer, names, capacity, s.long, s.strict)
+    size = source.size if source else 0
+    processes = s.processes or default_processes(size)
     with replaced_folder(s.out_dir, FILES) as folder:
         # 1) read, encode, and put in buckets on the disk
-        buckets = os.path.join(folder, "buckets")
-        os.mkdir(buckets)
-        shuffle = DiskShuffle(buckets, s.seed, s.dedup, lambda place: report.skip(
-            "duplicate of an earlier conversation", place))
+        on_duplicate = partial(report.skip, "duplicate of an earlier conversation")
+        shuffle = DiskShuffle(os.path.join(folder, "buckets"), s.seed, s.dedup, on_duplicate)
         split = ValidationSplit(s.val_fraction, may_cut=False)
-        with progress(source) as bar:
-            for documents, block_report in encode_ahead(encoder, batches, processes):
+        # by bytes of the input, or by conversations of the demo; no bar without a terminal
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            for documents, block_report in encode_ahead(encode, batches, processes):
                 report.merge(block_report)
                 shuffle.add(documents)
                 split.count(documents)
@@ -120,12 +122,12 @@ def main():
         # 2) read the buckets, pack, and write the files
         split.decide()
         splits = write_splits(folder, shuffle, split, capacity)
-        check_splits(splits, s.val_fraction, report, s.encoding)
+        check_splits(splits, s.val_fraction, report)
         keys = ("tokenizer", "block_size", "seed", "val_fraction", "dedup", "long")
         settings = {key: getattr(s, key) for key in keys}
         sources = s.files or ["demo.town.conversations()"]
         write_meta(folder, "sft", tokenizer, settings, splits, sources, report)
-    print_summary(s.out_dir, splits, report, s.encoding)
+    print_summary(s.out_dir, splits, report)
     total = {key: splits["train"][key] + splits["val"][key] for key in COUNTS}
     padding = total["padding_tokens"] / total["tokens"]
     supervised = total["learned_tokens"] / total["tokens"]
@@ -139,26 +141,13 @@ def demo_blocks():
     yield Block("records", "demo", 1, records)
 
 
-def progress(source):
-    """A bar by bytes read of the input (by conversations of the demo); none without a terminal."""
-    return tqdm(total=source.size if source else None, unit="B", unit_scale=True, disable=None)
-
-
-@dataclass
-class Encoder:
-    """Encodes blocks: (Documents, Report of what was skipped or repaired)."""
-    tokenizer: Tokenizer
-    names: Names
-    capacity: int
-    long: str
-    strict: bool
-
-    def __call__(self, blocks):
-        report, chats = Report(self.strict), []
-        for block in blocks:
-            chats += block_conversations(block, report, self.names)
-        documents = encode_conversations(self.tokenizer, chats, self.capacity, self.long, report)
-        return columns(documents), report
+def encode_blocks(tokenizer, names, capacity, long, strict, blocks):
+    """Blocks → (Documents, Report of what was skipped or repaired)."""
+    report, chats = Report(strict), []
+    for block in blocks:
+        chats += block_conversations(block, report, names)
+    documents = encode_conversations(tokenizer, chats, capacity, long, report)
+    return columns(documents), report
 
 
 def encode_conversations(tokenizer, chats, capacity, long, report):
@@ -279,20 +268,15 @@ def write_splits(folder, shuffle, split, capacity):
 
 def show(tokenizer, blocks, names, report, s):
     """Print s.show conversations token by token; raises UserError if none was understood."""
+    chats = itertools.chain.from_iterable(
+        block_conversations(block, report, names) for block in blocks)
     number = 0
-    for block in blocks:
-        for place, messages in block_conversations(block, report, names):
-            number += 1
-            show_conversation(tokenizer, place, messages)
-            if number == s.show:
-                break
-        if number == s.show:
-            break
-    lines = report.lines() + advice(report, s.encoding)
+    for number, (place, messages) in enumerate(itertools.islice(chats, s.show), 1):
+        show_conversation(tokenizer, place, messages)
     if not number:
-        reasons = "; ".join(line.strip() for line in lines)
-        raise UserError(f"no conversation was understood ({reasons or 'the input is empty'})")
-    for line in lines:
+        reasons = report.in_a_line() or "the input is empty"
+        raise UserError(f"no conversation was understood ({reasons})")
+    for line in report.lines():
         print(line)
 
 

@@ -22,11 +22,12 @@ import sys
 import time
 from dataclasses import dataclass
 
+from minillm.answer import STOP_IDS, Answer
 from minillm.configurator import NonNegative, configure, whole
-from minillm.conversation import STOP_IDS
 from minillm.errors import UserError, run
-from minillm.sampling_params import GenerationSettings, check_folder, read_prompt
-from minillm.text_stream import TextStream, show
+from minillm.generation_settings import GenerationSettings, check_folder, read_prompt
+from minillm.sampling_params import SamplingParams
+from minillm.text_stream import show
 from minillm.tokenizer import END_OF_TEXT
 
 
@@ -59,46 +60,39 @@ def main():
 
     seed = random.SystemRandom().getrandbits(31) if s.seed is None else s.seed
     stop = options.pop("stop")
-    streams = [TextStream(model.tokenizer, stop) for _ in range(s.num_samples)]
-    texts = [""] * s.num_samples
-    counts = [0] * s.num_samples
-    finish = ["length"] * s.num_samples
-
-    def add(row, piece):
-        texts[row] += piece
-        # the first sample streams, the others follow it whole
-        if row == 0 and not s.json:
-            show(piece)
-
+    params = SamplingParams(s.max_new_tokens)
+    samples = [Answer(model.tokenizer, lambda made: ids, params, seed + number, stop)
+               for number in range(s.num_samples)]
     if not s.json:
         show(prompt)
     start = time.perf_counter()
     for step in model.generate([ids] * s.num_samples, stop_ids=STOP_IDS, seed=seed, **options):
-        for row, token in enumerate(step):
-            if token is None or streams[row].stopped:
-                continue
-            counts[row] += 1
-            add(row, streams[row].push(token))
-            if token in STOP_IDS or streams[row].stopped:
-                finish[row] = "stop"
-        if all(stream.stopped for stream in streams):
+        for sample, token in zip(samples, step):
+            if not sample.finish:
+                sample.push(token)
+        if not s.json:                           # the first streams, the others follow it whole
+            show(samples[0].take())
+        if all(sample.finish for sample in samples):
             break
     seconds = time.perf_counter() - start
-    for row in range(s.num_samples):
-        add(row, streams[row].flush())
-        if finish[row] == "length" and counts[row] < s.max_new_tokens:
-            finish[row] = "context"
+    for number, sample in enumerate(samples):
+        if not sample.finish:
+            sample.end("context")
+        text = sample.take()
         if s.json:
-            record = dict(prompt=prompt, text=texts[row], tokens=counts[row],
-                          finish=finish[row], seed=seed + row)
+            record = dict(prompt=prompt, text=text, tokens=sample.tokens, finish=sample.finish,
+                          seed=sample.seed)
             print(json.dumps(record, ensure_ascii=False))
-        elif row > 0:
-            show("\n---------------\n" + prompt + texts[row])
+        elif number == 0:
+            show(text)                           # the rest of what has streamed
+        else:
+            show("\n---------------\n" + prompt + text)
     if not s.json:
         print()
     if sys.stderr.isatty():
-        rate = sum(counts) / seconds
-        print(f"[{sum(counts)} tokens · {rate:.1f} tokens/s · {' '.join(finish)} · seed {seed}]",
+        count = sum(sample.tokens for sample in samples)
+        reasons = " ".join(sample.finish for sample in samples)
+        print(f"[{count} tokens · {count / seconds:.1f} tokens/s · {reasons} · seed {seed}]",
               file=sys.stderr)
 
 

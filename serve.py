@@ -30,7 +30,8 @@ from dataclasses import dataclass
 
 from minillm.configurator import NonNegative, Positive, configure, whole
 from minillm.errors import UserError, run
-from minillm.sampling_params import DEFAULTS, SamplingParams, check_folder
+from minillm.generation_settings import check_folder
+from minillm.sampling_params import DEFAULTS, SamplingParams
 
 
 @dataclass

@@ -229,8 +229,8 @@ def main():
     start = resumed                                  # the checkpoint that the weights come from
     if finetuning:
         start = checkpoint.load_for_inference(s.init_from, s.checkpoint, check=True)
-        # config.py does not keep `checkpoint`: name the file itself
-        s.init_from = start["path"] if s.checkpoint != "newest" else s.init_from
+        if s.checkpoint != "newest":             # config.py does not keep it: name the file itself
+            s.init_from = start["path"]
     model = build_model(s, train_data, start)
     if finetuning:
         run_facts.report_left_behind(s, start)

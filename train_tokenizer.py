@@ -21,6 +21,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import tokenizers
@@ -36,7 +37,6 @@ from minillm.errors import UserError, run
 from minillm.report import Report, counted
 from minillm.text_files import BLOCK, Block, Source
 from minillm.text_reader import TEXT_KEY_HINT, block_documents, check_text_keys
-from minillm.token_files import advice
 from minillm.tokenizer import MAX_VOCAB, SPECIAL_TOKENS, Tokenizer
 
 
@@ -74,14 +74,13 @@ def main():
     s.out_dir = s.out_dir or f"{where}/tokenizer"
     s.vocab_size = s.vocab_size or (32000 if s.files else 1200)
     special = check_special(s.special_tokens, s.vocab_size)
-    report = Report(s.strict, TEXT_KEY_HINT)
+    report = Report(s.strict, TEXT_KEY_HINT, s.encoding)
     source = Source(s.files, report, s.encoding, s.document) if s.files else None
     sample = Sample(source, s, report)
     with replaced_folder(s.out_dir, FILES) as folder:
         counts = count_sample(sample, source, s, special)
         if not sample.bytes:
-            lines = report.lines() + advice(report, s.encoding)
-            reasons = "".join(f"; {line.strip()}" for line in lines)
+            reasons = "".join(f"; {line.strip()}" for line in report.lines())
             raise UserError(f"the input holds no text (--text_key={s.text_key}){reasons}")
         check_text_keys(s.text_key, report)
         backend = train_on(counts, s.vocab_size, s.nfkc, special)
@@ -93,7 +92,7 @@ def main():
     if tokenizer.vocab_size < s.vocab_size:
         print(f"  fewer than the {s.vocab_size:,} asked for: "
               "the text holds no more pairs that occur twice")
-    for line in report.lines() + advice(report, s.encoding):
+    for line in report.lines():
         print(line)
 
 
@@ -125,37 +124,87 @@ def is_utf8(text):
     return True
 
 
-def train(texts, vocab_size, nfkc=False, han_run=HAN_RUN):
-    """A tokenizers.Tokenizer trained on an iterable of texts, in bounded memory."""
-    return train_on(count_pieces(texts, nfkc, han_run), vocab_size, nfkc)
+def demo_blocks():
+    from demo.town import conversations, demo_documents  # only the demo needs the town
+    yield Block("texts", "demo", 1, list(demo_documents()))
+    records = [(f"demo:{number}", record) for number, record in enumerate(conversations(), 1)]
+    yield Block("records", "demo", 1, records)
 
 
-def train_on(counts, vocab_size, nfkc=False, special=()):
-    """A tokenizers.Tokenizer trained on the counts of pieces. Empties `counts`."""
-    backend = tokenizer_module.untrained(nfkc)
-    encoding = backend.normalizer, backend.pre_tokenizer
-    # the trainer is given the pieces as they are, each on a line of its own
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "removed"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2,
-        special_tokens=[*SPECIAL_TOKENS, *special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),    # every string can be encoded
-        show_progress=False,         # its bar panics where stdout is full or nobody reads it
-    )
-    with tqdm(desc="learning the merges", bar_format="{desc} …", leave=False, disable=None):
-        backend.train_from_iterator(written_out(counts), trainer)
-    backend.normalizer, backend.pre_tokenizer = encoding
-    if not special:
-        return backend
-    # control tokens are set by id alone; these are found in text
-    data = json.loads(backend.to_str())
-    for token in data["added_tokens"][len(SPECIAL_TOKENS):]:
-        token["special"] = False
-    return tokenizers.Tokenizer.from_str(json.dumps(data))
+class Sample:
+    """Iterates over the sampled texts, which are spread evenly over the input.
+
+    From the first x% of the input it takes at most the first (x + 1)% of max_bytes; blocks beyond
+    that pass unparsed. `bytes` and `documents` say how much was taken so far.
+    """
+
+    def __init__(self, source, settings, report):
+        self._source, self._settings, self._report = source, settings, report
+        self._names = Names(settings.map)
+        self.bytes = self.documents = 0
+
+    def __iter__(self):
+        if not self._source:
+            for block in demo_blocks():
+                yield from self._texts_of(block)
+            return
+        # small blocks for a small input, so that the sample is spread evenly
+        for block in self._source.blocks(min(BLOCK, max(1 << 12, self._source.size // 500))):
+            if self._may_take():
+                yield from self._texts_of(block)
+
+    def _may_take(self):
+        """Whether there is room for more texts from this place of the input."""
+        share = 1.0
+        if self._source:
+            share = min(1, self._source.position / max(1, self._source.size) + 0.01)
+        # a character may take 4 bytes, so the last 3 may stay untaken
+        return (self.bytes < int(self._settings.max_bytes * share)
+                and self.bytes + 4 <= self._settings.max_bytes)
+
+    def _texts_of(self, block):
+        for _, text in block_documents(block, self._report, self._settings.text_key, self._names):
+            if not self._may_take():
+                return
+            content = text.encode("utf-8")
+            left = self._settings.max_bytes - self.bytes
+            if len(content) > left:              # the last text is cut, between two characters
+                text = content[:left].decode("utf-8", errors="ignore")
+                content = text.encode("utf-8")
+            self.bytes += len(content)
+            self.documents += 1
+            yield text
+
+
+def count_sample(sample, source, s, special):
+    """The Counter of the pieces of a sample."""
+    size = source.size if source else 0
+    large = min(size, s.max_bytes) > LARGE
+    batch, limit = (LARGE_BATCH, PIECES_BYTES // 2) if large else (BATCH, PIECES_BYTES)
+    count = partial(count_pieces, nfkc=s.nfkc, han_run=HAN_RUN if source else HAN_RUN_DEMO,
+                    special=special, limit=limit)
+    # the fifth would wait for this process, which adds up what they find
+    processes = s.processes or min(4, default_processes(size))
+
+    def counts_of_batches():
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            for counts in encode_ahead(count, in_batches(sample, batch), processes):
+                yield counts
+                bar.update((source.position if source else sample.bytes) - bar.n)
+    return add_up(counts_of_batches(), PIECES_BYTES)
+
+
+def in_batches(texts, size):
+    """Lists of consecutive texts, each of about `size` characters."""
+    batch, total = [], 0
+    for text in texts:
+        batch.append(text)
+        total += len(text)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def count_pieces(texts, nfkc=False, han_run=HAN_RUN, special=(), limit=PIECES_BYTES):
@@ -210,6 +259,34 @@ def _bytes(counts):
     return len("".join(counts).encode("utf-8"))
 
 
+def train_on(counts, vocab_size, nfkc=False, special=()):
+    """A tokenizers.Tokenizer trained on the counts of pieces. Empties `counts`."""
+    backend = tokenizer_module.untrained(nfkc)
+    encoding = backend.normalizer, backend.pre_tokenizer
+    # the trainer is given the pieces as they are, each on a line of its own
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "removed"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2,
+        special_tokens=[*SPECIAL_TOKENS, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),    # every string can be encoded
+        show_progress=False,         # its bar panics where stdout is full or nobody reads it
+    )
+    with tqdm(desc="learning the merges", bar_format="{desc} …", leave=False, disable=None):
+        backend.train_from_iterator(written_out(counts), trainer)
+    backend.normalizer, backend.pre_tokenizer = encoding
+    if not special:
+        return backend
+    # control tokens are set by id alone; these are found in text
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"][len(SPECIAL_TOKENS):]:
+        token["special"] = False
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
 def written_out(counts, size=1 << 17):
     """Yield texts of about `size` characters, a line for each time that a piece was counted.
 
@@ -230,100 +307,6 @@ def written_out(counts, size=1 << 17):
                 yield "".join(lines)
                 lines, length = [], 0
     yield "".join(lines)
-
-
-def demo_blocks():
-    from demo.town import conversations, demo_documents  # only the demo needs the town
-    yield Block("texts", "demo", 1, list(demo_documents()))
-    records = [(f"demo:{number}", record) for number, record in enumerate(conversations(), 1)]
-    yield Block("records", "demo", 1, records)
-
-
-class Sample:
-    """Iterates over the sampled texts, which are spread evenly over the input.
-
-    From the first x% of the input it takes at most the first (x + 1)% of max_bytes; blocks beyond
-    that pass unparsed. `bytes` and `documents` say how much was taken so far.
-    """
-
-    def __init__(self, source, settings, report):
-        self._source, self._settings, self._report = source, settings, report
-        self._names = Names(settings.map)
-        self.bytes = self.documents = 0
-
-    def __iter__(self):
-        if not self._source:
-            for block in demo_blocks():
-                yield from self._texts_of(block)
-            return
-        # small blocks for a small input, so that the sample is spread evenly
-        for block in self._source.blocks(min(BLOCK, max(1 << 12, self._source.size // 500))):
-            if self._may_take():
-                yield from self._texts_of(block)
-
-    def _may_take(self):
-        """How many bytes may be taken now."""
-        share = 1.0
-        if self._source:
-            share = min(1, self._source.position / max(1, self._source.size) + 0.01)
-        # a character may take 4 bytes, so the last 3 may stay untaken
-        room = int(self._settings.max_bytes * share) - self.bytes
-        return max(0, room) if self._settings.max_bytes - self.bytes >= 4 else 0
-
-    def _texts_of(self, block):
-        for _, text in block_documents(block, self._report, self._settings.text_key, self._names):
-            if not self._may_take():
-                return
-            content = text.encode("utf-8")
-            left = self._settings.max_bytes - self.bytes
-            if len(content) > left:              # the last text is cut, between two characters
-                text = content[:left].decode("utf-8", errors="ignore")
-                content = text.encode("utf-8")
-            self.bytes += len(content)
-            self.documents += 1
-            yield text
-
-
-@dataclass
-class PieceCounter:
-    """Counts the pieces of some texts."""
-    nfkc: bool
-    han_run: int
-    special: list
-    limit: int
-
-    def __call__(self, texts):
-        return count_pieces(texts, self.nfkc, self.han_run, self.special, self.limit)
-
-
-def count_sample(sample, source, s, special):
-    """The Counter of the pieces of a sample."""
-    size = source.size if source else 0
-    large = min(size, s.max_bytes) > LARGE
-    batch, limit = (LARGE_BATCH, PIECES_BYTES // 2) if large else (BATCH, PIECES_BYTES)
-    counter = PieceCounter(s.nfkc, HAN_RUN if source else HAN_RUN_DEMO, special, limit)
-    # the fifth would wait for this process, which adds up what they find
-    processes = s.processes or min(4, default_processes(size))
-
-    def counted():
-        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-            for counts in encode_ahead(counter, in_batches(sample, batch), processes):
-                yield counts
-                bar.update((source.position if source else sample.bytes) - bar.n)
-    return add_up(counted(), PIECES_BYTES)
-
-
-def in_batches(texts, size):
-    """Lists of consecutive texts, each of about `size` characters."""
-    batch, total = [], 0
-    for text in texts:
-        batch.append(text)
-        total += len(text)
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
 
 
 if __name__ == "__main__":

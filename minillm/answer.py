@@ -1,4 +1,4 @@
-"""One answer: what a BatchDecoder is to decode, and what it has decoded so far.
+"""One answer: what is to be decoded, what has been so far, and why it ended.
 
     answer = Answer(model.tokenizer, conversation.next_prompt, SamplingParams(), seed=1)
     answer.push(token)                       # by the decoder
@@ -6,8 +6,11 @@
 """
 import collections
 
-from minillm.conversation import STOP_IDS
 from minillm.text_stream import TextStream
+from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
+
+STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
+SEGMENT_SEED = 1_000_003                         # added to the seed for each further prompt
 
 
 class Answer:
@@ -31,7 +34,7 @@ class Answer:
         self.next_news = 0.0                     # when the reader is to hear of it again
         self.prompt_tokens = len(self.prompt)    # of the first prompt
         self.cached_tokens = 0                   # of those, how many need not be read
-        self.tokens = 0                          # that were made, with the one that ends it
+        self.tokens = 0                          # made so far, with the one that ends it
         self.finish = None
         self.cancelled = False
         self.started = None                      # when it got its row
@@ -48,6 +51,20 @@ class Answer:
             self.end("stop")
         elif len(self.ids) == self.params.max_new_tokens:
             self.end("length")
+
+    @property
+    def segment_seed(self):
+        """The seed from the current prompt on."""
+        return self.seed + SEGMENT_SEED * self.segment
+
+    def begin_segment(self):
+        """The context is full: continue with a shorter prompt, or end where there is none."""
+        prompt = self.next_prompt(self.ids)
+        if prompt is None:
+            self.end("context")
+            return
+        self.prompt = prompt
+        self.segment += 1
 
     def end(self, reason):
         self._show(self.stream.flush())

@@ -24,8 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from minillm.answer import Answer
-from minillm.conversation import SEGMENT_SEED, STOP_IDS
+from minillm.answer import STOP_IDS, Answer
 from minillm.generation import cached_forward, common_length, decode_one_token, prefill
 from minillm.report import counted
 from minillm.sampling import penalize, sample
@@ -66,11 +65,10 @@ class Row:
     def start(self, answer, vocab_size):
         """Get ready to read answer.prompt."""
         self.answer, prompt, params = answer, answer.prompt, answer.params
-        self.read = self.shared(prompt)          # tokens of the prompt that are in the cache
+        self.n_read = self.shared(prompt)        # tokens of the prompt that are in the cache
         self.limit = min(params.max_new_tokens - len(answer.ids), self.cache.size - len(prompt))
         self.step = 0
-        seed = answer.seed + SEGMENT_SEED * answer.segment
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        generator = torch.Generator().manual_seed(answer.segment_seed % 2**63)
         self.u = torch.rand(self.limit, generator=generator).tolist()
         self.seen = None
         if params.repetition_penalty != 1:
@@ -84,7 +82,7 @@ class Row:
 
     @property
     def reading(self):
-        return self.read < len(self.answer.prompt)
+        return self.n_read < len(self.answer.prompt)
 
 
 class BatchDecoder:
@@ -225,7 +223,7 @@ class BatchDecoder:
         answer.started = time.monotonic()
         self.active += 1
         row.start(answer, self.vocab_size)
-        answer.cached_tokens = row.read
+        answer.cached_tokens = row.n_read
 
     def _fail(self):
         for row in self.rows:
@@ -246,8 +244,8 @@ class BatchDecoder:
 
     def _read(self, row):
         prompt = row.answer.prompt
-        row.read = min(row.read + READ_TOKENS, len(prompt))
-        logits = prefill(self.model, row.cache, [prompt[: row.read]], self.read)
+        row.n_read = min(row.n_read + READ_TOKENS, len(prompt))
+        logits = prefill(self.model, row.cache, [prompt[: row.n_read]], self.read)
         if not row.reading:
             self._choose([row], logits)
 
@@ -294,15 +292,6 @@ class BatchDecoder:
             row.seen[token] = True
         answer.push(token)
         if answer.finish is None and row.step == row.limit:
-            self._make_room(row)
-
-    def _make_room(self, row):
-        """The row is full: prefill again with fewer messages, or end the answer."""
-        answer = row.answer
-        prompt = answer.next_prompt(answer.ids)
-        if prompt is None:
-            answer.end("context")
-            return
-        answer.prompt = prompt
-        answer.segment += 1
-        row.start(answer, self.vocab_size)
+            answer.begin_segment()
+            if answer.finish is None:
+                row.start(answer, self.vocab_size)

@@ -4,9 +4,9 @@
 """
 import os
 
+from minillm.distributed import warn0
 from minillm.errors import UserError
 from minillm.run_folder import read_settings
-from minillm.same_function import say
 from minillm.token_files import read_meta
 
 
@@ -22,5 +22,5 @@ def warn_before_sft(out_dir):
     except UserError:
         return
     if meta["kind"] == "pretrain":
-        say(f"{out_dir} was trained on text, not on chats: it continues what you write. "
+        warn0(f"{out_dir} was trained on text, not on chats: it continues what you write. "
             f"It answers after SFT: train.py config/sft.py --init_from={out_dir}")

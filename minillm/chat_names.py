@@ -32,7 +32,6 @@ METADATA = IDS | ORIGIN
 # says what a file is, beside the list of its records
 ABOUT_A_FILE = ORIGIN | {"version", "name", "description", "license", "author", "date", "url", "format",
                          "split", "homepage", "created", "code", "msg", "status", "citation"}
-MEANINGS = ("user", "assistant", "system", "tool", "role", "content", "messages", "history")
 
 
 class Names:
@@ -40,22 +39,23 @@ class Names:
 
     def __init__(self, mapping=""):
         self.roles = {name: role for role, names in ROLES.items() for name in names}
-        keys = {"user": QUESTIONS, "assistant": ANSWERS, "system": SYSTEMS, "role": ROLE_KEYS,
-                "content": CONTENT_KEYS, "messages": MESSAGES, "history": ("history",), "tool": ()}
-        self.mapped, mapped = set(), {meaning: [] for meaning in MEANINGS}
+        keys = {"user": QUESTIONS, "assistant": ANSWERS, "system": SYSTEMS, "tool": (),
+                "role": ROLE_KEYS, "content": CONTENT_KEYS, "messages": MESSAGES,
+                "history": ("history",)}
+        given = {meaning: [] for meaning in keys}        # by --map
         for pair in filter(None, mapping.split(",")):
             name, colon, meaning = pair.rpartition(":")
             name, meaning = name.strip(), meaning.strip()
-            if not colon or not name or meaning not in MEANINGS:
+            if not colon or not name or meaning not in keys:
                 raise UserError(f"--map={mapping} must be NAME:MEANING,…, "
-                                f"with a meaning of {', '.join(MEANINGS)}")
-            mapped[meaning].append(name)             # before the others, in the order given
-            self.mapped.add(name)
+                                f"with a meaning of {', '.join(keys)}")
+            given[meaning].append(name)
             if meaning in ROLES:
                 self.roles[name.casefold()] = meaning
-        self.keys = keys = {meaning: (*mapped[meaning], *names) for meaning, names in keys.items()}
-        self.answer_keys = set(keys["assistant"])
-        self.known = {"input"}.union(*keys.values())
+        self.mapped = set().union(*given.values())
+        self.keys = {meaning: (*given[meaning], *names) for meaning, names in keys.items()}
+        self.answer_keys = set(self.keys["assistant"])
+        self.known = {"input"}.union(*self.keys.values())
 
     def role(self, name):
         """user, assistant, system or tool; None for a name without a meaning."""

@@ -22,11 +22,11 @@ TRANSCRIPT = re.compile(r"(?:^|\n)(Human|Assistant):")       # of Belle's multi-
 
 
 class _LeftOut:
-    """Keys of one record under which something stands that is not used."""
+    """What one record holds and nothing uses: keys, roles, and other reasons."""
 
     def __init__(self, names):
         self._names = names
-        self.known = set()               # and other reasons why something is left out
+        self.known = set()               # keys with a meaning, and other reasons
         self.unknown = set()
         self.unknown_roles = set()
 
@@ -61,8 +61,8 @@ def clean_conversation(record, report, place, names=NAMES):
         return _alternating(_all_turns(record, names, left_out), report, place)
     except Skip as reason:
         by_name = str(reason) == "no conversation" or left_out.unknown   # else a value is at fault
-        if by_name and not report.keys_seen and isinstance(record, dict):
-            report.keys_seen = tuple(map(str, list(record)[:8]))
+        if by_name and isinstance(record, dict):
+            report.see_keys(record)
         return report.skip(str(reason), place)
     finally:
         report.left_out.update(sorted(left_out.known))

@@ -20,9 +20,10 @@ import zipfile
 import torch
 
 from minillm.atomic_folder import sync
+from minillm.distributed import warn0
 from minillm.errors import UserError, brief
 from minillm.export_hf import read_model
-from minillm.same_function import has_changed, say
+from minillm.same_function import has_changed
 from minillm.tokenizer import Tokenizer
 
 MODEL_KEYS = {"model": dict, "model_config": dict, "step": int, "tokenizer_hash": str}
@@ -224,7 +225,7 @@ def load_for_inference(folder, which="newest", check=False):
             raise UserError(f"checkpoint={which}: {folder} holds only one model")
         return read_model(folder.removeprefix("hf:")) | {"path": folder}
     paths = paths_of(folder, which)
-    state = load_first(paths, report=say, check=check)
+    state = load_first(paths, report=warn0, check=check)
     state["tokenizer_dir"] = os.path.join(os.path.dirname(paths[0]), "tokenizer")
     return state
 
@@ -292,7 +293,7 @@ def load_weights(model, state, assign=False):
         _refuse(state, f"{unknown[0]} is unknown")
     model.load_state_dict(weights, assign=assign)
     if has_changed(model, state.get("fingerprint")):
-        say(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
+        warn0(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
             "the same weights now give other answers")
 
 

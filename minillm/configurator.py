@@ -144,15 +144,16 @@ def help_text(cls):
     script = sys.modules[cls.__module__]
     lines = [(script.__doc__ or "").strip(), "", HOW_TO_SET]
     hints = typing.get_type_hints(cls, include_extras=True)
-    comments, headings = field_comments(cls), field_headings(cls)
+    written = {name: (comment, heading) for name, comment, heading in _source_of_fields(cls)}
     for field in dataclasses.fields(cls):
-        if field.name in headings:
-            lines += ["", headings[field.name]]
+        comment, heading = written.get(field.name, ("", ""))
+        if heading:
+            lines += ["", heading]
         if field.default_factory is list:
             flag = "FILE..."
         else:
             flag = f"--{field.name}={_show(field.default, hints[field.name])}"
-        meaning = _choices(hints[field.name]) + comments.get(field.name, "")
+        meaning = _choices(hints[field.name]) + comment
         lines.append(f"  {flag:<34} {meaning}".rstrip())
     return "\n".join(lines)
 
@@ -162,13 +163,8 @@ def field_comments(cls):
     return {name: comment for name, comment, _ in _source_of_fields(cls)}
 
 
-def field_headings(cls):
-    """{field name: the comment on the lines before it}, for the first field of each group."""
-    return {name: heading for name, _, heading in _source_of_fields(cls) if heading}
-
-
 def _source_of_fields(cls):
-    """Yield (name, comment behind it, comment before it) for every field that has a comment."""
+    """Yield (name, comment behind it, comment on the lines before it) of fields with comments."""
     for base in reversed(cls.__mro__[:-1]):
         heading = []
         for line in inspect.getsource(base).splitlines():
@@ -257,15 +253,12 @@ def _parse(text, hint, where):
         plain = text.replace("_", "")
         if re.fullmatch(r"[+-]?\d+", plain):
             return int(plain)
-        return _whole(float(plain))              # 1e6 is a natural way to write a count
+        value = float(plain)                     # 1e6 is a natural way to write a count
+        if value != int(value):
+            raise ValueError
+        return int(value)
     except (ValueError, OverflowError):
         raise UserError(f"{where} takes {_kind_name(kind)}, not {text!r}") from None
-
-
-def _whole(number):
-    if number != int(number):
-        raise ValueError
-    return int(number)
 
 
 def _kind_name(kind):

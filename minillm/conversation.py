@@ -15,13 +15,9 @@ import random
 import time
 from dataclasses import asdict, dataclass
 
+from minillm.answer import STOP_IDS, Answer
 from minillm.errors import UserError
 from minillm.sampling_params import DEFAULTS, SamplingParams
-from minillm.text_stream import TextStream
-from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START
-
-STOP_IDS = (END_OF_TEXT, IM_START, IM_END)       # each ends an answer
-SEGMENT_SEED = 1_000_003                         # added to the seed for each further prompt
 
 
 def chat(model, messages, seed=None, stop=(), compile=False, **sampling):
@@ -68,7 +64,7 @@ def check_messages(messages):
 class Turn:
     role: str                              # user, assistant or system
     content: str
-    ids: list[int]                 # from <|im_start|> to the line end, as the model reads it
+    ids: list[int]                         # from <|im_start|> to the line end
 
 
 class Conversation:
@@ -90,7 +86,7 @@ class Conversation:
 
     def set_system(self, text):
         """Set the system prompt ('': none). Raises UserError if no room is left for a question."""
-        ids = self._ids("system", text) if text else []
+        ids = self._turn("system", text).ids if text else []
         if len(self.generation_prompt) >= self.context:
             raise UserError(f"a context of {self.context} tokens holds no question: the answer's "
                             f"beginning alone takes {len(self.generation_prompt)}")
@@ -101,7 +97,7 @@ class Conversation:
 
     def add(self, role, content):
         """Append a message without answering it."""
-        self.turns.append(Turn(role, content, self._ids(role, content)))
+        self.turns.append(self._turn(role, content))
 
     def clear(self):
         self.turns, self.first = [], 0
@@ -126,10 +122,7 @@ class Conversation:
         system = ""
         if messages and messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        turns = []
-        for message in messages:
-            role, content = message["role"], message["content"]
-            turns.append(Turn(role, content, self._ids(role, content)))
+        turns = [self._turn(message["role"], message["content"]) for message in messages]
         self.set_system(system)
         self.turns, self.first = turns, 0
 
@@ -146,11 +139,11 @@ class Conversation:
         return ids + self.generation_prompt
 
     def next_prompt(self, ids):
-        """The prompt to continue with after `ids` of the answer; for a decoder outside this class.
+        """The prompt to continue with after `ids` of the answer.
 
         Makes room if the context is full. None if nothing is left to drop.
         """
-        if ids and not self._droppable():
+        if ids and not self._second_exchange():
             return None
         self._make_room(len(ids))
         return self.prompt() + ids
@@ -195,48 +188,38 @@ class Conversation:
         length (max_new_tokens), context (no room left), interrupt.
         """
         seed = random.SystemRandom().getrandbits(31) if seed is None else seed
-        stream, text, ids = TextStream(self.tokenizer, stop), "", []
         last = dict(tokens=0, seconds=0.0, first_token_seconds=0.0, prompt_tokens=0,
                     context_tokens=0, seed=seed, finish="interrupt")
         self.last = last
-        start = time.perf_counter()
-        ended, segment = None, 0
+        start, before, text = time.perf_counter(), self.cache.n_prefilled, ""
+        params = SamplingParams(max_new_tokens)
+        answer = Answer(self.tokenizer, self.next_prompt, params, seed, stop)
         try:
-            while ended is None:
-                self._make_room(len(ids))
-                prompt = self.prompt() + ids
-                before = self.cache.n_prefilled
-                room = min(max_new_tokens - len(ids), self.context - len(prompt))
+            while not answer.finish:
+                room = min(max_new_tokens - len(answer.ids), self.context - len(answer.prompt))
                 tokens = self.model.generate(
-                    prompt, room, cache=self.cache, seed=seed + SEGMENT_SEED * segment,
+                    answer.prompt, room, cache=self.cache, seed=answer.segment_seed,
                     stop_ids=STOP_IDS, **sampling)
                 for token in tokens:
-                    if not last["tokens"]:
+                    if not answer.tokens:
                         last["first_token_seconds"] = time.perf_counter() - start
                         last["prompt_tokens"] = self.cache.n_prefilled - before
-                    last["tokens"] += 1
-                    if token in STOP_IDS:
-                        ended = "stop"
-                        break
-                    ids.append(token)
-                    piece = stream.push(token)
+                    answer.push(token)
+                    piece = answer.take()
                     text += piece
                     yield piece
-                    if stream.stopped:
-                        ended = "stop"
+                    if answer.finish:
                         break
-                if ended is None and len(ids) == max_new_tokens:
-                    ended = "length"
-                if ended is None and not self._droppable():
-                    ended = "context"
-                segment += 1
-            piece = stream.flush()
+                if not answer.finish:
+                    answer.begin_segment()
+            piece = answer.take()                # the end of a text that the context cut
             text += piece
-            last["finish"] = ended
             yield piece
         finally:
+            last["tokens"], last["finish"] = answer.tokens, answer.finish or "interrupt"
             # keep the sampled ids, unless they hold more than was shown: a stop string, or half a
             # character
+            ids = answer.ids
             if self.tokenizer.decode(ids) != text:
                 ids = self.tokenizer.encode(text)
             ids = self.generation_prompt + ids + self.tokenizer.suffix
@@ -246,11 +229,15 @@ class Conversation:
             history = len(self.prompt()) - len(self.generation_prompt)
             last["context_tokens"] = min(history, self.context)
 
-    def _ids(self, role, content):
-        return self.tokenizer.encode_chat([{"role": role, "content": content}])[0]
+    def _turn(self, role, content):
+        ids, _ = self.tokenizer.encode_chat([{"role": role, "content": content}])
+        return Turn(role, content, ids)
 
-    def _droppable(self):
-        """Index of the turn that begins the second exchange that the model sees, or 0."""
+    def _second_exchange(self):
+        """Index of the turn that begins the second exchange that the model sees; 0: there is none.
+
+        The exchange before it can be dropped.
+        """
         for i in range(self.first + 1, len(self.turns)):
             if self.turns[i].role == "user":
                 return i
@@ -261,7 +248,7 @@ class Conversation:
         length = len(self.prompt()) + n_answered
         if length < self.context:
             return
-        while length > self.context * 3 // 4 and (second := self._droppable()):
+        while length > self.context * 3 // 4 and (second := self._second_exchange()):
             length -= sum(len(turn.ids) for turn in self.turns[self.first:second])
             self.first = second
         if length >= self.context:

@@ -116,11 +116,6 @@ def _map(path, dtype):
                         "prepare_pretrain.py and prepare_sft.py make it") from None
 
 
-def _mix(x, key):
-    """A 64-bit mixing function, on arrays of uint64."""
-    return scramble(x ^ np.uint64(key))
-
-
 def permute(indices, n, key):
     """Where a pseudo-random permutation of range(n) sends each of `indices`. O(1) memory for any n.
 
@@ -131,14 +126,14 @@ def permute(indices, n, key):
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = _mix(np.arange(4, dtype=np.uint64), key & (2**64 - 1)).tolist()
+    keys = scramble(np.arange(4, dtype=np.uint64) ^ np.uint64(key & (2**64 - 1))).tolist()
     x = np.asarray(indices, dtype=np.uint64).copy()
     pending = np.ones(x.shape, dtype=bool)
     with np.errstate(over="ignore"):
         while pending.any():
             left, right = x[pending] >> half, x[pending] & low
             for k in keys:
-                left, right = right, left ^ (_mix(right, k) & low)
+                left, right = right, left ^ (scramble(right ^ np.uint64(k)) & low)
             x[pending] = (left << half) | right
             pending = x >= np.uint64(n)
     return x.astype(np.int64)

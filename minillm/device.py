@@ -54,24 +54,17 @@ def pick_dtype(name, device):
     auto: bfloat16 if the device has units for it; float16 on older GPUs (T4, V100), which only
     emulate bfloat16; float32 otherwise.
     """
+    if name == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     if name == "auto":
-        return _best_dtype(device)
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}: auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "mps":
         raise UserError("dtype=float16 is not supported on mps: take float32 or bfloat16")
     return DTYPES[name]
-
-
-def _best_dtype(device):
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "mps":
-        return torch.float32
-    # an older torch cannot tell
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-    return torch.bfloat16 if has_bf16() else torch.float32
 
 
 def start_compiler():

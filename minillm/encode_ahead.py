@@ -55,23 +55,18 @@ def encode_ahead(encode, blocks, processes=1):
     """Yield encode(block) for every block, in order, reading and encoding ahead."""
     reader = in_background(blocks)
     with _pool(encode, processes) as (submit, workers), contextlib.closing(reader):
-        futures, late_error = collections.deque(), None
+        futures, error = collections.deque(), None
         try:
-            while True:
-                try:
-                    block = next(reader)
-                except StopIteration:
-                    break
-                except Exception as error:       # what was read before it comes first
-                    late_error = error
+            for block, error in reader:
+                if error:                        # what was read before it comes first
                     break
                 futures.append(submit(block))
                 if len(futures) >= AHEAD * workers:
                     yield futures.popleft().result()
             while futures:
                 yield futures.popleft().result()
-            if late_error:
-                raise late_error
+            if error:
+                raise error
         except concurrent.futures.BrokenExecutor:
             raise UserError("a process that encodes was killed, perhaps for memory: "
                             f"--processes={max(1, workers // 2)} takes less") from None
@@ -176,7 +171,7 @@ def _encode_in_worker(block):
 
 
 def in_background(iterable):
-    """Iterate `iterable` on another thread, two items ahead; its exceptions are raised here."""
+    """Iterate on another thread, two items ahead: yields (item, None), or (None, an exception)."""
     items, stop = queue.Queue(2), threading.Event()
 
     def put(item):
@@ -192,20 +187,15 @@ def in_background(iterable):
                 put((item, None))
                 if stop.is_set():
                     return
-            put((None, StopIteration()))
         except BaseException as error:
             put((None, error))
+        put(None)                                # the end
 
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
-        while True:
-            item, error = items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
+        while pair := items.get():
+            yield pair
     finally:
         stop.set()
         thread.join()

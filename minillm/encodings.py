@@ -52,8 +52,8 @@ def is_wide(encoding):
 def is_utf8(data):
     """Whether bytes that may end inside a character are UTF-8, and not by chance.
 
-    Of two bytes that are one Chinese character in GBK, about one pair in six is also one character
-    of UTF-8. A dozen different ones are not: that happens to one text in a billion.
+    Of the pairs of bytes that are a Chinese character in GBK, about one in six is also a character
+    in UTF-8. A dozen different pairs are all so in one text of a billion.
     """
     if data.isascii() or b"\0" in data:
         return False
@@ -78,16 +78,13 @@ def refuse_utf8(name, data, encoding):
 class Transcoded(io.RawIOBase):
     """A stream of bytes in `encoding`, read as UTF-8. What does not decode becomes U+FFFD.
 
-    `translate` maps text to text, as for other line ends; `broken`: whether anything was replaced.
+    on_broken(): called once, before the first U+FFFD.
     """
 
-    def __init__(self, stream, encoding, translate=None):
-        self._stream = stream
+    def __init__(self, stream, encoding, on_broken):
+        self._stream, self._encoding, self._on_broken = stream, encoding, on_broken
         self._decoder = codecs.getincrementaldecoder(encoding)("strict")
-        self._lenient = codecs.getincrementaldecoder(encoding)("replace")
-        self._translate = translate
         self._ready = b""
-        self.broken = False
 
     def readable(self):
         return True
@@ -95,10 +92,7 @@ class Transcoded(io.RawIOBase):
     def readinto(self, buffer):
         while not self._ready:
             data = self._stream.read(1 << 16)
-            text = self._decode(data)
-            if self._translate:
-                text = self._translate(text)
-            self._ready = text.encode("utf-8", "replace")
+            self._ready = self._decode(data).encode("utf-8", "replace")
             if not data:
                 break
         count = min(len(buffer), len(self._ready))
@@ -107,14 +101,14 @@ class Transcoded(io.RawIOBase):
         return count
 
     def _decode(self, data):
-        if not self.broken:
-            state = self._decoder.getstate()
-            try:
-                return self._decoder.decode(data, not data)
-            except UnicodeDecodeError:
-                self.broken = True
-                self._lenient.setstate(state)
-        return self._lenient.decode(data, not data)
+        state = self._decoder.getstate()
+        try:
+            return self._decoder.decode(data, not data)
+        except UnicodeDecodeError:
+            self._on_broken()
+            self._decoder = codecs.getincrementaldecoder(self._encoding)("replace")
+            self._decoder.setstate(state)
+            return self._decoder.decode(data, not data)
 
 
 def guess_encoding(sample):
@@ -138,7 +132,7 @@ def _plausible(text, encoding):
     other = [char for char in text if not " " <= char <= "~" and char not in "\t\r\n"]
     if not other:
         return 1.0
-    return sum(map(lambda char: _usual(char, encoding), other)) / len(other)
+    return sum(_usual(char, encoding) for char in other) / len(other)
 
 
 def _usual(char, encoding):

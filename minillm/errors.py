@@ -47,7 +47,9 @@ def run(main):
         advice = _cache_advice(error)
         if error.errno not in MACHINE and not advice:
             raise
-        sys.exit(_report(f"{_place_of(error)}: {reason(error)}{advice}"))
+        forget_lost_lines()
+        place = error.filename or "cannot write the output"
+        sys.exit(_report(f"{place}: {reason(error)}{advice}"))
 
 
 def brief(value):
@@ -98,13 +100,12 @@ def _call_and_flush(main):
     sys.stdout.flush()
 
 
-def _place_of(error):
-    """What an OSError of MACHINE is about; if stdout fails, it is silent from now on."""
+def forget_lost_lines():
+    """Do not fail at the end because of lines that could not be printed."""
     try:
         sys.stdout.flush()
     except OSError:
         write_nowhere(1)
-    return error.filename or "cannot write the output"
 
 
 def write_nowhere(number):

@@ -3,15 +3,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minillm.answer import STOP_IDS
 from minillm.chat_names import NAMES
 from minillm.chat_records import clean_conversation
-from minillm.conversation import STOP_IDS
 from minillm.errors import UserError
 from minillm.generation import round_up
 from minillm.report import Report
 from minillm.text_files import Source
 from minillm.text_reader import conversations
-from minillm.token_files import advice
 
 SHAPES = ('; a question is {"instruction": …, "output": …} or {"messages": […]}; '
           "--map=KEY:user,KEY:assistant says which other keys hold it")
@@ -25,14 +24,13 @@ class Question(NamedTuple):
 
 def read_questions(path, encoding="utf-8", names=NAMES):
     """(questions, lines that say what was skipped) of a file of chats that end with the answer."""
-    report = Report(hint=SHAPES)
+    report = Report(hint=SHAPES, encoding=encoding)
     chats = conversations(Source([path], report, encoding), names)
     questions = questions_of(chats)
-    lines = report.lines() + advice(report, encoding)
     if not questions:
-        reasons = "; ".join(line.strip() for line in lines) or "the file is empty"
+        reasons = report.in_a_line() or "the file is empty"
         raise UserError(f"{path} holds no chat that ends with an answer ({reasons})")
-    return questions, lines
+    return questions, report.lines()
 
 
 def demo_questions(records):

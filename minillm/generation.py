@@ -13,7 +13,7 @@ What calls what:
           decode_one_token   the model over one token per row → logits of the next one
           sample_next        draws the next token from the logits
 
-A row ends at one of `stop_ids` (of a chat: conversation.STOP_IDS); text_stream.py handles stop
+A row ends at one of `stop_ids` (of a chat: answer.STOP_IDS); text_stream.py handles stop
 strings.
 
 `decode_step`, what it calls, and `cached_forward` read nothing back from the device, so that

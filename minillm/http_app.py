@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import os
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -53,8 +54,8 @@ def make_app(service, limits, decoder):
         Route("/healthz", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
-        Route("/v1/chat/completions", chat_completion, methods=["POST"]),
-        Route("/v1/completions", completion, methods=["POST"]),
+        Route("/v1/chat/completions", partial(respond, read=read_chat), methods=["POST"]),
+        Route("/v1/completions", partial(respond, read=read_completion), methods=["POST"]),
     ], exception_handlers={ApiError: show_error, HTTPException: show_http_error,
                            Exception: show_bug})
     app.state.service = service
@@ -211,14 +212,6 @@ async def read_body(request, limits):
         raise ApiError(413, f"the body is larger than {limits.max_body:,} bytes",
                        code="request_too_large")
     return bytes(body)
-
-
-async def chat_completion(request):
-    return await respond(request, read_chat)
-
-
-async def completion(request):
-    return await respond(request, read_completion)
 
 
 async def respond(request, read):

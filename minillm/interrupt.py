@@ -2,6 +2,7 @@
 
 SIGHUP comes when the terminal is closed; a run that was started with nohup ignores it.
 """
+import contextlib
 import os
 import signal
 import time
@@ -29,15 +30,10 @@ class StopSignal:
         if self.asked:
             return
         self.asked, self.since = 1, time.monotonic()
-        if self.rank == 0:
-            self._say(number)
-
-    def _say(self, number):
-        """Straight to stderr: print is not safe inside a signal handler."""
+        if self.rank > 0:
+            return
         line = f"\n{signal.Signals(number).name}: finishing this step, then saving"
         if number == signal.SIGINT:
             line += "; Ctrl-C again leaves at once"
-        try:
-            os.write(2, line.encode() + b"\n")
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode() + b"\n")  # print is not safe inside a signal handler

@@ -18,10 +18,10 @@ WRAPPERS = ("data", "rows", "records", "examples", "items", "instances", "train"
 _WRAPPED = re.compile(r'\{\s*"(?:%s)"\s*:\s*\[' % "|".join(WRAPPERS))
 _OPENS = re.compile(r'\[|' + _WRAPPED.pattern)
 _KEY = re.compile(r'("(?:[^"\\]|\\.)*")\s*:\s*')
-_BETWEEN = re.compile(r"[\s,\ufeff]*")
+BETWEEN = re.compile(r"[\s,\ufeff]*")           # two values
 _SPACE = " \t\r\n\ufeff"
-_strict = json.JSONDecoder().raw_decode              # a line end inside a string is an error
-_lenient = json.JSONDecoder(strict=False).raw_decode # a raw tab or NUL inside a string is kept
+STRICT = json.JSONDecoder()                      # a line end inside a string is an error
+LENIENT = json.JSONDecoder(strict=False)         # a raw tab or NUL inside a string is kept
 
 
 def is_message(value):
@@ -63,7 +63,7 @@ def form_of(head, whole):
         elif end is None and not whole:
             return None
     if opening:
-        first, end = _decoded(head, _BETWEEN.match(head, opening.end()).end())
+        first, end = _decoded(head, BETWEEN.match(head, opening.end()).end())
         if end is None:
             return _array_or_lines(head, opening) if whole else None
         if is_message(first) or not isinstance(first, (dict, list, str)):
@@ -92,7 +92,7 @@ def _array_or_lines(head, opening):
 
 def _decoded(text, start):
     try:
-        return _strict(text, start)
+        return STRICT.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, None
 
@@ -102,7 +102,7 @@ def json_values(stream, encoding, name, form, report):
     buffer = _Buffer(stream, encoding, name)
     inside, number = form == "values", 0
     while True:
-        if not buffer.skip(_BETWEEN):
+        if not buffer.skip(BETWEEN):
             return
         if form == "array" and not inside:
             opening = buffer.match(_OPENS)
@@ -183,7 +183,7 @@ class _Buffer:
         """(value, characters) of the next JSON value; (None, None) if the stream ends inside it."""
         while True:
             try:
-                value, end = _lenient(self.text, self.at)
+                value, end = LENIENT.raw_decode(self.text, self.at)
             except (ValueError, RecursionError):
                 if self.more():
                     continue

@@ -69,7 +69,9 @@ def read_fields(body, service, foreign, its_path):
     if foreign in fields.data:
         raise ApiError(400, f"{foreign} is for {its_path}", foreign)
     check_names(fields.data)
-    check_model(fields, service)
+    name = fields.data.get("model", service.name)
+    if name != service.name:
+        raise no_such_model(name, service)
     return fields
 
 
@@ -83,12 +85,6 @@ def read_params(fields, service):
     top_p = fields.number("top_p", default.top_p, 0, 1, above=True)
     penalty = fields.number("repetition_penalty", default.repetition_penalty, 0.01, 100)
     return SamplingParams(max_new_tokens, temperature, top_k, top_p, penalty)
-
-
-def check_model(fields, service):
-    name = fields.data.get("model", service.name)
-    if name != service.name:
-        raise no_such_model(name, service)
 
 
 def no_such_model(name, service):

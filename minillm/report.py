@@ -8,6 +8,7 @@
 import os
 from collections import Counter
 
+from minillm.encodings import guess_encoding
 from minillm.errors import UserError
 
 KEYS_KEPT = 1000             # unknown keys that are counted; a file may have any number of them
@@ -23,15 +24,16 @@ class Skip(Exception):
 class Report:
     """Tables of what happened to the input: {reason: {"count", "first"}}, the first by file:line.
 
-    A note is of what is used as it stands, and was perhaps meant otherwise.
+    A note is about what is used as it stands, but was perhaps meant otherwise.
 
     `left_out` counts, for each key that has a meaning and is left out nevertheless, the records
     that have it. `unknown` does so for keys that no rule knows, `unknown_roles` for such roles.
     """
 
-    def __init__(self, strict=False, hint=""):
+    def __init__(self, strict=False, hint="", encoding="utf-8"):
         self.strict = strict
         self.hint = hint                 # what to do about keys that no rule knows
+        self.encoding = encoding         # of the input, as the user says
         self.skipped = {}
         self.repaired = {}
         self.noted = {}
@@ -57,9 +59,13 @@ class Report:
         _count(self.noted, reason, place)
 
     def other_file(self, path, kind=None):
-        """Count a file in a folder or a tar that is passed over; kind: its suffix as a rule."""
+        """Count a file in a folder or a tar that is passed over, by `kind`, or by its suffix."""
         suffix = os.path.splitext(path)[1].lower()
         _count(self.other_files, kind or suffix or "no suffix", path)
+
+    def see_keys(self, record):
+        """Remember the keys of a record in which nothing was understood, if it is the first."""
+        self.keys_seen = self.keys_seen or tuple(map(str, list(record)[:8]))
 
     def undecodable_line(self, line, encoding, place):
         self.skip(f"not {encoding}", place)
@@ -82,8 +88,12 @@ class Report:
         self.undecodable = (self.undecodable + other.undecodable)[:SAMPLE_BYTES]
         self.keys_seen = self.keys_seen or other.keys_seen
 
+    def in_a_line(self):
+        """The report for an error message, "" where all was well."""
+        return "; ".join(line.strip() for line in self.lines())
+
     def lines(self):
-        """The report as lines of text for the terminal; none where all was well."""
+        """The report and what to do, as lines for the terminal; none where all was well."""
         lines = []
         tables = ("repaired", self.repaired), ("skipped", self.skipped), ("noted", self.noted)
         for verb, table in tables:
@@ -98,6 +108,14 @@ class Report:
         if self.unknown_roles:
             lines.append(f"  roles that no rule knows: {self._unknown_roles()}; "
                          "--map=NAME:user (or assistant, system, tool) says what one is")
+        fits = guess_encoding(self.undecodable) if self.undecodable else None
+        if fits and fits != self.encoding:
+            lines.append(f"  what is not {self.encoding} looks like {fits}: try --encoding={fits} "
+                         "if all of the input is, else convert those files "
+                         f"(`iconv -f {fits} -t utf-8 OLD > NEW`)")
+        if self.keys_seen:
+            lines.append("  the keys of the first record that was not understood: "
+                         f"{', '.join(self.keys_seen)}{self.hint}")
         return lines
 
     def _other_files(self):

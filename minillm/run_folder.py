@@ -26,7 +26,8 @@ from minillm.token_files import fingerprint
 
 NOT_SAVED = ("overwrite", "inspect_step", "allow_other_data", "checkpoint")     # in config.py
 MADE_OF_A_RUN = ("hf", "gguf", "loss.png", "load.png")  # by export.py and scripts/plot.py
-# settings that a resumed run keeps where its command does not repeat them, and their old values
+# settings that a resumed run takes from its checkpoint unless the command gives them; and their
+# values in a checkpoint that is older than the setting
 KEPT = {"keep_checkpoints": 2, "keep_every": 0, "optimizer": "adamw", "doc_mask": False}
 DECIDES_VALIDATION = ("data", "block_size", "batch_size", "eval_iters", "doc_mask")
 
@@ -206,27 +207,28 @@ def begin(s, log, resumed_at, tokenizer, facts):
     resumed_at: a step, or None for a new run, which removes the files of an older one.
     """
     try:
-        _begin(s, resumed_at, tokenizer, facts)
+        _remove_temporary(s.out_dir)
+        if resumed_at is None:
+            _remove_older_run(s.out_dir)
+        else:
+            _set_aside_newer(s.out_dir, resumed_at, rolled_back=s.checkpoint != "newest")
+        copy_tokenizer(tokenizer, s.out_dir)
+        if resumed_at is None or resumed_at < s.steps:   # else nothing is trained with these
+            write_settings(s.out_dir, s, facts)
         log.begin()
     except OSError as error:
         path = error.filename2 or error.filename
         raise UserError(f"cannot write to {s.out_dir}: {path}: {error.strerror}") from None
 
 
-def _begin(s, resumed, tokenizer, facts):
-    _remove_temporary(s.out_dir)
-    if resumed is None:
-        old = [checkpoint.step_path(s.out_dir, step) for step in checkpoint.saved_steps(s.out_dir)]
-        for path in (*old, checkpoint.best_path(s.out_dir), os.path.join(s.out_dir, "eval.json")):
-            checkpoint.remove(path)
-        left = [name for name in MADE_OF_A_RUN if os.path.exists(os.path.join(s.out_dir, name))]
-        if left:
-            print0(f"{s.out_dir} still holds {', '.join(left)} of the model before this one")
-    else:
-        _set_aside_newer(s.out_dir, resumed, rolled_back=s.checkpoint != "newest")
-    copy_tokenizer(tokenizer, s.out_dir)
-    if resumed is None or resumed < s.steps:     # else nothing is trained with these settings
-        write_settings(s.out_dir, s, facts)
+def _remove_older_run(folder):
+    """Remove its checkpoints and results; what was made of its model is named, and stays."""
+    old = [checkpoint.step_path(folder, step) for step in checkpoint.saved_steps(folder)]
+    for path in (*old, checkpoint.best_path(folder), os.path.join(folder, "eval.json")):
+        checkpoint.remove(path)
+    left = [name for name in MADE_OF_A_RUN if os.path.exists(os.path.join(folder, name))]
+    if left:
+        print0(f"{folder} still holds {', '.join(left)} of the model before this one")
 
 
 def _remove_temporary(folder):

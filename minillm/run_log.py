@@ -17,7 +17,8 @@ from tqdm import tqdm
 from minillm import trackers
 from minillm.dataloader import batch_windows
 from minillm.device import peak_flops
-from minillm.distributed import forget_lost_lines, print0
+from minillm.distributed import print0
+from minillm.errors import forget_lost_lines
 
 
 class MetricsFile:

@@ -9,13 +9,11 @@ Formulas of model.py and moe.py are repeated where they must be: in minillm/spee
 exporters; and a checkpoint holds weights, not the code that they belong to. Whoever changes the
 model must hear of each place that still computes the old one, so each of them compares.
 
-What only training does (dropout, the router's noise) is not compared, nor what concerns only tokens
-that lie LONGEST or more apart, and in layers from FIRST_LAYERS on those that lie 12 or more apart.
+Not compared: what only training does (dropout, the router's noise); and what concerns only tokens
+that lie LONGEST or more apart, or in the layers from FIRST_LAYERS on, 12 or more.
 """
 import contextlib
-import os
 import random
-import sys
 import warnings
 import zlib
 from dataclasses import replace
@@ -25,6 +23,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from minillm.attention import document_mask
+from minillm.distributed import warn0
 from minillm.generation import KVCache, decode_one_token, prefill
 from minillm.tokenizer import END_OF_TEXT
 
@@ -145,10 +144,10 @@ def check_attention(model, flex=False):
             expected, found = attend_in_all_ways(copy, flex)
             different |= {name: None for name in found if not same(found[name], expected)}
     except Exception as error:       # of code that we do not know: other sizes, a kernel for GPUs
-        say(f"minillm/attention.py was not compared with itself: {in_a_line(error)}")
+        warn0(f"minillm/attention.py was not compared with itself: {in_a_line(error)}")
         return
     for name in different:
-        say(f"minillm/attention.py: attention {name} is another function than over a whole text: "
+        warn0(f"minillm/attention.py: attention {name} is another function than over a whole text: "
             "change causal_attention's branches, the masks and cached_attention alike; what the "
             "model does elsewhere with other tokens or positions, cached_forward must do as well")
 
@@ -166,10 +165,10 @@ def check_loss(model):
         logits, loss = copy(ids)[0], copy(ids, ids)[0]
         expected = F.cross_entropy(logits, ids[0], reduction="sum")
     except Exception as error:
-        say(f"model.py: the loss was not compared with the logits: {in_a_line(error)}")
+        warn0(f"model.py: the loss was not compared with the logits: {in_a_line(error)}")
         return
     if not same(loss, expected):
-        say("model.py: the training loss is not the cross-entropy of GPT.logits: train.py and "
+        warn0("model.py: the training loss is not the cross-entropy of GPT.logits: train.py and "
             "eval.py will give different numbers; if you changed one of them, look at the other")
 
 
@@ -223,10 +222,3 @@ def same(found, expected, tolerance=1e-4):
 def in_a_line(error):
     """An exception's type and the beginning of what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
-def say(text):
-    """A line to stderr, on rank 0: stdout belongs to the answer. A closed stderr is ignored."""
-    if int(os.environ.get("RANK") or 0) == 0:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ def _splitmix(x):
 
 
 class DiskShuffle:
-    """Documents in, shuffled documents out. `folder` must be empty; it is removed at the end.
+    """Documents in, shuffled documents out. Makes `folder`, and removes it at the end.
 
     With `dedup`, documents of equal digest are returned once, the first that arrived; the places of
     the others go to `on_duplicate(place)`. The key is then made from the digest, so that copies
@@ -75,6 +75,7 @@ class DiskShuffle:
         self._seed = _splitmix(np.array([seed & (2**64 - 1)], np.uint64))
         self._count = 0
         self._files = {}
+        os.mkdir(folder)
         _allow_open_files(BUCKETS + 256)
 
     def add(self, documents):

@@ -38,8 +38,9 @@ class Terminal:
         self.settings, self.model = settings, model
         self.conversation = Conversation(model, settings.system, settings.truncate_ctx)
         self.colour = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        # in the order of the class, in which /help lists them
         self.commands = {name.removeprefix("command_"): getattr(self, name)
-                         for name in dir(self) if name.startswith("command_")}
+                         for name in vars(Terminal) if name.startswith("command_")}
         self.interrupts = 0                      # Ctrl-C since the last line that was entered
         self.n_answers = 0                       # since the seed was set
         self.totals = {"tokens": 0, "seconds": 0.0, "answers": 0}
@@ -195,9 +196,9 @@ class Terminal:
 
     def command_help(self, rest):
         """this list"""
-        for command in sorted(self.commands.values(), key=line_of):
+        for name, command in self.commands.items():
             usage, _, meaning = (command.__doc__ or "").rpartition(" — ")   # -OO: none
-            self.dim(f"  /{command.__name__[8:] + ' ' + usage:<24}{meaning}")
+            self.dim(f"  /{name + ' ' + usage:<24}{meaning}")
         self.dim("  several lines: paste them, end a line with \\, "
                  'or put """ on the lines before and after\n'
                  "  Ctrl-C stops the answer, twice leaves; Ctrl-D leaves; "
@@ -306,11 +307,6 @@ class Terminal:
         if seed is not None:
             seed += 7919 * self.n_answers
         return self.settings.sampling() | {"seed": seed}
-
-
-def line_of(method):
-    """The line of the file where a method begins."""
-    return method.__func__.__code__.co_firstlineno
 
 
 def waiting(seconds):

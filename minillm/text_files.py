@@ -18,6 +18,7 @@ import lzma
 import os
 import tarfile
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 from minillm.encodings import (Transcoded, guess_encoding, is_wide, known_encoding,
@@ -134,7 +135,8 @@ class Source:
         else:
             refuse_utf8(name, head, encoding)
         if is_wide(encoding):
-            stream = io.BufferedReader(_Watched(stream, encoding, self.report, name), HEAD)
+            on_broken = partial(self.report.repair, f"not {encoding}, made U+FFFD", name)
+            stream = io.BufferedReader(Transcoded(stream, encoding, on_broken), HEAD)
             encoding = "utf-8"
         head, stream = look_ahead(stream, HEAD)
         self._refuse_nuls(name, kind, head)
@@ -164,15 +166,8 @@ class Source:
         if form == "lines":
             yield from self._line_blocks(name, stream, encoding, size)
             return
-        records, total = [], 0
-        for place, value, length in json_values(stream, encoding, name, form, self.report):
-            records.append((place, value))
-            total += length
-            if total >= size:
-                yield Block("records", name, 1, records, total)
-                records, total = [], 0
-        if records:
-            yield Block("records", name, 1, records, total)
+        records = json_values(stream, encoding, name, form, self.report)
+        yield from _filled_blocks("records", name, records, size)
 
     def _line_blocks(self, name, stream, encoding, size):
         first = 1
@@ -194,16 +189,22 @@ class Source:
             first += count
 
     def _txt_blocks(self, name, stream, encoding, size):
-        texts, total = [], 0
         documents = txt_documents(name, stream, encoding, self.document, self.report)
-        for place, text in documents:
-            texts.append((place, text))
-            total += len(text)
-            if total >= size // 2:                   # characters, of one to four bytes
-                yield Block("texts", name, 1, texts, total)
-                texts, total = [], 0
-        if texts:
-            yield Block("texts", name, 1, texts, total)
+        texts = ((place, text, len(text)) for place, text in documents)
+        yield from _filled_blocks("texts", name, texts, size // 2)   # a character: 1 to 4 bytes
+
+
+def _filled_blocks(kind, name, items, size):
+    """Yield Blocks of about `size` characters. items: (place, value, characters)."""
+    data, total = [], 0
+    for place, value, length in items:
+        data.append((place, value))
+        total += length
+        if total >= size:
+            yield Block(kind, name, 1, data, total)
+            data, total = [], 0
+    if data:
+        yield Block(kind, name, 1, data, total)
 
 
 def batches_of(blocks, size):
@@ -226,21 +227,6 @@ def batches_of(blocks, size):
         yield batch
     if late_error:
         raise late_error
-
-
-class _Watched(Transcoded):
-    """Transcoded, with a word in the report where something did not decode."""
-
-    def __init__(self, stream, encoding, report, name):
-        super().__init__(stream, encoding)
-        self._report, self._reason, self._name = report, f"not {encoding}, made U+FFFD", name
-
-    def readinto(self, buffer):
-        before = self.broken
-        count = super().readinto(buffer)
-        if self.broken and not before:
-            self._report.repair(self._reason, self._name)
-        return count
 
 
 def _parquet_blocks(path, size):

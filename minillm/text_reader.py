@@ -9,24 +9,14 @@ What cannot be used is skipped, what can be put right is repaired; both are coun
 reason, with the first file:line of each. The preparation calls block_documents() and
 block_conversations() in other processes.
 """
-import json
-import re
-
-from minillm.chat_names import ABOUT_A_FILE, ANSWERS, IDS, MESSAGES, QUESTIONS
-from minillm.chat_records import NAMES, clean_conversation, mend
+from minillm.chat_names import ABOUT_A_FILE, ANSWERS, IDS, MESSAGES, NAMES, QUESTIONS
+from minillm.chat_records import clean_conversation, mend
 from minillm.errors import UserError
-from minillm.json_stream import WRAPPERS, are_messages, is_message
-from minillm.report import Report
-from minillm.text_files import Source
+from minillm.json_stream import BETWEEN, LENIENT, WRAPPERS, are_messages, is_message
 from minillm.tokenizer import SPECIAL_TOKENS
 
 TEXT_KEY_HINT = "; --text_key=KEY says which of them holds the text"
 
-__all__ = ["Report", "Source", "documents", "conversations", "block_documents",
-           "block_conversations", "check_text_keys"]
-
-_decoder = json.JSONDecoder(strict=False)            # a raw tab or NUL inside a string is kept
-_BETWEEN = re.compile(r"[\s,\ufeff]*")
 # what has one of these, or a name that the user gave, is a record itself
 OWN_KEYS = {"text", "content", *IDS, *QUESTIONS, *ANSWERS, *MESSAGES} - set(WRAPPERS)
 
@@ -72,8 +62,7 @@ def _block_texts(block, report, text_key, names):
             if messages:
                 yield place, "\n".join(message["content"] for message in messages)
         elif text is None:
-            if not report.keys_seen:
-                report.keys_seen = tuple(map(str, list(record)[:8]))
+            report.see_keys(record)
             report.skip(f"no text under {' or '.join(map(repr, keys))}", place)
         elif not text.strip():
             report.skip("empty text", place)
@@ -158,7 +147,7 @@ def _line_values(block, report):
         if line.startswith("\ufeff"):
             report.repair("byte order mark removed", place)
         try:
-            yield place, _decoder.decode(text)
+            yield place, LENIENT.decode(text)
         except RecursionError:
             report.skip("malformed JSON", place)
         except ValueError:
@@ -193,11 +182,11 @@ def _several_values(text):
     values, at = [], 0
     while at < len(text):
         try:
-            value, at = _decoder.raw_decode(text, at)
+            value, at = LENIENT.raw_decode(text, at)
         except (ValueError, RecursionError):
             return None
         values.append(value)
-        at = _BETWEEN.match(text, at).end()
+        at = BETWEEN.match(text, at).end()
     return values
 
 

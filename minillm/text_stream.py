@@ -1,27 +1,32 @@
 """Token ids → text as they come: whole characters only, and nothing from a stop string on."""
 import codecs
+import re
 import sys
+
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")      # all but the tab and the line end
 
 
 class TextStream:
-    """Turns ids into text, a piece per id. Whole characters only.
+    """Turns ids into text, a piece per id. Special tokens have none.
 
-    `stopped` becomes True when one of the strings in `stop` has been made; it is not shown. What
-    may be the beginning of one is held back until that is clear.
+    Bytes that cannot become a character are dropped: no U+FFFD appears that the tokens do not
+    spell. `stopped` becomes True when one of the strings in `stop` has been made; it is not shown.
+    What may be the beginning of one is held back until that is clear.
     """
 
     def __init__(self, tokenizer, stop=()):
-        self.decoder = StreamDecoder(tokenizer)
+        self.token_bytes = tokenizer.token_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self.stop = tuple(stop)
         self.held, self.stopped = "", False
 
     def push(self, token):
         """The text that token completes, often ''."""
-        return self._pass(self.decoder.push(token))
+        return self._pass(self.decoder.decode(self.token_bytes[token]))
 
     def flush(self):
         """What is left at the end."""
-        text = self._pass(self.decoder.flush())
+        text = self._pass(self.decoder.decode(b"", final=True))
         text, self.held = text + self.held, ""
         return text
 
@@ -48,34 +53,9 @@ class TextStream:
         return longest
 
 
-class StreamDecoder:
-    """Text out of tokens as they come, whole characters only.
-
-    `push(token)` returns the text that is complete by now, `flush()` ends. Bytes that cannot become
-    a character are dropped: no U+FFFD appears that the tokens do not spell. Special tokens give "".
-    """
-
-    def __init__(self, tokenizer):
-        self._token_bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-
-    def push(self, token):
-        return self._decoder.decode(self._token_bytes[token])
-
-    def flush(self):
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
-
-
 def printable(text):
     """`text` without control characters: a model must not be able to drive the terminal."""
-    shown = []
-    for char in text:
-        control = char < " " or "\x7f" <= char < "\xa0"
-        if char in "\n\t" or not control:
-            shown.append(char)
-    return "".join(shown)
+    return CONTROL.sub("", text)
 
 
 def show(text):

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 
-from minillm.encodings import guess_encoding
 from minillm.errors import UserError
 from minillm.report import counted
 
@@ -98,12 +97,12 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_splits(splits, val_fraction, report, encoding="utf-8"):
+def check_splits(splits, val_fraction, report):
     """Raise UserError where there is nothing to train on; the reason comes first."""
     train, val = splits["train"]["documents"], splits["val"]["documents"]
     if train:
         return
-    skipped = "; ".join(line.strip() for line in report.lines() + advice(report, encoding))
+    skipped = report.in_a_line()
     if not val:
         reason = f" ({skipped})" if skipped else ""
         raise UserError(f"the input holds no document{reason}")
@@ -113,26 +112,11 @@ def check_splits(splits, val_fraction, report, encoding="utf-8"):
                     "or choose a smaller fraction (0: no validation)")
 
 
-def advice(report, encoding="utf-8"):
-    """Lines that say what to do about what was skipped; none where nothing helps."""
-    lines = []
-    if report.undecodable:
-        fits = guess_encoding(report.undecodable)
-        if fits and fits != encoding:
-            lines.append(f"  what is not {encoding} looks like {fits}: try --encoding={fits} "
-                         "if all of the input is, else convert those files "
-                         f"(`iconv -f {fits} -t utf-8 OLD > NEW`)")
-    if report.keys_seen:
-        lines.append(f"  the keys of the first record that was not understood: "
-                     f"{', '.join(report.keys_seen)}{report.hint}")
-    return lines
-
-
-def print_summary(out_dir, splits, report, encoding="utf-8"):
+def print_summary(out_dir, splits, report):
     """Print what was written, and what was skipped, repaired or left out."""
     print(f"wrote {out_dir}")
     for name, counts in splits.items():
         numbers = [counted(value, key.replace("_", " ")) for key, value in counts.items()]
         print(f"  {name}: {', '.join(numbers)}")
-    for line in report.lines() + advice(report, encoding):
+    for line in report.lines():
         print(line)

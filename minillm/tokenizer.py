@@ -13,6 +13,7 @@ the folder; neither torch nor transformers is imported.
 """
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -91,7 +92,7 @@ TRANSFORMERS_CONFIG = {
 }
 
 
-def untrained(nfkc=False, han_run=LONGEST):
+def untrained(nfkc=False):
     """A tokenizers.Tokenizer without vocabulary, ready for a BpeTrainer.
 
     `nfkc` folds compatibility characters (full-width letters, ligatures …) before all else; the
@@ -101,7 +102,7 @@ def untrained(nfkc=False, han_run=LONGEST):
     if nfkc:
         backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(pre_token_pattern(han_run)), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(pre_token_pattern()), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     backend.decoder = decoders.ByteLevel()
@@ -125,12 +126,13 @@ def save(backend, folder):
 class Tokenizer:
     """A trained tokenizer. Ids are below `vocab_size`; `hash`: SHA-256 of tokenizer.json."""
 
-    def __init__(self, data, path="tokenizer.json"):
-        """data: the bytes of a tokenizer.json; path: what messages call it."""
+    def __init__(self, data, path):
+        """data: the bytes of the tokenizer.json at `path`; see load()."""
         self.hash = hashlib.sha256(data).hexdigest()
-        self._data = data
-        self._folder = None
+        self._folder = os.path.abspath(os.path.dirname(path))
         self._backend = _open_backend(data, path)
+        # an older version's tokenizer has no step that takes ESCAPED out again
+        self._unescapes = ESCAPED in data.decode("utf-8")
         self.vocab_size = self._backend.get_vocab_size()
         # [id] -> the bytes it stands for; b"" for special tokens
         self.token_bytes, self._special = bytes_of_tokens(self._backend, path)
@@ -148,21 +150,16 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; "
                             "train_tokenizer.py makes it, train.py copies it to a model") from None
-        tokenizer = cls(data, path)
-        tokenizer._folder = os.path.abspath(folder)
-        return tokenizer
+        return cls(data, path)
 
-    def __reduce__(self):                                # for the processes that encode
-        if self._folder is None:
-            return type(self), (self._data,)
-        # 3 MB through a pipe would make one process wait until another has started
+    def __reduce__(self):
+        # for the processes that encode: 3 MB through a pipe would make one wait for another's start
         return _load_again, (type(self), self._folder, self.hash)
 
     def transformers_config(self):
         """What tokenizer_config.json says for transformers, beside this tokenizer.json."""
         config = dict(TRANSFORMERS_CONFIG)
-        # an older version's tokenizer has no step that would take ESCAPED out again
-        if ESCAPED not in self._data.decode("utf-8"):
+        if not self._unescapes:
             config["chat_template"] = CHAT_TEMPLATE.replace(ESCAPING, "")
         return config
 
@@ -172,33 +169,27 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """A list of ids for each text, on all cores (RAYON_NUM_THREADS bounds them)."""
+        return [list(itertools.chain.from_iterable(pieces)) for pieces in self._pieces(texts)]
+
+    def encode_packed(self, texts):
+        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
+        return [b"".join(map(pack_ids, pieces)) for pieces in self._pieces(texts)]
+
+    def _pieces(self, texts):
+        """Yield the ids of each text, an iterable of lists: one, or one for each piece of it."""
         short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        encoded = []
         for text in texts:
-            if len(text) <= MAX_PIECE:
-                encoded.append(next(short))
-            else:
-                encoded.append([token for ids in self.encode_pieces(text) for token in ids])
-        return encoded
+            yield [next(short)] if len(text) <= MAX_PIECE else self._encode_long(text)
 
-    def encode_pieces(self, text):
-        """Yield the ids of a text piece by piece, in memory that does not grow with its length.
+    def _encode_long(self, text):
+        """Yield the ids of each piece, a few encoded at once: the memory does not grow with them.
 
-        A text over MAX_PIECE characters is cut after a line end, which changes no id. Only where
-        none is in reach it is cut anywhere, which may split one token into two.
+        A piece ends after a line end, which changes no id. Only where none is in reach it ends
+        anywhere, which may split one token into two.
         """
         pieces = cut(text)
         for first in range(0, len(pieces), 4):
             yield from self._encode(pieces[first: first + 4])
-
-    def encode_packed(self, texts):
-        """The ids of each text as they stand in token files: bytes, little-endian uint16."""
-        short = iter(self._encode([text for text in texts if len(text) <= MAX_PIECE]))
-        packed = []
-        for text in texts:
-            pieces = [next(short)] if len(text) <= MAX_PIECE else self.encode_pieces(text)
-            packed.append(b"".join(map(pack_ids, pieces)))
-        return packed
 
     def _encode(self, texts):
         try:
@@ -316,11 +307,7 @@ def _open_backend(data, path):
         # not json.loads(data): its 64,000 lists take Python 0.1 s once torch is imported
         normalizer = json.loads(backend.normalizer.__getstate__())
         if ESCAPED in json.dumps(normalizer, ensure_ascii=False):
-            backend.normalizer = _without_unescape(normalizer)
+            # without the step that is for transformers alone
+            nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
+            backend.normalizer = normalizers.NFKC() if nfkc else None
     return backend
-
-
-def _without_unescape(normalizer):
-    """The normalizer without the step that is for transformers alone."""
-    nfkc = any(step["type"] == "NFKC" for step in normalizer["normalizers"])
-    return normalizers.NFKC() if nfkc else None

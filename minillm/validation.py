@@ -64,7 +64,8 @@ def score(model, data, doc_mask, batch_size, batches, device, dtype):
         x, y = (tensor.to(device) for tensor in data.windows(windows))
         attn_mask = document_mask(x) if doc_mask else None
         with autocast(device, dtype):
-            logits, moe_stats = model.logits_and_stats(x, attn_mask)
+            hidden, moe_stats = model.hidden(x, attn_mask)
+            logits = model.logits(hidden)
         logits, targets = logits.flatten(0, 1).float(), y.flatten()
         batch_loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         loss += batch_loss.double().item()

@@ -119,7 +119,9 @@ check() {
     PYTHONPATH=$root "$python" - "$@" <<'END'
 import itertools, sys
 from minillm.errors import UserError
-from minillm.text_reader import Report, Source, conversations, documents
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import conversations, documents
 kind, path = sys.argv[1:]
 report = Report()
 try:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minillm import batch_decoder
-from minillm.answer import Answer
+from minillm.answer import STOP_IDS, Answer
 from minillm.batch_decoder import BatchDecoder, Busy, Row
-from minillm.conversation import STOP_IDS, Conversation
+from minillm.conversation import Conversation
 from minillm.generation import decode_one_token, generate
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph

@@ -34,9 +34,14 @@ def corpus():
         yield f"{word}a" * 50
 
 
+def train(vocab_size, nfkc=False):
+    counts = train_tokenizer.count_pieces(corpus(), nfkc)
+    return train_tokenizer.train_on(counts, vocab_size, nfkc)
+
+
 @pytest.fixture(scope="module")
 def backend():
-    return train_tokenizer.train(corpus(), 1500)
+    return train(1500)
 
 
 def open_both(backend, folder):
@@ -141,11 +146,11 @@ def test_lone_surrogates_are_replaced(both):
 
 def test_tokenizers_of_another_kind_are_left_to_the_library(backend, tmp_path):
     texts = ["ﬁ ＡＢＣ <think>中国", "人民1984  的"]
-    added = train_tokenizer.train(corpus(), 400)
+    added = train(400)
     added.add_tokens([AddedToken("<think>", normalized=False)])
-    other = train_tokenizer.train(corpus(), 400)
+    other = train(400)
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    nfkc = train_tokenizer.train(corpus(), 400, nfkc=True)
+    nfkc = train(400, nfkc=True)
 
     for name, changed in (("added", added), ("other", other), ("nfkc", nfkc)):
         assert_same(open_both(changed, tmp_path / name), texts)

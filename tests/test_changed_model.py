@@ -31,7 +31,7 @@ def checks(model):
         return agreement.has_the_loss(copy, fast)
 
     def trunk(copy):
-        fast = lambda copy, *args: parts.trunk(copy, parts.embed, parts.run_block, copy.norm, *args)
+        fast = lambda copy, *args: parts.trunk(copy, copy.embed, parts.run_block, copy.norm, *args)
         return agreement.runs_the_blocks(copy, fast)
     found = {"decode_cpu": fast_versions.decodes_on_cpu(model),
              "VECTOR": fast_versions.decodes_compiled(model, "VECTOR"),

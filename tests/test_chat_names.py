@@ -6,7 +6,9 @@ import pytest
 
 from minillm.chat_names import Names
 from minillm.errors import UserError
-from minillm.text_reader import Report, Source, conversations
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import conversations
 from support.chat_records import (ANSWER, PAIR, PLAIN, QA, QUESTION, read_record, record, said,
                                   turn)
 from support.reading import Found

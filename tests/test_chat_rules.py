@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
-from minillm.text_reader import Report, Source, conversations
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import conversations
 from support.chat_records import (ANSWER, PAIR, PLAIN, QA, QUESTION, read_record, record, said,
                                   turn)
 from support.preparation_runs import texts, write_lines

@@ -8,8 +8,9 @@ import tarfile
 import pytest
 
 from minillm.errors import UserError
-from minillm.text_files import batches_of
-from minillm.text_reader import Report, Source, conversations
+from minillm.report import Report
+from minillm.text_files import Source, batches_of
+from minillm.text_reader import conversations
 from support.preparation_runs import chats, refused, text_line, texts, write_texts
 from support.reading import Found, compress, places, read, tar
 

@@ -6,7 +6,9 @@ import pytest
 from minillm import json_stream
 from minillm.chat_names import Names
 from minillm.errors import UserError
-from minillm.text_reader import Report, Source, conversations, documents
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import conversations, documents
 from support.chat_records import said
 from support.reading import BOMS, Found, read
 

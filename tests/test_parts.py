@@ -49,7 +49,7 @@ def test_the_trunk_drops_and_rounds_as_the_plain_one(training):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, dropout=0.5)).train(training)
     idx = torch.randint(1, 300, (2, 32))
-    in_parts = partial(parts.trunk, model, parts.embed, parts.run_block, model.norm)
+    in_parts = partial(parts.trunk, model, model.embed, parts.run_block, model.norm)
     found = []
     for function in (model.trunk, in_parts):
         model.trunk = function

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from minillm import sampling_params
+from minillm import generation_settings
 from minillm.text_stream import printable
 from support.processes import run
 from support.tiny_models import talkative, tiny_model, write_folder
@@ -75,9 +75,9 @@ def test_a_pipe_that_stays_open_is_waited_for_with_a_line(monkeypatch):
                 os.close(writing)
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(sys, "stdin", open(reading))
-    monkeypatch.setattr(sampling_params, "WAIT", 0.01)
+    monkeypatch.setattr(generation_settings, "WAIT", 0.01)
 
-    prompt = sampling_params.read_prompt("-")
+    prompt = generation_settings.read_prompt("-")
 
     assert prompt == PROMPT
     assert said[0] == "waiting for the end of stdin; --prompt=TEXT reads none"

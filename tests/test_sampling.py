@@ -259,7 +259,7 @@ def test_a_new_setting_parts_the_rows_of_a_server():
     for params in settings:
         decoder._join(Answer(model.tokenizer, lambda ids: [5, 6, 7], params))
     for row in decoder.rows:
-        row.read = 3
+        row.n_read = 3
 
     decoder._choose(decoder.rows, torch.zeros(3, VOCAB))
 

@@ -112,7 +112,8 @@ def test_scores_are_those_of_the_windows_one_by_one(val_data, batches, batch_siz
     losses, hits, loads = [], [], []
     for window in range(count):
         x, y = val_data.windows([window])
-        logits, (_, load) = model.logits_and_stats(x, document_mask(x) if doc_mask else None)
+        hidden, (_, load) = model.hidden(x, document_mask(x) if doc_mask else None)
+        logits = model.logits(hidden)
         supervised = y[0] >= 0
         logs = logits[0].log_softmax(-1)[supervised].gather(1, y[0][supervised][:, None])
         losses += (-logs[:, 0]).tolist()
@@ -162,13 +163,12 @@ def test_weights_that_are_not_finite_are_said_so(val_data, scale, loss):
 
 def test_scoring_keeps_no_activations(val_data, monkeypatch):
     model, kept = lively_model(block_size=BLOCK).requires_grad_(), []
-    inner = model.logits_and_stats
+    inner = model.logits
 
-    def forward(x, attn_mask):
-        logits, stats = inner(x, attn_mask)
-        kept.append(logits.requires_grad)
-        return logits, stats
-    monkeypatch.setattr(model, "logits_and_stats", forward)
+    def recorded(x):
+        kept.append(inner(x).requires_grad)
+        return inner(x)
+    monkeypatch.setattr(model, "logits", recorded)
 
     with torch.enable_grad():
         score(model, val_data, False, 8, 1, CPU, torch.float32)

@@ -72,7 +72,6 @@ def test_dedup_of_conversations(small_corpus, tmp_path):
 
 def shuffled(folder, dedup):
     """2,000 documents, each twice: ([(digest, payload)] as they come out, number of duplicates)."""
-    folder.mkdir()
     dropped = []
     disk_shuffle = DiskShuffle(str(folder), 3, dedup, dropped.append)
     for i in range(2000):
@@ -101,7 +100,6 @@ def test_a_bucket_over_a_bound_is_cut_and_the_order_stays(tmp_path, monkeypatch,
 
 def through(folder, documents, **options):
     """The payloads of Documents that go into a shuffle one by one, as they come out."""
-    folder.mkdir()
     disk_shuffle = DiskShuffle(str(folder), 3, **options)
     for document in documents:
         disk_shuffle.add(columns([document]))

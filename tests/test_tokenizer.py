@@ -10,7 +10,7 @@ import train_tokenizer
 from demo.town import biographies
 from minillm import tokenizer as tokenizer_module
 from minillm.errors import UserError
-from minillm.text_stream import StreamDecoder
+from minillm.text_stream import TextStream
 from minillm.tokenizer import IM_END, IM_START, Tokenizer
 from support import ROOT
 
@@ -41,7 +41,8 @@ def folder(tmp_path_factory):
     texts = list(biographies())[:3000]
     texts.append("hello world, this is some English text.\n" * 3)
     texts.append("# 标题\n\n  - 一\n  - 二\n" * 3)
-    tokenizer_module.save(train_tokenizer.train(texts, 1000), folder)
+    counts = train_tokenizer.count_pieces(texts)
+    tokenizer_module.save(train_tokenizer.train_on(counts, 1000), folder)
     return folder
 
 
@@ -184,8 +185,8 @@ def test_unknown_role(tokenizer):
 # ---- streams
 
 def streamed(tokenizer, ids):
-    decoder = StreamDecoder(tokenizer)
-    return "".join([*map(decoder.push, ids), decoder.flush()])
+    stream = TextStream(tokenizer)
+    return "".join([*map(stream.push, ids), stream.flush()])
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -207,12 +208,12 @@ def test_stream_drops_what_is_no_character(tokenizer):
 def test_flush_leaves_nothing_behind(tokenizer):
     emoji = tokenizer.encode("🦄")
     assert len(emoji) > 1 and streamed(tokenizer, emoji[:-1]) == ""
-    decoder = StreamDecoder(tokenizer)
+    stream = TextStream(tokenizer)
 
-    decoder.push(emoji[0])
-    decoder.flush()
+    stream.push(emoji[0])
+    stream.flush()
 
-    assert "".join(map(decoder.push, tokenizer.encode("甲"))) == "甲"
+    assert "".join(map(stream.push, tokenizer.encode("甲"))) == "甲"
 
 
 # ---- loading

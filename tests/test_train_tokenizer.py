@@ -10,7 +10,8 @@ from tokenizers import pre_tokenizers, trainers
 import train_tokenizer
 from bench.prose import write_documents
 from minillm import tokenizer as tokenizer_module
-from minillm.text_reader import Report, Source
+from minillm.report import Report
+from minillm.text_files import Source
 from minillm.tokenizer import END_OF_TEXT, IM_END, IM_START, SPECIAL_TOKENS, Tokenizer
 from support.preparation_runs import command, finish, peak_memory, text_line
 
@@ -137,12 +138,13 @@ def test_input_that_fits_is_taken_whole(corpus, tmp_path, times):
 def test_counting_pieces_is_what_the_trainer_does(corpus):
     """Below the limit the vocabulary is that of the library's trainer on the same pre-tokens."""
     texts = texts_of(corpus, 500) + ["The quick brown fox, 1986!\n\n  x"] * 9
-    referee = tokenizer_module.untrained(han_run=5)
+    referee = tokenizer_module.untrained()
     referee.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=800, min_frequency=2, special_tokens=SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
 
-    found = train_tokenizer.train(texts, 800, han_run=5)
+    counts = train_tokenizer.count_pieces(texts, han_run=tokenizer_module.LONGEST)
+    found = train_tokenizer.train_on(counts, 800)
 
     assert found.get_vocab() == referee.get_vocab()
 

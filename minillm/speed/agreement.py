@@ -7,34 +7,35 @@ import warnings
 
 import torch
 
+from minillm.distributed import warn0
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_one_token, prefill
-from minillm.same_function import copies, in_a_line, one_thread, same, say, text
+from minillm.same_function import copies, in_a_line, one_thread, same, text
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
 
 
-def agrees(model, path, check, *args):
+def agrees(model, name, check, *args):
     """check(copy, *args) of the model's small copies; if it is False, a line says so, once a model.
 
-    path: the fast version's file, and what it is asked for.
+    name: the fast version's file, perhaps with the function in it.
     """
     verdicts = model.__dict__.setdefault("_agreements", {})
-    if path in verdicts:
-        return verdicts[path]
+    if name in verdicts:
+        return verdicts[name]
     problem = disagreement(model, check, *args)
-    verdicts[path] = problem is None
+    verdicts[name] = problem is None
     if problem:
-        say(f"{path} {problem}: it is left out, the plain code runs instead; "
+        warn0(f"{name} {problem}: it is left out, the plain code runs instead; "
             "make the same change there to have it back")
-    return verdicts[path]
+    return verdicts[name]
 
 
-def insist(model, path, check, *args, advice):
+def insist(model, name, check, *args, advice):
     """Raise UserError where agrees() would be False, for what has no plain version to run."""
     if problem := disagreement(model, check, *args):
-        raise UserError(f"{path} {problem}: make the same change there, or {advice}")
+        raise UserError(f"{name} {problem}: make the same change there, or {advice}")
 
 
 @one_thread()

@@ -6,9 +6,8 @@
 1. Text is cut into words: where one pre-token ends and the next begins, and inside a pre-token
    between two characters that stand side by side in no token. No merge joins those, so BPE does the
    same on both sides alone. In Chinese, which has no spaces, this cuts every third place.
-2. Each character becomes its token. What makes a character out of bytes is merged before anything
-   that holds the character, so BPE would come by here as well; where it does not, see
-   characters_first().
+2. Each character becomes its token. BPE comes by here too: it merges the bytes of a character
+   before anything that holds the character. characters_first() leaves out those where it does not.
 3. In rounds, every word merges the pair of the lowest rank, the first of several, until no word has
    one. A round is a dozen numpy calls for all words that still merge.
 
@@ -54,7 +53,7 @@ class BatchTokenizer(Tokenizer):
     `RAYON_NUM_THREADS=1 python -m bench.data corpus.jsonl chats.jsonl`).
     """
 
-    def __init__(self, data, path="tokenizer.json"):
+    def __init__(self, data, path):
         super().__init__(data, path)
         state = json.loads(self._backend.to_str())
         self._is_ours = _is_ours(state)
@@ -234,12 +233,12 @@ def characters_first(model, token_bytes):
         if len(character) != 1 or character == "\ufffd":
             continue
         ids, last = [of_bytes[bytes([byte])] for byte in content], -1
-        while ranks := [rank_of[pair] for pair in zip(ids, ids[1:]) if pair in rank_of]:
-            pairs = list(zip(ids, ids[1:]))
-            place = next(i for i, pair in enumerate(pairs) if rank_of.get(pair) == min(ranks))
+        while ranked := [(rank_of[pair], place) for place, pair in enumerate(zip(ids, ids[1:]))
+                         if pair in rank_of]:
+            rank, place = min(ranked)
             merged = token_bytes[ids[place]] + token_bytes[ids[place + 1]]
             ids[place: place + 2] = [of_bytes[merged]]
-            last = max(last, min(ranks))
+            last = max(last, rank)
         if ids == [token] and last < earliest.get(token, last + 1):
             yield character, token
 

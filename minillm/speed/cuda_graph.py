@@ -15,7 +15,7 @@ from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
 from minillm.speed.topk import topk_by_parts
 
 # realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads.
-# use_static_cuda_launcher: what that takes from torch's caches, torch before 2.13 tunes once more
+# use_static_cuda_launcher: with it, torch before 2.13 tunes again what it takes from its caches
 DECODE_OPTIONS = {"combo_kernels": True, "combo_kernels_pointwise_only": True,
                   "realize_acc_reads_threshold": 1000, "use_fast_math": True,
                   "use_static_cuda_launcher": False}

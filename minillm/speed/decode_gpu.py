@@ -1,8 +1,8 @@
 """Decoding on a GPU, written for torch.compile: one token of one row, or of a batch.
 
 For a single row everything is a matrix-vector product of fused.py: six kernels per layer, with the
-MoE nine. 2,930 to 3,518 tokens/s at 171M, as the compiler's tuner draws, where the modules in a
-CUDA graph made 815 (H200, `python -m bench.decode`).
+MoE nine. 2,930 to 3,518 tokens/s at 171M, depending on what the compiler's tuner chose; the
+modules in a CUDA graph made 815 (H200, `python -m bench.decode`).
 """
 import math
 
@@ -18,8 +18,11 @@ MOST_GRAPHS = 200                    # of one function; torch's own limit is 8
 BLOCK = 64                           # slots of the cache that a batch's attention reads or skips
 
 
-def run_parts(parts, model, cache, token, position):
-    """Fast version of generation.decode_one_token, if the parts are compiled."""
+def run_parts(parts, model, cache, token, position, end=None):
+    """Fast version of generation.decode_one_token, if the parts are compiled.
+
+    end: not used, the parts look at all slots.
+    """
     embed, layer, finish = parts
     x, place = embed(model, cache, token, position)
     x, new = run_layers(layer, model, cache, x, place, position)

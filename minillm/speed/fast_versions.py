@@ -117,13 +117,9 @@ def decodes_on_cpu(model):
 def decodes_compiled(model, name):
     """Whether these parts of decode_gpu.py, VECTOR or BATCH, compute what this model does."""
     rows = {"VECTOR": 1, "BATCH": 2}[name]
-    step = partial(run_parts, getattr(decode_gpu, name))
+    step = partial(decode_gpu.run_parts, getattr(decode_gpu, name))
     return agrees(model, f"{name} of minillm/speed/decode_gpu.py", decodes, step,
                   cuda_graph.GraphCache, rows)
-
-
-def run_parts(parts, model, cache, token, position, end):
-    return decode_gpu.run_parts(parts, model, cache, token, position)
 
 
 def generate_arguments(model, compile, rows):
@@ -158,6 +154,4 @@ def for_batch_decoder(model, rows, compile=False):
 
 def cache_type(model):
     """The KVCache that generate_arguments' functions need."""
-    if model.wte.weight.is_cuda:
-        return cuda_graph.GraphCache
-    return KVCache
+    return cuda_graph.GraphCache if model.wte.weight.is_cuda else KVCache

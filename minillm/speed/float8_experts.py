@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from minillm.speed.float8 import E4M3, to_float8
 from minillm.speed.fused import realize
-from minillm.speed.grouped_mm import grouped_experts, grouped_mm, sort_by_expert
+from minillm.speed.grouped_mm import grouped_experts, sort_by_expert
 
 MOST = torch.finfo(E4M3).max
 # The slope of SiLU is at most 1.1; 8 bits and bfloat16 round up by at most 1.07
@@ -135,7 +135,7 @@ def weight_gradient(x_RA: torch.Tensor, grad_RB: torch.Tensor,
 
     A black box as well: laid out by columns, the kernel takes groups of multiples of 8 rows only.
     """
-    return grouped_mm(x_RA.contiguous().t(), grad_RB.contiguous(), offs=offset_E)
+    return F.grouped_mm(x_RA.contiguous().t(), grad_RB.contiguous(), offs=offset_E)
 
 
 @weight_gradient.register_fake

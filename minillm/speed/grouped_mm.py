@@ -13,9 +13,6 @@ from torch.nn import functional as F
 
 from minillm.speed.fused import realize
 
-# torch 2.10 made grouped_mm public; before that the same kernel had a leading underscore
-grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-
 ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to this many tokens visit all experts
 
 
@@ -93,21 +90,21 @@ def lay_out_for_decoding(moe):
 def expert_mm(x_RA, w_EAB, offset_E):
     """Rows sorted by expert times each expert's matrix: (R, A) × (E, A, B) → (R, B).
 
-    offset_E (int32): where each expert's rows end. float64, which only the tests use, has no such
-    kernel and takes a loop.
+    offset_E (int32): where each expert's rows end. float64, in which agreement.py compares, has no
+    such kernel and takes a loop.
     """
     if x_RA.dtype == torch.float64:
         parts = x_RA.tensor_split(offset_E[:-1].long().cpu())
         return torch.cat([part @ w for part, w in zip(parts, w_EAB)])
     if torch.compiler.is_compiling() and x_RA.dtype != torch.bfloat16:
         return _opaque_grouped_mm(x_RA, w_EAB, offset_E)
-    return grouped_mm(x_RA, w_EAB, offs=offset_E)
+    return F.grouped_mm(x_RA, w_EAB, offs=offset_E)
 
 
 @torch.library.custom_op("moe::grouped_mm", mutates_args=())
 def _opaque_grouped_mm(a: torch.Tensor, b: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """grouped_mm as one black box for torch.compile, whose tracing of it knows bfloat16 only."""
-    return grouped_mm(a, b, offs=offset_E)
+    return F.grouped_mm(a, b, offs=offset_E)
 
 
 @_opaque_grouped_mm.register_fake

@@ -9,7 +9,6 @@ blocks take longer to compile, and only the MoE on four GPUs is faster with them
 from functools import partial
 
 import torch
-from torch.nn import functional as F
 
 from minillm.device import compile_for_training
 from minillm.speed.agreement import insist, runs_the_blocks
@@ -21,37 +20,25 @@ def compile_in_parts(model, device):
     The model itself stays an ordinary module, and DDP goes around it.
     """
     def plain_parts(copy, *arguments):
-        return trunk(copy, embed, run_block, copy.norm, *arguments)
+        return trunk(copy, copy.embed, run_block, copy.norm, *arguments)
     insist(model, "minillm/speed/parts.py", runs_the_blocks, plain_parts,
            advice="leave --compile out")
     # without this, torch would look for a place to cut in each of them
     torch._dynamo.config.optimize_ddp = False
-    parts = [compile_for_training(part, device) for part in (embed, run_block, model.norm)]
+    parts = [compile_for_training(part, device) for part in (model.embed, run_block, model.norm)]
     model.trunk = partial(trunk, model, *parts)
     model.cross_entropy = compile_for_training(model.cross_entropy, device)
 
 
 def trunk(model, embed, run_block, norm, idx, rope, attend):
     """Fast version of GPT.trunk for training, where attention does not depend on the layer."""
-    x = embed(model.wte, idx, model.config.dropout, model.training)
+    x = embed(idx)
     attend = partial(attend, layer=None)
     stats = []
     for block in model.blocks:
         x, stat = run_block(block, x, rope, attend)
-        if stat is not None:
-            stats.append(stat)
-    x = norm(x)
-    if not stats:
-        return x, None
-    balance_loss, load = zip(*stats)
-    return x, (torch.stack(balance_loss).mean(), torch.stack(load))
-
-
-def embed(wte, idx, dropout, training):
-    x = F.dropout(wte(idx), dropout, training)
-    if torch.is_autocast_enabled(idx.device.type):
-        x = x.to(torch.get_autocast_dtype(idx.device.type))
-    return x
+        stats.append(stat)
+    return norm(x), model.over_layers(stats)
 
 
 def run_block(block, x, rope, attend):

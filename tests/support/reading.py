@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
-from minillm.text_reader import Report, Source, documents
+from minillm.report import Report
+from minillm.text_files import Source
+from minillm.text_reader import documents
 
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
