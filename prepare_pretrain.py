@@ -158,8 +158,8 @@ def write_splits(folder, shuffle, split, tokenizer):
         for index, (tokens, size) in enumerate(zip(documents.payloads, sizes)):
             if in_validation[index]:
                 val.add(tokens, size)
-            elif index in to_cut and len(tokens) > 4:    # two tokens and <|endoftext|>
-                start, size_of_end = cut_point(tokens, to_cut[index], tokenizer)
+            elif index in to_cut and (cut := cut_point(tokens, to_cut[index], tokenizer)):
+                start, size_of_end = cut
                 train.add(bytes(tokens[:start]) + _END, size - size_of_end)
                 val.add(tokens[start:], size_of_end)
             else:
@@ -173,7 +173,8 @@ def cut_point(tokens, wanted, tokenizer):
     """Where to cut packed tokens so that about `wanted` bytes of text come after the cut.
 
     At the nearest line end; if that is too far off, at a sentence end; otherwise between two
-    characters. Returns (the place in `tokens`, the bytes of text after it).
+    characters. Returns (the place in `tokens`, the bytes of text after it), or None if there is no
+    place: the text is a single token, or a single character.
     """
     ids = memoryview(tokens).cast("H")[:-1].tolist()
     # kind of place → (distance in bytes from `wanted`, place, bytes after it)
@@ -195,6 +196,8 @@ def cut_point(tokens, wanted, tokenizer):
         candidates[kind] = min(candidates.get(kind, found), found)
         if behind > 4 * wanted and candidates.keys() >= {"line", "character"}:
             break
+    if not candidates:
+        return None
     for kind in ("line", "sentence", "character"):
         if kind in candidates and wanted / 2 <= candidates[kind][2] <= 2 * wanted:
             break

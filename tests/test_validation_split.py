@@ -205,6 +205,16 @@ def test_a_book_gives_its_end_to_validation(small_corpus, tmp_path, fraction, li
     assert all(text in book and text.startswith("第") for text in parts["val"])
 
 
+@pytest.mark.parametrize("text", ["a", "𪚥"], ids=["a token", "a character of several tokens"])
+def test_a_text_that_cannot_be_cut_stays_whole(small_corpus, tmp_path, text):
+    (tmp_path / "one.txt").write_text(text)
+
+    small_corpus.pretrain(tmp_path / "p", files=[tmp_path / "one.txt"], fraction=0.005)
+
+    documents = read_documents(tmp_path / "p", "train") + read_documents(tmp_path / "p", "val")
+    assert [small_corpus.tokenizer.decode(ids) for ids in documents] == [text]
+
+
 def test_a_checkpoint_from_before_the_run_moved_is_named(tmp_path):
     """Its validation data are those of the new folder, which it never saw."""
     old = training_runs.make_data(tmp_path / "old")
