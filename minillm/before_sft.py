@@ -23,4 +23,4 @@ def warn_before_sft(out_dir):
         return
     if meta["kind"] == "pretrain":
         warn0(f"{out_dir} was trained on text, not on chats: it continues what you write. "
-            f"It answers after SFT: train.py config/sft.py --init_from={out_dir}")
+              f"It answers after SFT: train.py config/sft.py --init_from={out_dir}")

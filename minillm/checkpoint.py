@@ -294,7 +294,7 @@ def load_weights(model, state, assign=False):
     model.load_state_dict(weights, assign=assign)
     if has_changed(model, state.get("fingerprint")):
         warn0(f"{state['path']}: model.py (or what it imports) has changed since this was trained: "
-            "the same weights now give other answers")
+              "the same weights now give other answers")
 
 
 def _check_tensor(state, name, shape, floating=True):

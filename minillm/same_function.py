@@ -148,8 +148,8 @@ def check_attention(model, flex=False):
         return
     for name in different:
         warn0(f"minillm/attention.py: attention {name} is another function than over a whole text: "
-            "change causal_attention's branches, the masks and cached_attention alike; what the "
-            "model does elsewhere with other tokens or positions, cached_forward must do as well")
+              "change causal_attention's branches, the masks and cached_attention alike; what the "
+              "model does elsewhere with other tokens or positions, cached_forward must do as well")
 
 
 @one_thread()
@@ -169,7 +169,7 @@ def check_loss(model):
         return
     if not same(loss, expected):
         warn0("model.py: the training loss is not the cross-entropy of GPT.logits: train.py and "
-            "eval.py will give different numbers; if you changed one of them, look at the other")
+              "eval.py will give different numbers; if you changed one of them, look at the other")
 
 
 @one_thread()

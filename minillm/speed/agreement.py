@@ -28,7 +28,7 @@ def agrees(model, name, check, *args):
     verdicts[name] = problem is None
     if problem:
         warn0(f"{name} {problem}: it is left out, the plain code runs instead; "
-            "make the same change there to have it back")
+              "make the same change there to have it back")
     return verdicts[name]
 
 
