@@ -171,7 +171,10 @@ def check_caller(request):
 
 
 def check_key(authorization, key):
-    given = authorization.removeprefix("Bearer ").strip()
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() != "bearer":
+        given = authorization                    # the key alone
+    given = given.strip()
     # a header's bytes arrive as latin-1
     if not hmac.compare_digest(given.encode("latin-1"), key.encode()):
         raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`",

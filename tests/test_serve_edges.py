@@ -23,7 +23,8 @@ def test_every_path_of_the_api_asks_for_the_key(method, path):
                                  json=body if method == "POST" else None).status_code
 
         assert status() == status(authorization="Bearer other") == 401
-        assert status(authorization="Bearer key") == 200
+        for right in ("Bearer key", "bearer key", "BEARER  key", "key"):
+            assert status(authorization=right) == 200
 
 
 def test_who_finds_the_queue_full_need_not_send_a_body():
