@@ -32,7 +32,7 @@ def _name_missing_package(kind, error, trace):
 
 # A thread on a CPU that waits for the others looks 2,000 times and then sleeps. By default it looks
 # 300,000 times, and keeps a core from the very thread that it waits for: beside other programs the
-# demo trains 1.4 to 4 times as fast this way (two cores), and as fast as before on idle cores.
+# demo trains 1.4 to 2.3 times as fast this way (two cores), and as fast as before on idle cores.
 # torch's OpenMP (GNU's, on Linux) reads it when torch is imported
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
