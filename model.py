@@ -307,7 +307,7 @@ class GPT(nn.Module):
         # cache sizes in steps of 256: each new size costs a CUDA graph, and compiling
         longest = max(map(len, prompts)) + max_new_tokens
         cache = cache or self.new_cache(len(prompts), round_up(longest, 256))
-        fast = fast_versions and fast_versions.generate_arguments(self, compile, len(prompts))
+        fast = fast_versions and fast_versions.generate_arguments(self, compile)
         for row in generate(self, prompts, params, seed, stop_ids, cache, **fast or {}):
             yield row[0] if single else row
 

@@ -33,7 +33,7 @@ def apply_rope(x, rope):
 
     x: (B, T, H, head_dim); rope: cos and sin that broadcast to (B, T, H, head_dim / 2). Returns x's
     shape. The pairs are those of GPT-NeoX and Llama; the paper pairs (2i, 2i + 1), the same up to
-    the order of the channels. speed/decode_gpu.py repeats the formula.
+    the order of the channels. minillm/speed repeats the formula for decoding.
     """
     cos, sin = rope
     a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)

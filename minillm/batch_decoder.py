@@ -107,15 +107,19 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def warm_up(self, params):
-        """Make two tokens in the calling thread, so that what compiles does so now.
+        """Make a token for each span of rows, in the calling thread: what compiles does so now.
 
         Call it before start(). What goes wrong is raised.
         """
         self._set_device()
-        self._join(Answer(self.model.tokenizer, lambda ids: [END_OF_TEXT],
-                          replace(params, max_new_tokens=2)))
-        self._turn()                             # reads the prompt, and draws the first token
-        self._turn()
+        params = replace(params, max_new_tokens=len(self.rows) + 1)
+        for row in self.rows:
+            self._join(Answer(self.model.tokenizer, lambda ids: [END_OF_TEXT], params))
+            self._read(row)                      # and draw its first token
+        first = self.rows[0]
+        for last in range(1, len(self.rows) + 1):
+            if self.span(0, last) not in self.spans and first.step < first.limit:
+                self._step(self.rows[:last])
         for row in self.rows:
             row.answer, row.cache.tokens = None, [[]]
         self.active = 0

@@ -140,7 +140,9 @@ def _advice(error):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:
         return "compile=True needs a C compiler: install gcc, or leave compile out"
-    if "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:
+    # of Triton, or of the C compiler that it calls
+    triton = type(error).__module__.startswith("triton.") or kind == "CalledProcessError"
+    if triton or "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:
         return f"compile=True failed ({_compiler_reason(text)}): leave compile out"
     return None
 

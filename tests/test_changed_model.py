@@ -34,8 +34,7 @@ def checks(model):
         fast = lambda copy, *args: parts.trunk(copy, copy.embed, parts.run_block, copy.norm, *args)
         return agreement.runs_the_blocks(copy, fast)
     found = {"decode_cpu": fast_versions.decodes_on_cpu(model),
-             "VECTOR": fast_versions.decodes_compiled(model, "VECTOR"),
-             "BATCH": fast_versions.decodes_compiled(model, "BATCH"),
+             "decode_gpu": fast_versions.decodes_compiled(model),
              "loss": agreement.agrees(model, "loss", loss),
              "parts": agreement.agrees(model, "parts", trunk)}
     if model.config.n_expert:
@@ -55,16 +54,16 @@ def test_the_unchanged_model_keeps_all_fast_versions(kind, capsys):
 
 
 @pytest.mark.parametrize("change, left_out", [
-    (relu_squared, {"decode_cpu", "VECTOR"}),
-    (gelu, {"decode_cpu", "VECTOR"}),
-    (qk_norm, {"decode_cpu", "VECTOR"}),
-    (window, {"decode_cpu", "VECTOR", "BATCH"}),
-    (post_norm, {"decode_cpu", "VECTOR"}),
-    (scaled_embedding, {"decode_cpu", "VECTOR", "BATCH", "parts"}),
-    (softcap, {"decode_cpu", "VECTOR", "loss"}),
-    (relu_squared_experts, {"decode_cpu", "VECTOR", "grouped", "all", "float8"}),
-    (sigmoid_router, {"VECTOR"}),
-    (other_experts, {"VECTOR", "choice"}),
+    (relu_squared, {"decode_cpu", "decode_gpu"}),
+    (gelu, {"decode_cpu", "decode_gpu"}),
+    (qk_norm, {"decode_cpu", "decode_gpu"}),
+    (window, {"decode_cpu", "decode_gpu"}),
+    (post_norm, {"decode_cpu", "decode_gpu"}),
+    (scaled_embedding, {"decode_cpu", "decode_gpu", "parts"}),
+    (softcap, {"decode_cpu", "decode_gpu", "loss"}),
+    (relu_squared_experts, {"decode_cpu", "decode_gpu", "grouped", "all", "float8"}),
+    (sigmoid_router, {"decode_gpu"}),
+    (other_experts, {"decode_gpu", "choice"}),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_what_no_longer_agrees_is_left_out(change, left_out, monkeypatch, capsys):
     change(monkeypatch)

@@ -1,6 +1,7 @@
 """Decoding's fast twins in minillm/speed give what the plain modules and torch.topk give."""
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,22 +9,19 @@ from torch.nn import functional as F
 
 from minillm import attention, generation
 from minillm.sampling_params import SamplingParams
-from minillm.speed import cuda_graph, decode_cpu, decode_gpu
-from minillm.speed.cuda_graph import DECODE_OPTIONS, GraphCache
-from minillm.speed.fused import row_terms
-from minillm.speed.topk import topk_by_counting, topk_by_parts, topk_compiled
+from minillm.speed import decode_cpu, decode_gpu, decode_ops
+from minillm.speed.cuda_graph import GraphCache
+from minillm.speed.topk import topk_by_parts
 from moe import Router
 from support.tiny_models import tiny_model
 from support.uncached import DENSE, MOE, random_ids
 
 CPU = torch.device("cpu")
-COMPILED = [
+KINDS = [
     pytest.param({}, id="dense"),
     pytest.param(dict(bias=True), id="bias"),
     pytest.param(dict(n_expert=4, n_expert_per_tok=2), id="MoE"),
     pytest.param(dict(n_expert=4, n_expert_per_tok=1), id="one expert per token"),
-]
-KINDS = COMPILED + [
     pytest.param(dict(n_head=2, n_kv_head=2), id="wide heads"),
     pytest.param(dict(n_inner=2048), id="wide FFN"),
     pytest.param(dict(n_expert=4, n_expert_per_tok=2, n_inner=2048), id="wide MoE"),
@@ -31,11 +29,8 @@ KINDS = COMPILED + [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run_vector_parts(model, cache, token, position, end):
-    return decode_gpu.run_parts(decode_gpu.VECTOR, model, cache, token, position)
-
-
-STEPS = {"vectors": decode_cpu.decode_one_token, "for a compiler": run_vector_parts}
+STEPS = {"vectors": decode_cpu.decode_one_token,
+         "what the kernels compute": partial(decode_gpu.decode_one_token, decode_ops)}
 
 
 def model_for_decoding(dtype, **kind):
@@ -99,32 +94,46 @@ def test_batch_size_1_equals_the_modules(step, kind, dtype):
     assert error < (1e-5 if dtype == torch.float32 else 0.02 * largest)
 
 
-@pytest.mark.parametrize("kind", COMPILED)
+def place_of(prompts, t):
+    """The positions (B, 1) of each row's t-th token after its prompt."""
+    return torch.tensor([[len(prompt) + t] for prompt in prompts])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_batch_size_1_compiled_equals_the_modules(kind):
+def test_what_the_kernels_compute_equals_the_modules_in_a_batch(kind):
+    """Rows of different lengths; the second has ended, and writes to the padding's slot."""
     model = model_for_decoding(torch.float32, **kind)
-    # the one option of these that a CPU has too
-    name = "realize_acc_reads_threshold"
-    options = {name: DECODE_OPTIONS[name]}
-    parts = decode_gpu.compile_parts(decode_gpu.VECTOR, options)
+    prompts = [random_ids(4 + 7 * b, seed=b) for b in range(4)]
+    fast, plain = generation.KVCache(model, 4), generation.KVCache(model, 4)
+    for cache in fast, plain:
+        generation.prefill(model, cache, prompts)
+    rows = [0, 2, 3]
+    for t in range(5):
+        token, position = torch.tensor([[9 * t + b] for b in range(4)]), place_of(prompts, t)
+        position[1] = fast.size
 
-    def step(model, cache, token, position, end):
-        return decode_gpu.run_parts(parts, model, cache, token, position)
-    error, _ = largest_error(model, step)
+        logits = decode_gpu.decode_one_token(decode_ops, model, fast, token, position)
 
-    assert error < 1e-5
+        expected = generation.decode_one_token(model, plain, token, position, plain.size)
+        assert (logits - expected)[rows].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("columns, folded", [
-    (100, 100), (1024, 1024), (1536, 1536), (2048, 1024), (2049, 2049)])
-def test_rows_are_folded_to_1024_columns_where_that_divides_them(columns, folded):
-    """In float32: products of bfloat16 are exact there, as are these sums of whole numbers."""
-    weight, x = torch.randint(-99, 99, (3, columns)).bfloat16(), torch.arange(columns) % 7 - 3.0
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_a_step_of_the_kernels_makes_the_tokens_of_the_plain_one(batch):
+    """With the plain draw, as of settings that draw_kernels.py leaves to it."""
+    model = model_for_decoding(torch.float32)
+    prompts = [random_ids(4 + 7 * b, seed=b) for b in range(batch)]
+    no_draw = SimpleNamespace(can_draw=lambda *arguments: False)
 
-    terms = row_terms(weight, x.bfloat16())
+    def step(model, cache, state, params):
+        decode_gpu.decode_step(decode_ops, no_draw, model, cache, state, params)
 
-    assert terms.shape == (3, folded) and terms.dtype == torch.float32
-    assert torch.equal(terms.sum(1), (weight.double() @ x.double()).float())
+    made = tokens_of(model, step, prompts)
+
+    plain = partial(generation.decode_step, end=model.config.block_size)
+    assert made == tokens_of(model, plain, prompts)
 
 
 def tokens_of(model, step, prompts):
@@ -142,44 +151,6 @@ def tokens_of(model, step, prompts):
     return tokens
 
 
-@pytest.mark.parametrize("batch, kind", [
-    (1, {}), (3, dict(n_expert=4, n_expert_per_tok=2))], ids=["one row", "a batch, MoE"])
-@torch.inference_mode()
-def test_a_step_compiled_in_parts_makes_the_tokens_of_the_plain_one(batch, kind):
-    """With three layers, which share a part."""
-    model = model_for_decoding(torch.float32, n_layer=3, **kind)
-    prompts = [random_ids(4 + 7 * b, seed=b) for b in range(batch)]
-    compiled = decode_gpu.compile_step(batch, options=None, tuned=None)
-
-    made = tokens_of(model, compiled, prompts)
-
-    plain = partial(generation.decode_step, end=model.config.block_size)
-    assert made == tokens_of(model, plain, prompts)
-
-
-def eager(monkeypatch):
-    """torch.compile without its slow half."""
-    torch._dynamo.reset()
-    torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options, **how: torch_compile(
-        function, backend="eager", **how))
-
-
-@torch.inference_mode()
-def test_any_number_of_settings_and_sizes_is_compiled(monkeypatch):
-    """torch allows 8 graphs of a function, then stops with an error."""
-    eager(monkeypatch)
-    monkeypatch.setattr(cuda_graph, "capture", lambda function: (function, function()))
-    model = model_for_decoding(torch.float32)
-    for n in range(10):
-        cache = GraphCache(model, 1, 20 + n)
-        state = generation.DecodeState(model, 1, cache.size)
-        params = SamplingParams(5, temperature=0.5 + n / 10)
-        state.start([[5, 6, 7]], params, 1, ())
-
-        cuda_graph.capture_decode(model, cache, state, params, compile=True)
-
-
 def awkward_logits(size):
     """(5, size): random, the largest in one part, mostly -inf, many ties, random."""
     logits = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
@@ -189,49 +160,17 @@ def awkward_logits(size):
     return logits
 
 
-@pytest.mark.parametrize("topk, size", [
-    (topk_by_counting, 100), (topk_by_counting, 2048), (topk_by_parts, 100),
-    (topk_by_parts, 5000), (topk_by_parts, 31999), (topk_by_parts, 32000),
-    (topk_compiled, 5000), (topk_compiled, 32000)])
-@pytest.mark.parametrize("rows", [5, 15])
-def test_topk_of_ours_is_topk(topk, size, rows):
+@pytest.mark.parametrize("size", [100, 5000, 31999, 32000])
+def test_topk_of_ours_is_topk(size):
     """With a row that falls into whole parts and not, and one too short for parts."""
-    logits = awkward_logits(size).repeat(rows // 5, 1)
+    logits = awkward_logits(size)
     for k in (1, 6, 20, min(size, 300)):
-        values, ids = topk(logits, k)
+        values, ids = topk_by_parts(logits, k)
 
         # which ids of equal logits are taken is open
         assert torch.equal(values, logits.topk(k)[0])
         assert torch.equal(logits.gather(1, ids), values)
         assert all(len(set(row)) == k for row in ids.tolist())
-
-
-@torch.inference_mode()
-def test_compiled_attention_reads_the_filled_blocks():
-    """Positions on both sides of a block's edge, and slots that end inside a block.
-
-    Eagerly, flex_attention looks at the mask alone; compiled, it skips whole blocks as well.
-    """
-    position = torch.tensor([0, 5, 63, 64, 127, 128, 207])[:, None]
-    q = torch.randn(7, 4, 1, 16)
-    k, v = torch.randn(2, 7, 2, 208, 16)
-    visible = (torch.arange(208) <= position)[:, None, None]
-
-    @partial(torch.compile, fullgraph=True, dynamic=False)
-    def attend(q, k, v, position):
-        blocks = decode_gpu.filled_blocks(position, slots=208)
-        return decode_gpu.flex_cached_attention(q, k, v, position, blocks)
-
-    torch.testing.assert_close(attend(q, k, v, position),
-                               attention.cached_attention(q, k, v, visible))
-
-
-def test_attention_counts_only_filled_blocks():
-    count, numbers = decode_gpu.filled_blocks(torch.tensor([[0], [63], [64], [200]]), slots=208)
-
-    assert count.flatten().tolist() == [1, 1, 2, 4]
-    assert numbers.shape == (4, 1, 1, 4)
-    assert numbers[2].flatten().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.gpu

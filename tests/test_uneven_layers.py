@@ -84,7 +84,7 @@ def test_a_mixed_model_answers_with_all_that_is_fast(first_layer_dense, capsys):
     made = list(model.generate([5, 6, 7], 12, temperature=0))
 
     assert made == uncached(model, [5, 6, 7], 12, temperature=0)
-    assert fast_versions.decodes_on_cpu(model) and fast_versions.decodes_compiled(model, "VECTOR")
+    assert fast_versions.decodes_on_cpu(model) and fast_versions.decodes_compiled(model)
     assert all(moe.experts is not loop_over_experts for _, moe in model.moe_layers())
     assert capsys.readouterr().err == ""
 

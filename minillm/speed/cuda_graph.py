@@ -8,40 +8,21 @@ from functools import partial
 
 import torch
 
+from minillm.errors import UserError
 from minillm.generation import KVCache, cached_forward, decode_one_token, decode_step, sample_next
 from minillm.sampling import sample
 from minillm.speed import decode_gpu
 from minillm.speed.grouped_mm import ALL_EXPERTS_TOKENS
 from minillm.speed.topk import topk_by_parts
 
-# realize_acc_reads_threshold: a sum over the chosen experts is one kernel, whatever it reads.
-# use_static_cuda_launcher: with it, torch before 2.13 tunes again what it takes from its caches
-DECODE_OPTIONS = {"combo_kernels": True, "combo_kernels_pointwise_only": True,
-                  "realize_acc_reads_threshold": 1000, "use_fast_math": True,
-                  "use_static_cuda_launcher": False}
-# of what reads the weights; for a single row, each kernel starts before the one ahead of it has
-# ended, fetches weights, then waits for the rest of its input (programmatic dependent launch)
-BATCH_OPTIONS = DECODE_OPTIONS | {"coordinate_descent_tuning": True}
-VECTOR_OPTIONS = BATCH_OPTIONS | {"triton.enable_pdl": True}
-
 
 class GraphCache(KVCache):
-    """A KVCache laid out for a GPU, with the graphs that were recorded over its buffers."""
+    """A KVCache with the graphs that were recorded over its buffers."""
 
     def allocate(self, like, n_layer, shape):
+        super().allocate(like, n_layer, shape)
         self.prefill_graphs = {}                 # (width, end) → (idx, position, replay, x)
         self.decode_graphs = {}                  # (params, compile) → replay
-        if shape[0] > 1:
-            # one tensor per layer: a compiled step writes each in place instead of copying all
-            super().allocate(like, n_layer, shape)
-            return
-        # one tensor for all layers, which decode_gpu writes at once
-        self.keys = like.new_zeros(n_layer, *shape)
-        self.values = like.new_zeros(n_layer, *shape)
-        # Attention sums v over its slots, so they lie side by side: 1.09 times the tokens/s (H200,
-        # `python -m bench.decode`); in a batch it would be fewer
-        self.values = self.values.transpose(3, 4).contiguous().transpose(3, 4)
-        self.k, self.v = list(self.keys), list(self.values)
 
 
 def capture(function):
@@ -120,10 +101,7 @@ def capture_decode(model, cache, state, params, compile):
     key = params.without_length, compile
     if key not in cache.decode_graphs:
         if compile:
-            rows = len(state.token)
-            tuned = VECTOR_OPTIONS if rows == 1 else BATCH_OPTIONS
-            compiled = decode_gpu.compile_step(rows, DECODE_OPTIONS, tuned)
-            step = partial(compiled, model, cache, state, params)
+            step = partial(decode_gpu.decode_step, *triton_kernels(), model, cache, state, params)
         else:
             step = partial(decode_step, model, cache, state, params, cache.size,
                            topk=topk_by_parts)
@@ -134,6 +112,17 @@ def capture_decode(model, cache, state, params, compile):
             buffer.copy_(value)
         cache.decode_graphs[key] = replay
     return cache.decode_graphs[key]
+
+
+def triton_kernels():
+    """(decode_kernels, draw_kernels). Raises UserError where Triton, which they need, is missing.
+    """
+    try:
+        # late: torch for a CPU comes without it
+        from minillm.speed import decode_kernels, draw_kernels
+    except ImportError as error:
+        raise UserError(f"--compile=True needs Triton, which torch brings along on Linux: {error}")
+    return decode_kernels, draw_kernels
 
 
 def next_power_of_two(n):
@@ -151,8 +140,7 @@ def decode_rows(model, cache, token, position, end, compile=False):
         buffers = torch.zeros_like(token, device=device), torch.zeros_like(position, device=device)
         buffers[1].fill_(cache.size)             # padding: warming up writes nothing that is read
         if compile:
-            parts = decode_gpu.compile_parts(decode_gpu.BATCH, BATCH_OPTIONS)
-            step = partial(decode_gpu.run_parts, parts, model, cache, *buffers)
+            step = partial(decode_gpu.decode_one_token, triton_kernels()[0], model, cache, *buffers)
         else:
             step = partial(decode_one_token, model, cache, *buffers, cache.size)
         cache.graph = *buffers, *capture(step)
@@ -205,6 +193,6 @@ def read_row(model, cache, idx, position, end, staging):
     return x
 
 
-def power_of_two_rows(first, last, rows, fewest=1):
+def power_of_two_rows(first, last, rows):
     """The rows to decode where those from first to last - 1 are active: few different graphs."""
-    return 0, min(max(next_power_of_two(last), fewest), rows)
+    return 0, min(next_power_of_two(last), rows)

@@ -13,7 +13,7 @@ from minillm.distributed import print0
 from minillm.errors import UserError
 from minillm.generation import KVCache, decode_loop, decode_one_token
 from minillm.sampling import sample
-from minillm.speed import cuda_graph, decode_cpu, decode_gpu
+from minillm.speed import cuda_graph, decode_cpu, decode_gpu, decode_ops
 from minillm.speed.agreement import (agrees, chooses_experts, decodes, has_the_loss, insist,
                                      multiplies_experts)
 from minillm.speed.cross_entropy import linear_cross_entropy
@@ -114,19 +114,17 @@ def decodes_on_cpu(model):
                   KVCache)
 
 
-def decodes_compiled(model, name):
-    """Whether these parts of decode_gpu.py, VECTOR or BATCH, compute what this model does."""
-    rows = {"VECTOR": 1, "BATCH": 2}[name]
-    step = partial(decode_gpu.run_parts, getattr(decode_gpu, name))
-    return agrees(model, f"{name} of minillm/speed/decode_gpu.py", decodes, step,
-                  cuda_graph.GraphCache, rows)
+def decodes_compiled(model):
+    """Whether decode_ops.py, and with it the Triton kernels, computes what this model does."""
+    step = partial(decode_gpu.decode_one_token, decode_ops)
+    return agrees(model, "minillm/speed/decode_ops.py", decodes, step, KVCache, 2)
 
 
-def generate_arguments(model, compile, rows):
+def generate_arguments(model, compile):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
-        compile = compile and decodes_compiled(model, "VECTOR" if rows == 1 else "BATCH")
+        compile = compile and decodes_compiled(model)
         graph = partial(cuda_graph.decode_graph, compile=compile)
         return {"forward": cuda_graph.forward, "decode": graph}
     if device == "cpu":
@@ -139,10 +137,8 @@ def for_batch_decoder(model, rows, compile=False):
     """The arguments of BatchDecoder over `rows` rows that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
-        compile = compile and decodes_compiled(model, "BATCH")
-        # compiled: always all rows, so that there is one graph to compile
-        fewest = rows if compile else 1
-        span = partial(cuda_graph.power_of_two_rows, rows=rows, fewest=fewest)
+        compile = compile and decodes_compiled(model)
+        span = partial(cuda_graph.power_of_two_rows, rows=rows)
         return {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
                 "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
                 "sample": cuda_graph.RecordedSample(rows)}

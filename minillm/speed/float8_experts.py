@@ -25,8 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from minillm.speed.float8 import E4M3, to_float8
-from minillm.speed.fused import realize
-from minillm.speed.grouped_mm import grouped_experts, sort_by_expert
+from minillm.speed.grouped_mm import grouped_experts, realize, sort_by_expert
 
 MOST = torch.finfo(E4M3).max
 # The slope of SiLU is at most 1.1; 8 bits and bfloat16 round up by at most 1.07

@@ -11,8 +11,6 @@ Paper: MegaBlocks, which sorts tokens by expert instead of padding them (arXiv 2
 import torch
 from torch.nn import functional as F
 
-from minillm.speed.fused import realize
-
 ALL_EXPERTS_TOKENS = 1024        # generating on a GPU, up to this many tokens visit all experts
 
 
@@ -169,3 +167,9 @@ def _compute_dtype(x):
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def realize(x):
+    """x, which torch.compile then writes to memory once and does not compute where it is read."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())     # only what is in memory has strides

@@ -1,0 +1,87 @@
+"""What the kernels of decode_kernels.py compute, in plain torch: the same functions, to read first.
+
+Wherever a model decodes with them, agreement.py compares these functions with model.py and moe.py;
+tests compare the kernels with these. So they repeat every formula, and call nothing that somebody
+may change in the model. Change both files alike.
+"""
+import torch
+from torch.nn import functional as F
+
+
+def embed(model, state, size):
+    """(the embeddings (B, D) of the newest tokens, their positions (B,), `size` at most)."""
+    position = (state.prompt_length + state.step - 1).clamp(max=size)
+    return model.wte.weight[state.token[:, 0]], position[:, 0]
+
+
+def normalize(x, norm):
+    """norm(x), an RMSNorm: (B, D)."""
+    v = wide(x)
+    v = v * (v.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+    return v.to(x.dtype)
+
+
+def linear(layer, v, silu=False, dtype=None):
+    """layer(v), or silu of it: (B, out), in `dtype`, or else in that of v. Sums are float32.
+
+    layer: an nn.Linear, or a weight (out, in); v: (B, in), of normalize, add or attend.
+    """
+    weight, bias = weight_and_bias(layer)
+    y = wide(v) @ wide(weight).t()
+    if bias is not None:
+        y = y + bias
+    if silu:
+        y = F.silu(y)
+    return y.to(dtype or v.dtype)
+
+
+def add(layer, y, x, norm):
+    """(x plus layer(y), (B, D); the same normalized)."""
+    x = (x + linear(layer, y, dtype=wide(x).dtype)).to(x.dtype)
+    return x, normalize(x, norm)
+
+
+def attend(qkv, keys, values, rope, position, size):
+    """Attention of the tokens at `position` (B,), for add: (B, n_head · head_dim).
+
+    qkv: their q, k and v before RoPE. Writes their k and v to the cache's keys and values (B,
+    n_kv_head, slots, head_dim). size: the position of padding, whose attention nobody needs.
+    """
+    B, n_kv, slots, head_dim = keys.shape
+    heads = wide(qkv.view(B, -1, head_dim))
+    cos, sin = rope[:, position.clamp(max=rope.shape[1] - 1), None]          # each (B, 1, half)
+    a, b = heads[:, :-n_kv].chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    q, k = turned[:, :-n_kv], turned[:, -n_kv:]
+    row = torch.arange(B, device=qkv.device)
+    keys[row, :, position] = k.to(keys.dtype)
+    values[row, :, position] = heads[:, -n_kv:].to(values.dtype)
+    scores = q.view(B, n_kv, -1, head_dim) @ wide(keys).transpose(2, 3) * head_dim ** -0.5
+    visible = torch.arange(slots, device=qkv.device) <= position[:, None, None, None]
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)        # (B, n_kv, …, slots)
+    return (weights @ wide(values)).reshape(B, -1).to(qkv.dtype)
+
+
+def add_experts(moe, v, x, norm):
+    """(x plus the chosen experts of v, (B, D); the same normalized)."""
+    k = moe.router.k
+    logits_BE = linear(moe.router.weight_DE.t(), v, dtype=wide(x).dtype)
+    top_BK, expert_BK = logits_BE.topk(k)
+    # one expert per token: as in moe.py a softmax over all of them
+    gate_BK = logits_BE.softmax(1).gather(1, expert_BK) if k == 1 else top_BK.softmax(1)
+    gate_BE = torch.zeros_like(logits_BE).scatter(1, expert_BK, gate_BK)
+    y = wide(x)
+    for gate_B, w1_DF, w2_FD in zip(gate_BE.t(), moe.w1_EDF, moe.w2_EFD):
+        hidden = linear(w1_DF.t(), v, silu=True, dtype=y.dtype) * gate_B[:, None]
+        y = y + linear(w2_FD.t(), hidden.to(x.dtype), dtype=y.dtype)
+    x = y.to(x.dtype)
+    return x, normalize(x, norm)
+
+
+def weight_and_bias(layer):
+    return (layer, None) if isinstance(layer, torch.Tensor) else (layer.weight, layer.bias)
+
+
+def wide(x):
+    """x in float32, or in float64 where it is already."""
+    return x if x.dtype == torch.float64 else x.float()

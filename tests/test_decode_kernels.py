@@ -1,0 +1,188 @@
+"""Decoding's Triton kernels compute what decode_ops.py and generation.sample_next do.
+
+On a GPU, or where `pip install triton` was run, on a CPU, by Triton's interpreter.
+"""
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"         # before Triton is imported
+pytest.importorskip("triton", reason="needs Triton, which torch brings along on Linux with CUDA")
+
+from minillm import generation
+from minillm.sampling_params import SamplingParams
+from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels
+from minillm.speed.grouped_mm import lay_out_for_decoding        
+from support.tiny_models import tiny_model        
+from support.uncached import random_ids           
+
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+KINDS = {
+    "dense": {},
+    "bias": dict(bias=True),
+    "MoE": dict(n_expert=4, n_expert_per_tok=2),
+    "one expert per token": dict(n_expert=4, n_expert_per_tok=1),
+    "no powers of two": dict(n_head=6, n_kv_head=3, n_embd=6 * 20, n_inner=88),
+    "MoE without powers of two": dict(n_expert=5, n_expert_per_tok=3, n_embd=40, n_inner=72),
+    "one group": dict(n_head=4, n_kv_head=1),
+    "no groups": dict(n_head=2, n_kv_head=2),
+    "pieces": dict(n_embd=64, n_inner=2048),
+}
+
+
+def model_for_kernels(dtype=torch.float32, **kind):
+    model = tiny_model(**{"block_size": 160} | kind)
+    for parameter in model.parameters():
+        # norms of 1 and biases of 0 would hide that they are left out
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) / 4
+    model.for_generation(DEVICE, dtype)
+    for _, moe in model.moe_layers():
+        lay_out_for_decoding(moe)
+    return model
+
+
+def largest_error(model, prompts, steps, padding=()):
+    """Of the kernels' logits against those of decode_ops.py, relative to the largest of these.
+
+    padding: rows whose last step stands at the padding's position.
+    """
+    B, errors = len(prompts), []
+    caches = generation.KVCache(model, B), generation.KVCache(model, B)
+    for cache in caches:
+        generation.prefill(model, cache, prompts)
+    rows = [b for b in range(B) if b not in padding]
+    for t in range(steps):
+        token = torch.tensor([[(37 * t + 11 * b) % 300] for b in range(B)], device=DEVICE)
+        position = torch.tensor([[len(prompt) + t] for prompt in prompts], device=DEVICE)
+        position[list(padding)] = caches[0].size
+        found, expected = [
+            decode_gpu.decode_one_token(ops, model, cache, token, position)[rows]
+            for ops, cache in zip((decode_kernels, decode_ops), caches)]
+        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
+    return max(errors)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_the_kernels_compute_what_the_plain_operations_do(kind, batch):
+    prompts = [random_ids(9 + 61 * b, seed=b) for b in range(batch)]
+
+    assert largest_error(model_for_kernels(**KINDS[kind]), prompts, steps=3) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 127, 600])
+@torch.inference_mode()
+def test_one_row_at_the_edges_of_blocks_and_beyond_all_parts(length):
+    model = model_for_kernels(block_size=640)
+
+    assert largest_error(model, [random_ids(length, seed=2)], steps=2) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_batch_at_the_edges_of_blocks_with_padding_between():
+    prompts = [random_ids(length, seed=length) for length in (1, 31, 5, 32, 33, 150)]
+
+    assert largest_error(model_for_kernels(), prompts, steps=2, padding=(2,)) < 1e-5
+
+
+@torch.inference_mode()
+def test_more_rows_than_a_program_takes():
+    prompts = [random_ids(2 + b % 7, seed=b) for b in range(70)]
+
+    assert largest_error(model_for_kernels(n_expert=4, n_layer=1), prompts, steps=2) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_in_16_bits_too(dtype, batch):
+    if dtype == torch.bfloat16 and not ON_GPU:
+        pytest.skip("Triton's interpreter does not multiply bfloat16")
+    prompts = [random_ids(9 + 20 * b, seed=b) for b in range(batch)]
+
+    assert largest_error(model_for_kernels(dtype), prompts, steps=3) < 0.02
+
+
+SETTINGS = {
+    "greedy": dict(temperature=0),
+    "top_k=1": dict(top_k=1),
+    "top_k": dict(top_k=20, temperature=0.8),
+    "top_k with top_p": dict(top_k=50, top_p=0.8, temperature=1.3),
+    "a top_p below the first": dict(top_k=33, top_p=0.001),
+    "penalty": dict(top_k=7, repetition_penalty=1.3),
+    "greedy with penalty": dict(temperature=0, repetition_penalty=2.0),
+    "the largest k": dict(top_k=draw_kernels.MOST_CHOSEN),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("vocab_size", [8192, 40001])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_draws_are_those_of_sample_next(name, vocab_size, rows):
+    """With more logits than tokens, of which none beyond the vocabulary is ever drawn."""
+    params = SamplingParams(8, **SETTINGS[name])
+    torch.manual_seed(vocab_size)
+    u, seen = torch.rand(rows, 8), torch.rand(rows, vocab_size) < 0.3
+    logits = 4 * torch.randn(rows, vocab_size + 24)
+    logits[:, vocab_size:] = 99
+
+    def after(sample_next):
+        state = SimpleNamespace(
+            token=torch.zeros(rows, 1, dtype=torch.long, device=DEVICE), u=u.to(DEVICE),
+            step=torch.zeros(1, dtype=torch.long, device=DEVICE), seen=seen.clone().to(DEVICE))
+        assert draw_kernels.can_draw(params, state)
+        tokens = []
+        for _ in range(8 if ON_GPU else 2):
+            sample_next(state, logits.to(DEVICE), params)
+            tokens.append(state.token[:, 0].tolist())
+        return tokens, state.step.item(), state.seen.cpu()
+    drawn, expected = after(draw_kernels.sample_next), after(generation.sample_next)
+
+    assert drawn[:2] == expected[:2]
+    assert torch.equal(drawn[2], expected[2])
+
+
+def test_equal_logits_rank_by_their_place():
+    logits = torch.zeros(2, 8192, device=DEVICE)
+    logits[1, 4000:4020] = 1
+    state = SimpleNamespace(
+        token=torch.zeros(2, 1, dtype=torch.long, device=DEVICE), u=torch.rand(2, 40).to(DEVICE),
+        step=torch.zeros(1, dtype=torch.long, device=DEVICE),
+        seen=torch.zeros(2, 8192, dtype=torch.bool))
+    drawn = set()
+    for _ in range(40 if ON_GPU else 6):
+        draw_kernels.sample_next(state, logits, SamplingParams(top_k=4))
+        drawn |= set(enumerate(state.token[:, 0].tolist()))
+
+    assert drawn <= {(0, n) for n in range(4)} | {(1, n) for n in range(4000, 4004)}
+
+
+@pytest.mark.parametrize("params, vocab_size", [
+    (dict(), 32000), (dict(top_p=0.9), 32000), (dict(top_k=200), 32000), (dict(top_k=50), 300)])
+def test_other_settings_are_left_to_the_plain_draw(params, vocab_size):
+    state = SimpleNamespace(seen=torch.zeros(1, vocab_size))
+
+    assert not draw_kernels.can_draw(SamplingParams(**params), state)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CUDA graph")
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kind", ["dense", "MoE"])
+@pytest.mark.parametrize("settings", [dict(top_k=20), dict(temperature=0.7)],
+                         ids=["draw by kernels", "plain draw"])
+def test_long_answers_are_the_plain_ones(kind, batch, settings):
+    """Hundreds of replays, in which a kernel that starts too early would read old numbers."""
+    model = model_for_kernels(**KINDS[kind], n_embd=256, n_inner=512, block_size=400,
+                              vocab_size=8192)
+    prompts = [random_ids(5 + b, seed=b) for b in range(batch)]
+    plain, fast = [list(model.generate(list(map(list, prompts)), 300, seed=3, compile=compile,
+                                       **settings)) for compile in (False, True)]
+
+    assert fast == plain
