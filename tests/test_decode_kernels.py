@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
+from support.own_process import GPUS
+
+ON_GPU = bool(GPUS)
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton is imported
 pytest.importorskip("triton", reason="needs Triton, which torch brings along on Linux with CUDA")
@@ -16,9 +18,9 @@ pytest.importorskip("triton", reason="needs Triton, which torch brings along on 
 from minillm import generation
 from minillm.sampling_params import SamplingParams
 from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels
-from minillm.speed.grouped_mm import lay_out_for_decoding        
-from support.tiny_models import tiny_model        
-from support.uncached import random_ids           
+from minillm.speed.grouped_mm import lay_out_for_decoding
+from support.tiny_models import tiny_model
+from support.uncached import random_ids
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -32,6 +34,7 @@ KINDS = {
     "one group": dict(n_head=4, n_kv_head=1),
     "no groups": dict(n_head=2, n_kv_head=2),
     "pieces": dict(n_embd=64, n_inner=2048),
+    "many experts": dict(n_expert=200, n_expert_per_tok=6, n_layer=1, n_inner=16),
 }
 
 
@@ -68,46 +71,48 @@ def largest_error(model, prompts, steps, padding=()):
     return max(errors)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_the_kernels_compute_what_the_plain_operations_do(kind, batch):
-    prompts = [random_ids(9 + 61 * b, seed=b) for b in range(batch)]
+def test_the_kernels_compute_what_the_plain_operations_do(kind):
+    model = model_for_kernels(**KINDS[kind])
+    prompts = [random_ids(9 + 61 * b, seed=b) for b in range(3)]
 
-    assert largest_error(model_for_kernels(**KINDS[kind]), prompts, steps=3) < 1e-5
+    assert largest_error(model, prompts[:1], steps=3) < 1e-4
+    assert largest_error(model, prompts, steps=3) < 1e-4
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 127, 600])
 @torch.inference_mode()
-def test_one_row_at_the_edges_of_blocks_and_beyond_all_parts(length):
+def test_one_row_at_the_edges_of_blocks_and_beyond_all_parts():
     model = model_for_kernels(block_size=640)
 
-    assert largest_error(model, [random_ids(length, seed=2)], steps=2) < 1e-5
+    for length in (1, 63, 64, 127, 600):
+        assert largest_error(model, [random_ids(length, seed=2)], steps=2) < 1e-4
 
 
 @torch.inference_mode()
 def test_a_batch_at_the_edges_of_blocks_with_padding_between():
     prompts = [random_ids(length, seed=length) for length in (1, 31, 5, 32, 33, 150)]
 
-    assert largest_error(model_for_kernels(), prompts, steps=2, padding=(2,)) < 1e-5
+    assert largest_error(model_for_kernels(), prompts, steps=2, padding=(2,)) < 1e-4
 
 
 @torch.inference_mode()
 def test_more_rows_than_a_program_takes():
     prompts = [random_ids(2 + b % 7, seed=b) for b in range(70)]
 
-    assert largest_error(model_for_kernels(n_expert=4, n_layer=1), prompts, steps=2) < 1e-5
+    assert largest_error(model_for_kernels(n_expert=4, n_layer=1), prompts, steps=2) < 1e-4
 
 
-@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
-def test_in_16_bits_too(dtype, batch):
+def test_in_16_bits_too(dtype):
     if dtype == torch.bfloat16 and not ON_GPU:
         pytest.skip("Triton's interpreter does not multiply bfloat16")
-    prompts = [random_ids(9 + 20 * b, seed=b) for b in range(batch)]
+    model = model_for_kernels(dtype)
+    prompts = [random_ids(9 + 20 * b, seed=b) for b in range(5)]
 
-    assert largest_error(model_for_kernels(dtype), prompts, steps=3) < 0.02
+    assert largest_error(model, prompts[:1], steps=3) < 0.02
+    assert largest_error(model, prompts, steps=3) < 0.02
 
 
 SETTINGS = {
@@ -122,46 +127,46 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("vocab_size", [8192, 40001])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_draws_are_those_of_sample_next(name, vocab_size, rows):
+def test_draws_are_those_of_sample_next(name):
     """With more logits than tokens, of which none beyond the vocabulary is ever drawn."""
     params = SamplingParams(8, **SETTINGS[name])
-    torch.manual_seed(vocab_size)
-    u, seen = torch.rand(rows, 8), torch.rand(rows, vocab_size) < 0.3
-    logits = 4 * torch.randn(rows, vocab_size + 24)
-    logits[:, vocab_size:] = 99
+    torch.manual_seed(1)
+    for rows, vocab_size in ((1, 8192), (1, 40001), (3, 8192), (3, 40001)):
+        u, seen = torch.rand(rows, 8), torch.rand(rows, vocab_size) < 0.3
+        logits = 4 * torch.randn(rows, vocab_size + 24)
+        logits[:, vocab_size:] = 99
 
-    def after(sample_next):
-        state = SimpleNamespace(
-            token=torch.zeros(rows, 1, dtype=torch.long, device=DEVICE), u=u.to(DEVICE),
-            step=torch.zeros(1, dtype=torch.long, device=DEVICE), seen=seen.clone().to(DEVICE))
-        assert draw_kernels.can_draw(params, state)
-        tokens = []
-        for _ in range(8 if ON_GPU else 2):
-            sample_next(state, logits.to(DEVICE), params)
-            tokens.append(state.token[:, 0].tolist())
-        return tokens, state.step.item(), state.seen.cpu()
-    drawn, expected = after(draw_kernels.sample_next), after(generation.sample_next)
+        tokens, state = draws(draw_kernels.sample_next, logits, u, seen, params)
+        expected, expected_state = draws(generation.sample_next, logits, u, seen, params)
 
-    assert drawn[:2] == expected[:2]
-    assert torch.equal(drawn[2], expected[2])
+        assert tokens == expected
+        assert torch.equal(state.step, expected_state.step)
+        assert torch.equal(state.seen, expected_state.seen)
+
+
+def draws(sample_next, logits, u, seen, params):
+    """(the tokens of some calls, the state that these leave)."""
+    state = SimpleNamespace(
+        token=torch.zeros(len(u), 1, dtype=torch.long, device=DEVICE), u=u.to(DEVICE),
+        step=torch.zeros(1, dtype=torch.long, device=DEVICE), seen=seen.clone().to(DEVICE))
+    assert draw_kernels.can_draw(params, state)
+    tokens = []
+    for _ in range(u.shape[1] if ON_GPU else 2):
+        sample_next(state, logits.to(DEVICE), params)
+        tokens.append(state.token[:, 0].tolist())
+    return tokens, state
 
 
 def test_equal_logits_rank_by_their_place():
-    logits = torch.zeros(2, 8192, device=DEVICE)
+    logits = torch.zeros(2, 8192)
     logits[1, 4000:4020] = 1
-    state = SimpleNamespace(
-        token=torch.zeros(2, 1, dtype=torch.long, device=DEVICE), u=torch.rand(2, 40).to(DEVICE),
-        step=torch.zeros(1, dtype=torch.long, device=DEVICE),
-        seen=torch.zeros(2, 8192, dtype=torch.bool))
-    drawn = set()
-    for _ in range(40 if ON_GPU else 6):
-        draw_kernels.sample_next(state, logits, SamplingParams(top_k=4))
-        drawn |= set(enumerate(state.token[:, 0].tolist()))
 
-    assert drawn <= {(0, n) for n in range(4)} | {(1, n) for n in range(4000, 4004)}
+    tokens, _ = draws(draw_kernels.sample_next, logits, torch.rand(2, 40),
+                      torch.zeros(2, 8192, dtype=torch.bool), SamplingParams(top_k=4))
+
+    assert {first for first, _ in tokens} <= set(range(4))
+    assert {second for _, second in tokens} <= set(range(4000, 4004))
 
 
 @pytest.mark.parametrize("params, vocab_size", [
@@ -174,10 +179,9 @@ def test_other_settings_are_left_to_the_plain_draw(params, vocab_size):
 
 @pytest.mark.skipif(not ON_GPU, reason="a CUDA graph")
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("kind", ["dense", "MoE"])
-@pytest.mark.parametrize("settings", [dict(top_k=20), dict(temperature=0.7)],
-                         ids=["draw by kernels", "plain draw"])
-def test_long_answers_are_the_plain_ones(kind, batch, settings):
+@pytest.mark.parametrize("kind, settings", [
+    ("dense", dict(top_k=20)), ("dense", dict(temperature=0.7)), ("MoE", dict(top_k=20))])
+def test_long_answers_are_the_plain_ones(kind, settings, batch):
     """Hundreds of replays, in which a kernel that starts too early would read old numbers."""
     model = model_for_kernels(**KINDS[kind], n_embd=256, n_inner=512, block_size=400,
                               vocab_size=8192)

@@ -9,7 +9,7 @@ from triton import next_power_of_2
 
 from minillm.speed import matmul_kernels, matvec_kernels
 from minillm.speed.decode_ops import weight_and_bias
-from minillm.speed.launch import launch, wait
+from minillm.speed.launch import fresh, launch, wait
 
 
 def normalize(x, norm):
@@ -33,8 +33,8 @@ def add_experts(moe, v, x, norm):
     w1_EFD, w2_EDF = moe.w1_EDF.transpose(1, 2), moe.w2_EFD.transpose(1, 2)
     if not w1_EFD.is_contiguous() or not w2_EDF.is_contiguous():
         raise ValueError("the experts' weights are not laid out for decoding")
-    router_ED, k = moe.router.weight_DE.t(), moe.router.k
-    return kernels_for(x).add_experts(router_ED, w1_EFD, w2_EDF, k, v, x, norm)
+    chosen = route(moe.router.weight_DE.t(), v, moe.router.k)
+    return kernels_for(x).add_experts(w1_EFD, w2_EDF, chosen, v, x, norm)
 
 
 def kernels_for(x):
@@ -62,3 +62,55 @@ def embed_kernel(weight, token, prompt_length, step, x, position, size, WIDTH: t
     tl.store(x + row * WIDTH + column, numbers, mask=column < WIDTH)
     here = tl.load(prompt_length + row) + tl.load(step) - 1
     tl.store(position + row, tl.minimum(here, size))
+
+
+# ---- the router of an MoE
+
+def route(weight_ED, v, K):
+    """(gates (B, E), 0 of experts not chosen; the chosen experts (B, K); their gates (B, K))."""
+    x, norm = v if isinstance(v, tuple) else (v, None)
+    (B, D), E = x.shape, len(weight_ED)
+    gate_BE = x.new_empty(B, E, dtype=torch.float32)
+    expert_BK = x.new_empty(B, K, dtype=torch.int32)
+    gate_BK = gate_BE.new_empty(B, K)
+    experts = next_power_of_2(E)
+    launch(route_kernel, (B,), weight_ED, x, None if norm is None else norm.weight, gate_BE,
+           expert_BK, gate_BK, E, 0.0 if norm is None else norm.eps, K=K, WIDTH=D, EXPERTS=experts,
+           COLUMNS=min(next_power_of_2(D), max(8192 // experts, 32)))
+    return gate_BE, expert_BK, gate_BK
+
+
+@triton.jit
+def route_kernel(weight, x, norm, gate_BE, expert_BK, gate_BK, n_expert, eps, K: tl.constexpr,
+                 WIDTH: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
+                 OVERLAP: tl.constexpr):
+    """One row. An expert's rank is the number of experts with larger logits."""
+    row = tl.program_id(0)
+    expert, column = tl.arange(0, EXPERTS), tl.arange(0, COLUMNS)
+    inside = expert < n_expert
+    w = tl.load(weight + expert[:, None] * WIDTH + column,
+                mask=inside[:, None] & (column < WIDTH), other=0)
+    wait(OVERLAP)
+    logit = tl.zeros((EXPERTS,), tl.float32)
+    squares = 0.0
+    for start in range(0, WIDTH, COLUMNS):
+        v = fresh(x + row * WIDTH + column, column < WIDTH).to(tl.float32)
+        if norm is not None:
+            squares += tl.sum(v * v, 0)
+            v = v * tl.load(norm + column, mask=column < WIDTH, other=0)
+        logit += tl.sum(w.to(tl.float32) * v[None, :], 1)
+        column += COLUMNS
+        w = tl.load(weight + expert[:, None] * WIDTH + column,
+                    mask=inside[:, None] & (column < WIDTH), other=0)
+    if norm is not None:
+        logit = logit * tl.rsqrt(squares / WIDTH + eps)
+    logit = tl.where(inside, logit, -float("inf"))
+    larger = logit[None, :] > logit[:, None]
+    earlier = (logit[None, :] == logit[:, None]) & (expert[None, :] < expert[:, None])
+    rank = tl.sum((larger | earlier).to(tl.int32), 1)
+    gate = tl.exp(logit - tl.max(logit, 0))
+    # one expert per token: as in moe.py a softmax over all of them
+    gate = gate / tl.sum(gate if K == 1 else tl.where(rank < K, gate, 0), 0)
+    tl.store(gate_BE + row * n_expert + expert, tl.where(rank < K, gate, 0), mask=inside)
+    tl.store(expert_BK + row * K + rank, expert, mask=rank < K)
+    tl.store(gate_BK + row * K + rank, gate, mask=rank < K)

@@ -72,25 +72,22 @@ def add(weight, bias, y, x, norm):
     return add_terms(x, terms, bias, norm)
 
 
-def add_experts(router_ED, w1_EFD, w2_EDF, K, v, x, norm):
+def add_experts(w1_EFD, w2_EDF, chosen, v, x, norm):
     E, F, D = w1_EFD.shape
-    logits_BE = x.new_empty(len(x), E, dtype=torch.float32)
-    launch(route_kernel, (len(x), triton.cdiv(E, 8)), router_ED, v, logits_BE, E, WIDTH=D,
-           COLUMNS=next_power_of_2(D))
     hidden_EBF = x.new_empty(E, len(x), F)
-    matmul(w1_EFD, v, hidden_EBF, logits=logits_BE, K=K, silu=True)
+    matmul(w1_EFD, v, hidden_EBF, gates=chosen[0], silu=True)
     pieces = 1 if F % 2 else 2
     terms = x.new_empty(E * pieces, *x.shape, dtype=torch.float32)
     matmul(w2_EDF, hidden_EBF, terms, pieces=pieces)
     return add_terms(x, terms, None, norm)
 
 
-def matmul(weight, x, out, bias=None, logits=None, K=1, silu=False, pieces=1):
+def matmul(weight, x, out, bias=None, gates=None, silu=False, pieces=1):
     """silu(x @ weight.t() + bias) → out. What is None or False is left out.
 
     weight: (rows, width) or (E, rows, width), x: (B, width) or (E, B, width), out: (B, rows) or (E,
-    B, rows). logits: (B, E), the router's, whose gates scale `out`. pieces: of each sum, to be
-    added later; out is (pieces, B, rows) then, or (E · pieces, B, rows).
+    B, rows). gates: (B, E), which scale `out`. pieces: of each sum, to be added later; out is
+    (pieces, B, rows) then, or (E · pieces, B, rows).
     """
     experts = len(weight) if weight.dim() == 3 else 1
     rows, width = weight.shape[-2:]
@@ -99,9 +96,8 @@ def matmul(weight, x, out, bias=None, logits=None, K=1, silu=False, pieces=1):
     tile = min(max(next_power_of_2(rows * experts // 128), 16), 128)     # 128 programs or more
     columns = 64 if tile == 128 else 128
     launch(matmul_kernel, (triton.cdiv(rows, tile), triton.cdiv(batch, block), experts * pieces),
-           weight, x, bias, logits, out, batch, rows, batch * width if x.dim() == 3 else 0,
-           WIDTH=width, PIECES=pieces, BATCH=block, ROWS=tile, COLUMNS=columns, N_EXPERT=experts,
-           EXPERTS=next_power_of_2(experts), K=K, SILU=silu,
+           weight, x, bias, gates, out, batch, rows, batch * width if x.dim() == 3 else 0,
+           WIDTH=width, PIECES=pieces, BATCH=block, ROWS=tile, COLUMNS=columns, SILU=silu,
            num_stages=stages(x.device, (block + tile) * columns * weight.element_size()))
 
 
@@ -114,10 +110,9 @@ def stages(device, size):
 
 
 @triton.jit
-def matmul_kernel(weight, x, bias, logits, out, batch, rows, x_step, WIDTH: tl.constexpr,
+def matmul_kernel(weight, x, bias, gates, out, batch, rows, x_step, WIDTH: tl.constexpr,
                   PIECES: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr, N_EXPERT: tl.constexpr, EXPERTS: tl.constexpr,
-                  K: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr):
+                  COLUMNS: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr):
     """ROWS columns of the result for BATCH rows, of one expert, or of one of PIECES of the sum.
 
     x_step: how far one expert's x lies from the next one's.
@@ -141,45 +136,11 @@ def matmul_kernel(weight, x, bias, logits, out, batch, rows, x_step, WIDTH: tl.c
         y = y + tl.load(bias + row, mask=inside, other=0).to(tl.float32)[None, :]
     if SILU:
         y = y / (1 + tl.exp(-y))
-    if logits is not None:
-        y = y * gate(logits, b, here, expert, N_EXPERT, EXPERTS, K)[:, None]
+    if gates is not None:
+        n_expert = tl.num_programs(2) // PIECES
+        y = y * fresh(gates + b * n_expert + expert, here)[:, None]
     place = (tl.program_id(2) * batch + b[:, None]).to(tl.int64) * rows + row[None, :]
     tl.store(out + place, y, mask=here[:, None] & inside[None, :])
-
-
-@triton.jit
-def route_kernel(weight, v, logits, n_expert, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-                 OVERLAP: tl.constexpr):
-    """A row's logits of 8 experts."""
-    row = tl.program_id(0)
-    expert, column = tl.program_id(1) * 8 + tl.arange(0, 8), tl.arange(0, COLUMNS)
-    inside, real = expert < n_expert, column < WIDTH
-    w = tl.load(weight + expert[:, None] * WIDTH + column[None, :],
-                mask=inside[:, None] & real[None, :], other=0)
-    wait(OVERLAP)
-    x = fresh(v + row * WIDTH + column, real).to(tl.float32)
-    tl.store(logits + row * n_expert + expert, tl.sum(w.to(tl.float32) * x[None, :], 1),
-             mask=inside)
-
-
-@triton.jit
-def gate(logits, b, here, expert, N_EXPERT: tl.constexpr, EXPERTS: tl.constexpr,
-         K: tl.constexpr):
-    """The gate of one expert in each row b; 0 where it is not one of the K with the largest logits.
-    """
-    other = tl.arange(0, EXPERTS)
-    logit = tl.load(logits + b[:, None] * N_EXPERT + other[None, :],
-                    mask=here[:, None] & (other < N_EXPERT)[None, :], other=-float("inf"),
-                    cache_modifier=".cg")
-    larger = logit[:, None, :] > logit[:, :, None]                           # (BATCH, this, other)
-    equal = logit[:, None, :] == logit[:, :, None]
-    earlier = equal & (other[None, :] < other[:, None])[None]
-    rank = tl.sum((larger | earlier).to(tl.int32), 2)
-    share = tl.exp(logit - tl.max(logit, 1)[:, None])
-    chosen = tl.where(rank < K, share, 0)
-    # one expert per token: as in moe.py a softmax over all of them
-    total = tl.sum(share if K == 1 else chosen, 1)
-    return tl.sum(tl.where((other == expert)[None, :], chosen, 0), 1) / total
 
 
 # ---- attention

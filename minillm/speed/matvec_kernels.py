@@ -196,78 +196,58 @@ def turn(x, pair, cos, sin, HALF: tl.constexpr):
 
 # ---- the experts of an MoE
 
-def add_experts(router_ED, w1_EFD, w2_EDF, K, v, x, norm):
+def add_experts(w1_EFD, w2_EDF, chosen, v, x, norm):
     E, F, D = w1_EFD.shape
-    logits_E = linear(router_ED, None, v, silu=False, dtype=torch.float32)
-    before = v[1]
+    _, expert_1K, gate_1K = chosen
+    K, before = expert_1K.shape[1], v[1]
     hidden_KF, out = x.new_empty(K, F), torch.empty_like(x)
-    shared = {"N_EXPERT": E, "K": K, "EXPERTS": next_power_of_2(E), "warps": 2}
     columns = next_power_of_2(D)
     rows = max(TILE // columns, 1)
-    launch(experts_up_kernel, (triton.cdiv(F, rows), K), w1_EFD, x, before.weight,
-           logits_E, hidden_KF, F, before.eps, WIDTH=D, ROWS=rows, COLUMNS=columns, **shared)
-    chosen, columns = next_power_of_2(K), next_power_of_2(F)
-    rows = max(TILE // (chosen * columns), 1)
-    launch(experts_down_kernel, (triton.cdiv(D, rows),), w2_EDF, hidden_KF, logits_E, x, out, D,
-           CHOSEN=chosen, WIDTH=F, ROWS=rows, COLUMNS=columns, **shared)
+    launch(experts_up_kernel, (triton.cdiv(F, rows), K), w1_EFD, x, before.weight, expert_1K,
+           gate_1K, hidden_KF, F, before.eps, WIDTH=D, ROWS=rows, COLUMNS=columns, warps=2)
+    ranks, columns = next_power_of_2(K), next_power_of_2(F)
+    rows = max(TILE // (ranks * columns), 1)
+    launch(experts_down_kernel, (triton.cdiv(D, rows),), w2_EDF, hidden_KF, expert_1K, x, out, D,
+           K=K, RANKS=ranks, WIDTH=F, ROWS=rows, COLUMNS=columns, warps=2)
     return out, (out, norm)
 
 
 @triton.jit
-def choose(logits, N_EXPERT: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr):
-    """(each expert's number, the rank of its logit, its gate if it is one of the K first)."""
-    expert = tl.arange(0, EXPERTS)
-    logit = tl.load(logits + expert, mask=expert < N_EXPERT, other=-float("inf"),
-                    cache_modifier=".cg")
-    larger = logit[None, :] > logit[:, None]
-    earlier = (logit[None, :] == logit[:, None]) & (expert[None, :] < expert[:, None])
-    rank = tl.sum((larger | earlier).to(tl.int32), 1)
-    gate = tl.exp(logit - tl.max(logit, 0))
-    # one expert per token: as in moe.py a softmax over all of them
-    total = tl.sum(gate if K == 1 else tl.where(rank < K, gate, 0), 0)
-    return expert, rank, gate / total
-
-
-@triton.jit
-def experts_up_kernel(w1, x, norm, logits, hidden, rows, eps, N_EXPERT: tl.constexpr,
-                      K: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+def experts_up_kernel(w1, x, norm, experts, gates, hidden, rows, eps, WIDTH: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
-    """hidden (K, F): silu(w1 @ norm(x)) · gate, of the experts in the order of their ranks."""
+    """hidden (K, F): silu(w1 @ norm(x)) · gate of each chosen expert."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mine = tl.program_id(1)
+    rank = tl.program_id(1)
     column = tl.arange(0, COLUMNS)
     inside, real = row < rows, column < WIDTH
     factor = tl.load(norm + column, mask=real, other=0)
     wait(OVERLAP)
-    expert, rank, gate = choose(logits, N_EXPERT, K, EXPERTS)
-    number = tl.sum(tl.where(rank == mine, expert, 0), 0).to(tl.int64)
-    w = tl.load(w1 + (number * rows + row)[:, None] * WIDTH + column,
+    expert = tl.load(experts + rank, cache_modifier=".cg").to(tl.int64)
+    w = tl.load(w1 + (expert * rows + row)[:, None] * WIDTH + column,
                 mask=inside[:, None] & real, other=0)
     v = fresh(x + column, real).to(tl.float32)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / WIDTH + eps) * factor
     y = tl.sum(w.to(tl.float32) * v[None, :], 1)
-    y = y / (1 + tl.exp(-y)) * tl.sum(tl.where(rank == mine, gate, 0), 0)
-    tl.store(hidden + mine * rows + row, y, mask=inside)
+    y = y / (1 + tl.exp(-y)) * tl.load(gates + rank, cache_modifier=".cg")
+    tl.store(hidden + rank * rows + row, y, mask=inside)
 
 
 @triton.jit
-def experts_down_kernel(w2, hidden, logits, x, out, rows, N_EXPERT: tl.constexpr, K: tl.constexpr,
-                        EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, WIDTH: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+def experts_down_kernel(w2, hidden, experts, x, out, rows, K: tl.constexpr, RANKS: tl.constexpr,
+                        WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                        OVERLAP: tl.constexpr):
     """ROWS numbers of x plus the sum of w2 @ hidden over the chosen experts."""
-    # the logits are not from the kernel directly ahead
-    expert, rank, gate = choose(logits, N_EXPERT, K, EXPERTS)
-    mine = tl.arange(0, CHOSEN)
-    number = tl.sum(tl.where(rank[None, :] == mine[:, None], expert[None, :], 0), 1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    rank, column = tl.arange(0, RANKS), tl.arange(0, COLUMNS)
     inside = row < rows
-    real = (mine < K)[:, None] & (column < WIDTH)[None, :]                   # (CHOSEN, COLUMNS)
-    first = number[:, None] * rows + row[None, :]                            # (CHOSEN, ROWS)
+    real = (rank < K)[:, None] & (column < WIDTH)[None, :]                   # (RANKS, COLUMNS)
+    # route_kernel chose the experts, and has ended: experts_up_kernel, which is ahead, waited
+    expert = tl.load(experts + rank, mask=rank < K, other=0, cache_modifier=".cg").to(tl.int64)
+    first = expert[:, None] * rows + row[None, :]                            # (RANKS, ROWS)
     w = tl.load(w2 + first[:, :, None] * WIDTH + column[None, None, :],
                 mask=inside[None, :, None] & real[:, None, :], other=0)
     wait(OVERLAP)
     base = fresh(x + row, inside).to(tl.float32)
-    h = fresh(hidden + mine[:, None] * WIDTH + column[None, :], real).to(tl.float32)
+    h = fresh(hidden + rank[:, None] * WIDTH + column[None, :], real).to(tl.float32)
     y = tl.sum(tl.sum(w.to(tl.float32) * h[:, None, :], 2), 0)
     tl.store(out + row, base + y, mask=inside)
