@@ -74,16 +74,19 @@ def route(weight_ED, v, K):
     expert_BK = x.new_empty(B, K, dtype=torch.int32)
     gate_BK = gate_BE.new_empty(B, K)
     experts = next_power_of_2(E)
+    # no fusion: a product fused with an addition rounds differently in each thread that holds the
+    # same sum, and a logit would no longer equal itself
     launch(route_kernel, (B,), weight_ED, x, None if norm is None else norm.weight, gate_BE,
-           expert_BK, gate_BK, E, 0.0 if norm is None else norm.eps, K=K, WIDTH=D, EXPERTS=experts,
-           COLUMNS=min(next_power_of_2(D), max(8192 // experts, 32)))
+           expert_BK, gate_BK, E, 0.0 if norm is None else norm.eps, K=K,
+           RANKS=next_power_of_2(K), WIDTH=D, EXPERTS=experts,
+           COLUMNS=min(next_power_of_2(D), max(8192 // experts, 32)), enable_fp_fusion=False)
     return gate_BE, expert_BK, gate_BK
 
 
 @triton.jit
 def route_kernel(weight, x, norm, gate_BE, expert_BK, gate_BK, n_expert, eps, K: tl.constexpr,
-                 WIDTH: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr,
-                 OVERLAP: tl.constexpr):
+                 RANKS: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+                 COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
     """One row. An expert's rank is the number of experts with larger logits."""
     row = tl.program_id(0)
     expert, column = tl.arange(0, EXPERTS), tl.arange(0, COLUMNS)
@@ -112,5 +115,10 @@ def route_kernel(weight, x, norm, gate_BE, expert_BK, gate_BK, n_expert, eps, K:
     # one expert per token: as in moe.py a softmax over all of them
     gate = gate / tl.sum(gate if K == 1 else tl.where(rank < K, gate, 0), 0)
     tl.store(gate_BE + row * n_expert + expert, tl.where(rank < K, gate, 0), mask=inside)
-    tl.store(expert_BK + row * K + rank, expert, mask=rank < K)
-    tl.store(gate_BK + row * K + rank, gate, mask=rank < K)
+    place = tl.arange(0, RANKS)
+    hit = rank[None, :] == place[:, None]
+    # minimum: of logits that are NaN all experts have rank 0
+    chosen = tl.minimum(tl.sum(tl.where(hit, expert[None, :], 0), 1), n_expert - 1)
+    tl.store(expert_BK + row * K + place, chosen, mask=place < K)
+    tl.store(gate_BK + row * K + place, tl.sum(tl.where(hit, gate[None, :], 0), 1),
+             mask=place < K)

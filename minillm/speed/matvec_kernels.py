@@ -237,17 +237,16 @@ def experts_down_kernel(w2, hidden, experts, x, out, rows, K: tl.constexpr, RANK
                         WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                         OVERLAP: tl.constexpr):
     """ROWS numbers of x plus the sum of w2 @ hidden over the chosen experts."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rank, column = tl.arange(0, RANKS), tl.arange(0, COLUMNS)
-    inside = row < rows
-    real = (rank < K)[:, None] & (column < WIDTH)[None, :]                   # (RANKS, COLUMNS)
+    line, column = tl.arange(0, RANKS * ROWS), tl.arange(0, COLUMNS)
+    rank, row = line // ROWS, tl.program_id(0) * ROWS + line % ROWS
+    real = ((rank < K) & (row < rows))[:, None] & (column < WIDTH)[None, :]
     # route_kernel chose the experts, and has ended: experts_up_kernel, which is ahead, waited
-    expert = tl.load(experts + rank, mask=rank < K, other=0, cache_modifier=".cg").to(tl.int64)
-    first = expert[:, None] * rows + row[None, :]                            # (RANKS, ROWS)
-    w = tl.load(w2 + first[:, :, None] * WIDTH + column[None, None, :],
-                mask=inside[None, :, None] & real[:, None, :], other=0)
+    expert = fresh(experts + rank, rank < K).to(tl.int64)
+    w = tl.load(w2 + (expert * rows + row)[:, None] * WIDTH + column[None, :], mask=real, other=0)
     wait(OVERLAP)
-    base = fresh(x + row, inside).to(tl.float32)
     h = fresh(hidden + rank[:, None] * WIDTH + column[None, :], real).to(tl.float32)
-    y = tl.sum(tl.sum(w.to(tl.float32) * h[:, None, :], 2), 0)
-    tl.store(out + row, base + y, mask=inside)
+    y = tl.sum(w.to(tl.float32) * h, 1)
+    y = tl.sum(tl.reshape(y, (RANKS, ROWS)), 0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y += fresh(x + row, row < rows).to(tl.float32)
+    tl.store(out + row, y, mask=row < rows)
