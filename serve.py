@@ -41,7 +41,7 @@ class Settings:
     checkpoint: str = "newest"             # which one to load from out_dir: newest, best or a step
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile before serving: half a minute
+    compile: bool = False                  # GPU: Triton kernels, compiled before serving
     model_name: str = ""                   # its name for clients; empty: the folder's
     # who may ask, and how much
     host: str = "127.0.0.1"                # address to listen on; 0.0.0.0: all of this machine's

@@ -38,7 +38,7 @@ class Settings(ModelShape):
     # the machine
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # of a CPU: float32 or bfloat16; auto: both. A GPU: bfloat16
-    compile: bool = True              # torch.compile, on a GPU
+    compile: bool = True              # Triton kernels, on a GPU
 
 
 def main():

@@ -53,7 +53,7 @@ class Settings(ModelShape):
     block_size: Positive = 512        # the context, with random weights
     device: str = "auto"              # auto, cpu, cuda
     dtype: str = "auto"               # auto, float32, bfloat16
-    compile: bool = False             # torch.compile, on a GPU
+    compile: bool = False             # Triton kernels, on a GPU
     # the clients
     clients: NonNegative = 0          # so many only; 0: 1, 8 and 64 in turn
     requests: Positive = 2            # of each client

