@@ -33,11 +33,6 @@ def run(main):
         _call_and_flush(main)
     except UserError as error:
         sys.exit(_report(error))
-    except (MemoryError, RuntimeError) as error:
-        advice = _advice(error)
-        if advice is None:
-            raise
-        sys.exit(_report(advice))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                      # `python sample.py | head`: the reader has gone
@@ -50,6 +45,11 @@ def run(main):
         forget_lost_lines()
         place = error.filename or "cannot write the output"
         sys.exit(_report(f"{place}: {reason(error)}{advice}"))
+    except Exception as error:
+        advice = _advice(error)
+        if advice is None:
+            raise
+        sys.exit(_report(advice))
 
 
 def brief(value):
@@ -128,7 +128,7 @@ def _open_closed_streams():
 
 
 def _advice(error):
-    """What to do about an error of torch that the user can correct, or None."""
+    """What to do about an error of torch or Triton that the user can correct, or None."""
     text, kind = str(error), type(error).__name__
     # torch says it in a class of its own on a GPU, in a plain RuntimeError on a CPU
     no_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
@@ -140,22 +140,24 @@ def _advice(error):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:
         return "compile=True needs a C compiler: install gcc, or leave compile out"
-    # of Triton, or of the C compiler that it calls
-    triton = type(error).__module__.startswith("triton.") or kind == "CalledProcessError"
+    if kind == "CalledProcessError":             # of the C compiler that Triton calls
+        return f"compile=True failed ({error.cmd[0]} did, see above): leave compile out"
+    triton = type(error).__module__.startswith("triton.")
     if triton or "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:
         return f"compile=True failed ({_compiler_reason(text)}): leave compile out"
     return None
 
 
 def _cache_advice(error):
-    """What to do about an OSError in the folder where torch.compile keeps its code, or ''."""
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if not folder or not isinstance(error.filename, str):
-        return ""
-    folder, place = os.path.abspath(folder), os.path.abspath(error.filename)
-    if os.path.commonpath((folder, place)) not in (folder, place):
-        return ""
-    return "; the environment's TORCHINDUCTOR_CACHE_DIR leads there: give another, or unset it"
+    """What to do about an OSError where torch or Triton keeps compiled code, or ''."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        folder = os.environ.get(name)
+        if not folder or not isinstance(error.filename, str):
+            continue
+        folder, place = os.path.abspath(folder), os.path.abspath(error.filename)
+        if os.path.commonpath((folder, place)) in (folder, place):
+            return f"; the environment's {name} leads there: give another, or unset it"
+    return ""
 
 
 def _compiler_reason(text):

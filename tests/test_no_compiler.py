@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from minillm import errors
 from support import ROOT
 from support.processes import LIMIT
 
@@ -45,6 +46,32 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, script, says):
     # torch built for CUDA warns that it finds none
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
     assert len(lines) == 1 and re.fullmatch(f"-c: {says}", lines[0])
+
+
+@pytest.mark.parametrize("error, says", [
+    ("subprocess.CalledProcessError(1, ['/usr/bin/gcc', 'main.c'])",
+     "compile=True failed (/usr/bin/gcc did, see above): leave compile out"),
+    ("type('CompilationError', (Exception,), {'__module__': 'triton.compiler.errors'})("
+     "'at 3:4:\\ny = x +\\nSyntaxError: no')",
+     "compile=True failed (SyntaxError: no): leave compile out"),
+], ids=["its C compiler", "a kernel"])
+def test_triton_that_fails_is_one_line(error, says):
+    program = ("import subprocess\nfrom minillm import errors\n"
+               f"def main():\n    raise {error}\nerrors.run(main)")
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True,
+                          capture_output=True, timeout=LIMIT)
+
+    assert (done.returncode, done.stderr) == (2, f"-c: {says}\n")
+
+
+@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"])
+def test_an_error_in_a_compilers_cache_names_the_variable(monkeypatch, tmp_path, variable):
+    monkeypatch.setenv(variable, str(tmp_path))
+
+    advice = errors._cache_advice(PermissionError(13, "denied", str(tmp_path / "kernel")))
+
+    assert advice == f"; the environment's {variable} leads there: give another, or unset it"
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
