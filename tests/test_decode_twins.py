@@ -1,5 +1,6 @@
 """Decoding's fast twins in minillm/speed give what the plain modules and torch.topk give."""
 import random
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from minillm import attention, generation
 from minillm.sampling_params import SamplingParams
-from minillm.speed import decode_cpu, decode_gpu, decode_ops
+from minillm.speed import decode_cpu, decode_gpu, decode_ops, fast_versions
 from minillm.speed.cuda_graph import GraphCache
 from minillm.speed.topk import topk_by_parts
 from moe import Router
@@ -122,15 +123,10 @@ def test_what_the_kernels_compute_equals_the_modules_in_a_batch(kind):
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.inference_mode()
 def test_a_step_of_the_kernels_makes_the_tokens_of_the_plain_one(batch):
-    """With the plain draw, as of settings that draw_kernels.py leaves to it."""
     model = model_for_decoding(torch.float32)
     prompts = [random_ids(4 + 7 * b, seed=b) for b in range(batch)]
-    no_draw = SimpleNamespace(can_draw=lambda *arguments: False)
 
-    def step(model, cache, state, params):
-        decode_gpu.decode_step(decode_ops, no_draw, model, cache, state, params)
-
-    made = tokens_of(model, step, prompts)
+    made = tokens_of(model, partial(decode_gpu.decode_step, decode_ops, None), prompts)
 
     plain = partial(generation.decode_step, end=model.config.block_size)
     assert made == tokens_of(model, plain, prompts)
@@ -149,6 +145,48 @@ def tokens_of(model, step, prompts):
         step(model, cache, state, params)
         tokens.append(state.token[:, 0].tolist())
     return tokens
+
+
+@dataclass(frozen=True)
+class WithMinP(SamplingParams):
+    min_p: float = 0.1
+
+
+@pytest.mark.parametrize("params, vocab_size, can", [
+    (SamplingParams(top_k=20), 32000, True),
+    (SamplingParams(temperature=0), 300, True),
+    (SamplingParams(), 32000, False),
+    (SamplingParams(top_p=0.9), 32000, False),
+    (SamplingParams(top_k=200), 32000, False),
+    (SamplingParams(top_k=50), 300, False),
+    (WithMinP(top_k=20), 32000, False),
+], ids=str)
+def test_which_settings_the_kernels_draw_from(params, vocab_size, can):
+    """What they do not know, a new rule for instance, is left to sampling.py."""
+    state = SimpleNamespace(seen=torch.zeros(1, vocab_size))
+
+    assert decode_ops.can_draw(params, state) is can
+
+
+def subtracted_penalty(patch):
+    patch.setattr(generation, "penalize", lambda logits, seen, penalty: torch.where(
+        seen, logits - penalty, logits))
+
+
+def sharper_softmax(patch):
+    plain = generation.sample
+    patch.setattr(generation, "sample", lambda logits, u, temperature, *rest, **topk: plain(
+        logits, u, temperature / 2, *rest, **topk))
+
+
+@pytest.mark.parametrize("change", [subtracted_penalty, sharper_softmax])
+def test_another_draw_leaves_the_kernels_draw_out(change, monkeypatch, capsys):
+    assert fast_versions.draws_compiled(tiny_model())
+    assert capsys.readouterr().err == ""
+    change(monkeypatch)
+
+    assert not fast_versions.draws_compiled(tiny_model())
+    assert "sample_next of minillm/speed/decode_ops.py computes" in capsys.readouterr().err
 
 
 def awkward_logits(size):

@@ -1,16 +1,19 @@
 """Whether a fast version still computes what the plain one does. For fast_versions.py.
 
-A change of model.py or moe.py counts at once: a fast version that computes something else is left
-out, with one line on stderr. Each check compares on small copies of the model, in some 10 ms.
+A change of model.py, moe.py or sampling.py counts at once: a fast version that computes something
+else is left out, with one line on stderr. Each check compares on small copies of the model, in some
+10 ms.
 """
 import warnings
 
 import torch
 
+from minillm import generation
 from minillm.distributed import warn0
 from minillm.errors import UserError
-from minillm.generation import KVCache, decode_one_token, prefill
+from minillm.generation import DecodeState, KVCache, decode_one_token, prefill
 from minillm.same_function import copies, in_a_line, one_thread, same, text
+from minillm.sampling_params import SamplingParams
 
 STEPS = 4                            # of decoding that are compared
 TOKENS = 40                          # rows for the experts and the loss
@@ -48,7 +51,7 @@ def disagreement(model, check, *args):
                 return None
     except Exception as error:       # a changed model's own: a size that it refuses, another shape
         return f"does not fit the model ({in_a_line(error)})"
-    return "computes something else than model.py and moe.py"
+    return "computes something else than model.py, moe.py or sampling.py"
 
 
 def normal_numbers(*shape):
@@ -65,6 +68,27 @@ def decodes(copy, step, cache_type, rows=1):
     for t in range(ids.shape[1] - STEPS, ids.shape[1]):
         place = ids[:, t: t + 1], torch.full((rows, 1), t), t + 1
         if not same(step(copy, fast, *place), decode_one_token(copy, plain, *place)):
+            return False
+    return True
+
+
+def draws(copy, sample_next):
+    """Does it draw the tokens that generation.sample_next draws, whatever the settings?"""
+    logits = 4 * normal_numbers(8, 5000).float()
+    for params in (SamplingParams(temperature=0), SamplingParams(temperature=0.8, top_k=20),
+                   SamplingParams(top_k=50, top_p=0.9),
+                   SamplingParams(top_k=20, repetition_penalty=1.3)):
+        states = []
+        for function in (sample_next, generation.sample_next):
+            state = DecodeState(copy, len(logits), STEPS)
+            state.u.copy_(normal_numbers(*state.u.shape).abs() % 1)
+            state.seen = normal_numbers(*logits.shape) > 0.5
+            tokens = []
+            for _ in range(STEPS):
+                function(state, logits, params)
+                tokens.append(state.token.clone())
+            states.append((torch.cat(tokens), state.seen, state.step))
+        if not all(map(torch.equal, *states)):
             return False
     return True
 

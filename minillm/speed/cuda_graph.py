@@ -71,11 +71,11 @@ def capture_forward(model, cache, batch, width, end):
     return idx, position, replay, x
 
 
-def decode_graph(model, cache, state, params, logits, steps, compile=False):
+def decode_graph(model, cache, state, params, logits, steps, compile=False, draws=False):
     """Fast version of generation.decode_loop: the GPU is one token ahead of what the host reads.
 
-    compile: with Triton kernels; 135,925 tokens/s with 64 rows (H200, `python -m bench.decode
-    --batch_size=64`).
+    compile: with Triton kernels, draws: also the draw; 135,925 tokens/s with 64 rows (H200,
+    `python -m bench.decode --batch_size=64`).
     """
     sample_next(state, logits, params, topk_by_parts)
     # one row per step: into a column, torch would copy through memory that is not pinned, and wait
@@ -84,7 +84,7 @@ def decode_graph(model, cache, state, params, logits, steps, compile=False):
     host[0].copy_(state.token[:, 0], non_blocking=True)
     done[0].record()
     if steps > 1:
-        step = capture_decode(model, cache, state, params, compile)
+        step = capture_decode(model, cache, state, params, compile, draws)
     for t in range(steps):
         if t + 1 < steps:
             step()
@@ -94,7 +94,7 @@ def decode_graph(model, cache, state, params, logits, steps, compile=False):
         yield host[t].tolist()
 
 
-def capture_decode(model, cache, state, params, compile):
+def capture_decode(model, cache, state, params, compile, draws):
     """decode_step over these buffers as one graph, kept in the cache. Returns its replay.
 
     Warming up leaves keys and values after the prompt; they are written again before they are read.
@@ -102,7 +102,9 @@ def capture_decode(model, cache, state, params, compile):
     key = params.without_length, compile
     if key not in cache.decode_graphs:
         if compile:
-            step = partial(decode_gpu.decode_step, *triton_kernels(), model, cache, state, params)
+            ops, draw = triton_kernels()
+            step = partial(decode_gpu.decode_step, ops, draw if draws else None, model, cache,
+                           state, params)
         else:
             step = partial(decode_step, model, cache, state, params, cache.size,
                            topk=topk_by_parts)
@@ -116,14 +118,13 @@ def capture_decode(model, cache, state, params, compile):
 
 
 def triton_kernels():
-    """(decode_kernels, draw_kernels). Raises UserError where Triton, which they need, is missing.
-    """
+    """(decode_kernels, draw_kernels.sample_next). Raises UserError where Triton is missing."""
     try:
         # late: torch for a CPU comes without it
         from minillm.speed import decode_kernels, draw_kernels
     except ImportError as error:
         raise UserError(f"--compile=True needs Triton, which torch brings along on Linux: {error}")
-    return decode_kernels, draw_kernels
+    return decode_kernels, draw_kernels.sample_next
 
 
 def next_power_of_two(n):

@@ -7,6 +7,7 @@ graph (H200, `python -m bench.decode`, with `--batch_size=64`).
 import torch
 
 from minillm.generation import sample_next
+from minillm.speed.decode_ops import can_draw
 from minillm.speed.topk import topk_by_parts
 
 
@@ -16,11 +17,11 @@ def decode_one_token(ops, model, cache, token, position, end=None):
 
 
 def decode_step(ops, draw, model, cache, state, params):
-    """Fast version of generation.decode_step. draw: draw_kernels.py."""
+    """Fast version of generation.decode_step. draw: draw_kernels.sample_next, or None."""
     x, position = ops.embed(model, state, cache.size)
     logits = run_layers(ops, model, cache, x, position)
-    if draw.can_draw(params, state):
-        draw.sample_next(state, logits, params)
+    if draw and can_draw(params, state):
+        draw(state, logits, params)
     else:
         sample_next(state, logits, params, topk_by_parts)
 

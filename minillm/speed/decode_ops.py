@@ -1,11 +1,18 @@
-"""What the kernels of decode_kernels.py compute, in plain torch: the same functions, to read first.
+"""What decode_kernels.py and draw_kernels.py compute, in plain torch: the same functions.
 
-Wherever a model decodes with them, agreement.py compares these functions with model.py and moe.py;
-tests compare the kernels with these. So they repeat every formula, and call nothing that somebody
-may change in the model. Change both files alike.
+Wherever a model decodes with the kernels, agreement.py compares these functions with model.py,
+moe.py and sampling.py; tests compare the kernels with these. So they repeat every formula, and call
+nothing that somebody may change. Change the kernels alike.
 """
+from dataclasses import fields
+
 import torch
 from torch.nn import functional as F
+
+PART = 32                            # logits among which a kernel looks for the largest
+MOST_CHOSEN = 128                    # of more, ranking would take longer than sorting
+GREEDY_BELOW = 1e-5
+KNOWN = ["max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"]
 
 
 def embed(model, state, size):
@@ -76,6 +83,43 @@ def add_experts(moe, v, x, norm):
         y = y + linear(w2_FD.t(), hidden.to(x.dtype), dtype=y.dtype)
     x = y.to(x.dtype)
     return x, normalize(x, norm)
+
+
+def can_draw(params, state):
+    """Whether sample_next below draws with these SamplingParams: greedily, or from the top k."""
+    known = (params.temperature, params.top_k, params.top_p) == params.for_sample()
+    k = chosen(params)
+    return (known and [field.name for field in fields(params)] == KNOWN
+            and 0 < k <= MOST_CHOSEN and 2 * k * PART <= state.seen.shape[1])
+
+
+def chosen(params):
+    """How many of the likeliest tokens the draw is from; 0: all."""
+    return 1 if params.temperature < GREEDY_BELOW else params.top_k
+
+
+def sample_next(state, logits, params):
+    """Draw the next token of every row from its logits (B, V) into state.token."""
+    logits = logits[:, : state.seen.shape[1]].float()
+    penalty = params.repetition_penalty
+    damped = torch.where(logits > 0, logits / penalty, logits * penalty)
+    top_Bk, id_Bk = torch.where(state.seen, damped, logits).topk(chosen(params))
+    p_Bk = (top_Bk / max(params.temperature, GREEDY_BELOW)).softmax(1)
+    if params.top_p < 1:
+        p_Bk = p_Bk * (p_Bk.cumsum(1) - p_Bk < params.top_p)
+    u_B1 = state.u[:, state.step]
+    uniform_Bk = (mix(mix(id_Bk + 1) ^ (u_B1 * 2**24).long()) + 0.5) * ((1 - 2**-24) / 2**32)
+    place_B1 = (-torch.log1p(-uniform_Bk) / p_Bk).argmin(1, keepdim=True)
+    state.token.copy_(id_Bk.gather(1, place_B1))
+    if penalty != 1:
+        state.seen.scatter_(1, state.token, True)
+    state.step += 1
+
+
+def mix(x):
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def weight_and_bias(layer):

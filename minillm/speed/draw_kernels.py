@@ -1,4 +1,4 @@
-"""Triton kernels that draw the next tokens: generation.sample_next, with top_k or greedy.
+"""Triton kernels that draw the next tokens: decode_ops.sample_next.
 
 Three kernels find the k largest logits. A logit's rank is the number of larger ones, so nothing is
 sorted: of parts of 32 logits, the k whose maxima are largest hold the k largest logits; of these
@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from minillm.sampling import GREEDY_BELOW, TO_UNIT
+from minillm.sampling import TO_UNIT
+from minillm.speed import decode_ops
 from minillm.speed.launch import fresh, launch, wait
 
-MOST_CHOSEN = 128                    # of more, counting would take longer than sorting
-PART = tl.constexpr(32)
+PART = tl.constexpr(decode_ops.PART)
 BLOCK = tl.constexpr(1024)           # numbers that a program compares its own with, at a time
 UNIT = tl.constexpr(TO_UNIT)
 
@@ -129,21 +129,10 @@ def draw_kernel(values, ids, u, step, token, seen, vocab_size, steps, k, tempera
         tl.store(seen + row * vocab_size + drawn, 1)
 
 
-def can_draw(params, state):
-    """Whether sample_next below draws with these SamplingParams."""
-    k = chosen(params)
-    return 0 < k <= MOST_CHOSEN and 2 * k * PART.value <= state.seen.shape[1]
-
-
-def chosen(params):
-    """How many of the likeliest tokens the draw is from; 0: all."""
-    return 1 if params.temperature < GREEDY_BELOW else params.top_k
-
-
 def sample_next(state, logits, params):
-    """Fast version of generation.sample_next for float32 logits."""
+    """For float32 logits, and settings for which decode_ops.can_draw is True."""
     B, vocab_size = state.seen.shape
-    k, stride = chosen(params), logits.shape[1]
+    k, stride = decode_ops.chosen(params), logits.shape[1]
     seen = state.seen.view(torch.uint8) if params.repetition_penalty != 1 else None
     penalty = float(params.repetition_penalty)
     n_parts = triton.cdiv(vocab_size, PART.value)
@@ -156,7 +145,7 @@ def sample_next(state, logits, params):
     launch(rank_logits_kernel, (k, B), logits, seen, penalty, parts, values, ids, vocab_size,
            stride, k)
     # of a single token any temperature will do
-    temperature = max(float(params.temperature), GREEDY_BELOW)
+    temperature = max(float(params.temperature), decode_ops.GREEDY_BELOW)
     launch(draw_kernel, (B,), values, ids, state.u, state.step, state.token, seen, vocab_size,
            state.u.shape[1], k, temperature, float(params.top_p),
            RANKS=triton.next_power_of_2(k))

@@ -14,7 +14,7 @@ from minillm.errors import UserError
 from minillm.generation import KVCache, decode_loop, decode_one_token
 from minillm.sampling import sample
 from minillm.speed import cuda_graph, decode_cpu, decode_gpu, decode_ops
-from minillm.speed.agreement import (agrees, chooses_experts, decodes, has_the_loss, insist,
+from minillm.speed.agreement import (agrees, chooses_experts, decodes, draws, has_the_loss, insist,
                                      multiplies_experts)
 from minillm.speed.cross_entropy import linear_cross_entropy
 from minillm.speed.float8 import Float8Linear
@@ -120,12 +120,19 @@ def decodes_compiled(model):
     return agrees(model, "minillm/speed/decode_ops.py", decodes, step, KVCache, 2)
 
 
+def draws_compiled(model):
+    """Whether its sample_next, and with it draw_kernels.py, draws as sampling.py does."""
+    return agrees(model, "sample_next of minillm/speed/decode_ops.py", draws,
+                  decode_ops.sample_next)
+
+
 def generate_arguments(model, compile):
     """The arguments of generation.generate that are faster on the model's device."""
     device = model.wte.weight.device.type
     if device == "cuda":
         compile = compile and decodes_compiled(model)
-        graph = partial(cuda_graph.decode_graph, compile=compile)
+        graph = partial(cuda_graph.decode_graph, compile=compile,
+                        draws=compile and draws_compiled(model))
         return {"forward": cuda_graph.forward, "decode": graph}
     if device == "cpu":
         token = decode_cpu.decode_one_token if decodes_on_cpu(model) else decode_one_token
