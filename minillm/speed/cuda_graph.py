@@ -94,7 +94,7 @@ def decode_graph(model, cache, state, params, logits, steps, compile=False, draw
         yield host[t].tolist()
 
 
-def capture_decode(model, cache, state, params, compile, draws):
+def capture_decode(model, cache, state, params, compile, draws=False):
     """decode_step over these buffers as one graph, kept in the cache. Returns its replay.
 
     Warming up leaves keys and values after the prompt; they are written again before they are read.
