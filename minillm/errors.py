@@ -140,7 +140,7 @@ def _advice(error):
         return "compile=True needs a C++ compiler: install g++, or leave compile out"
     if "Failed to find C compiler" in text:
         return "compile=True needs a C compiler: install gcc, or leave compile out"
-    if kind == "CalledProcessError":             # of the C compiler that Triton calls
+    if kind == "CalledProcessError" and "/triton/" in text:      # Triton called a C compiler
         return f"compile=True failed ({error.cmd[0]} did, see above): leave compile out"
     triton = type(error).__module__.startswith("triton.")
     if triton or "BackendCompilerFailed" in [base.__name__ for base in type(error).__mro__]:

@@ -49,7 +49,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path, script, says):
 
 
 @pytest.mark.parametrize("error, says", [
-    ("subprocess.CalledProcessError(1, ['/usr/bin/gcc', 'main.c'])",
+    ("subprocess.CalledProcessError(1, ['/usr/bin/gcc', '-I/x/triton/y'])",
      "compile=True failed (/usr/bin/gcc did, see above): leave compile out"),
     ("type('CompilationError', (Exception,), {'__module__': 'triton.compiler.errors'})("
      "'at 3:4:\\ny = x +\\nSyntaxError: no')",
