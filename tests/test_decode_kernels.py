@@ -169,6 +169,20 @@ def test_equal_logits_rank_by_their_place():
     assert {second for _, second in tokens} <= set(range(4000, 4004))
 
 
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(top_k=20)], ids=str)
+def test_logits_that_are_not_finite_give_tokens_of_the_vocabulary(settings, monkeypatch):
+    """A token beyond it would read outside of the embedding, which ends a program on a GPU."""
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.full(size, -1, **options))
+    logits = torch.full((4, 8192), float("nan"))
+    logits[1, :5000] = 1
+    logits[2:] = torch.tensor([[-float("inf")], [float("inf")]])
+
+    tokens, _ = draws(draw_kernels.sample_next, logits, torch.rand(4, 8),
+                      torch.zeros(4, 8192, dtype=torch.bool), SamplingParams(**settings))
+
+    assert all(0 <= token < 8192 for step in tokens for token in step)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="a CUDA graph")
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("kind, settings", [

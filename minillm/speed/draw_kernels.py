@@ -20,13 +20,18 @@ UNIT = tl.constexpr(TO_UNIT)
 
 @triton.jit
 def penalized(logits, seen, penalty, ids, real):
-    """The logits of `ids`, as sampling.penalize leaves them; seen: None without a penalty."""
+    """The logits of `ids`, as sampling.penalize leaves them, -inf for a NaN.
+
+    seen: None without a penalty.
+    """
     logit = tl.load(logits + ids, mask=real, other=-float("inf"), cache_modifier=".cg")
     if seen is not None:
         hit = tl.load(seen + ids, mask=real, other=0, cache_modifier=".cg") != 0
         damped = tl.where(logit > 0, logit / penalty, logit * penalty)
         logit = tl.where(hit, damped, logit)
-    return logit
+    # no NaN is larger than another: all would have rank 0, and the places of other ranks keep
+    # whatever was in memory
+    return tl.where(logit == logit, logit, -float("inf"))
 
 
 @triton.jit
