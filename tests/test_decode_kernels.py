@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs Triton, which torch brings along on 
 
 from minillm import generation
 from minillm.sampling_params import SamplingParams
-from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels
+from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels, matmul_kernels
 from minillm.speed.grouped_mm import lay_out_for_decoding
 from support.tiny_models import tiny_model
 from support.uncached import random_ids
@@ -113,6 +113,18 @@ def test_in_16_bits_too(dtype):
 
     assert largest_error(model, prompts[:1], steps=3) < 0.02
     assert largest_error(model, prompts, steps=3) < 0.02
+
+
+@torch.inference_mode()
+def test_attention_counts_the_memory_of_padded_heads(monkeypatch):
+    """Heads of 20 channels take 32; on a GPU with little shared memory too much of it fails."""
+    sizes = []
+    monkeypatch.setattr(matmul_kernels, "stages", lambda device, size: sizes.append(size) or 1)
+    model = model_for_kernels(n_layer=1, n_head=2, n_kv_head=1, n_embd=40, n_inner=16)
+
+    assert largest_error(model, [random_ids(3, seed=1), random_ids(4, seed=2)], steps=1) < 1e-4
+    # the keys and values of 32 slots, float32
+    assert sizes[1] == 2 * 32 * 32 * 4
 
 
 SETTINGS = {

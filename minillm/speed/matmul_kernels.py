@@ -150,11 +150,11 @@ def attend(qkv, keys, values, rope, position, size):
     n_head = qkv.shape[1] // head_dim - 2 * n_kv
     out = qkv.new_empty(B, n_head * head_dim)
     scale = math.log2(math.e) * head_dim ** -0.5
+    channels = max(next_power_of_2(head_dim), 16)
     launch(attend_kernel, (n_kv, B), qkv, keys, values, rope, position, out, slots, size,
            rope.shape[1], scale, N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim,
-           GROUP=max(next_power_of_2(n_head // n_kv), 16),
-           CHANNELS=max(next_power_of_2(head_dim), 16), SLOTS=32, warps=1,
-           num_stages=stages(qkv.device, 64 * head_dim * keys.element_size()))
+           GROUP=max(next_power_of_2(n_head // n_kv), 16), CHANNELS=channels, SLOTS=32, warps=1,
+           num_stages=stages(qkv.device, 64 * channels * keys.element_size()))
     return out
 
 
