@@ -113,8 +113,11 @@ class BatchDecoder:
         """
         self._set_device()
         params = replace(params, max_new_tokens=len(self.rows) + 1)
+
+        def prompt(ids):
+            return None if ids else [END_OF_TEXT]        # none to go on with in a full context
         for row in self.rows:
-            self._join(Answer(self.model.tokenizer, lambda ids: [END_OF_TEXT], params))
+            self._join(Answer(self.model.tokenizer, prompt, params))
             self._read(row)                      # and draw its first token
         first = self.rows[0]
         for last in range(1, len(self.rows) + 1):

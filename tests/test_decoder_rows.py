@@ -1,4 +1,6 @@
 """Which row of a BatchDecoder an answer gets, and whose turn it is; each step by hand."""
+import pytest
+
 from minillm import batch_decoder
 from minillm.answer import Answer
 from minillm.batch_decoder import BatchDecoder
@@ -58,3 +60,13 @@ def test_what_might_have_become_a_stop_is_shown_at_the_end():
     answer.push(token)
 
     assert (answer.take(), answer.finish) == ("a", "length")
+
+
+@pytest.mark.parametrize("rows, size", [(1, 2), (40, 8)])
+def test_a_context_shorter_than_the_number_of_rows_is_warmed_up(rows, size):
+    model = tiny_model(block_size=size)
+    decoder = BatchDecoder(model, model.new_cache(rows), max_waiting=0)
+
+    decoder.warm_up(SamplingParams())
+
+    assert decoder.active == 0 and all(row.answer is None for row in decoder.rows)
