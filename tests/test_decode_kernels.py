@@ -19,6 +19,7 @@ from minillm import generation
 from minillm.sampling_params import SamplingParams
 from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels, matmul_kernels
 from minillm.speed.grouped_mm import lay_out_for_decoding
+from minillm.speed.launch import launch
 from support.tiny_models import tiny_model
 from support.uncached import random_ids
 
@@ -79,6 +80,15 @@ def test_the_kernels_compute_what_the_plain_operations_do(kind):
 
     assert largest_error(model, prompts[:1], steps=3) < 1e-4
     assert largest_error(model, prompts, steps=3) < 1e-4
+
+
+def test_where_kernels_cannot_overlap_triton_is_not_asked_to():
+    """Triton for AMD ends with a KeyError where the option is given, even as False."""
+    options = {}
+
+    launch({(1,): lambda *args, **given: options.update(given)}, (1,), torch.zeros(1), WIDTH=1)
+
+    assert options == dict(WIDTH=1, OVERLAP=False, num_warps=4)
 
 
 @torch.inference_mode()

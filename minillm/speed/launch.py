@@ -18,8 +18,10 @@ def launch(kernel, programs, *args, warps=4, **constants):
     device = args[0].device
     overlap = (device.type == "cuda" and torch.version.cuda is not None
                and torch.cuda.get_device_capability(device) >= (9, 0))
+    if overlap:
+        constants["launch_pdl"] = True           # an option that Triton for AMD refuses
     with torch.cuda.device_of(args[0]):          # Triton's kernels run on the current GPU
-        kernel[programs](*args, **constants, OVERLAP=overlap, num_warps=warps, launch_pdl=overlap)
+        kernel[programs](*args, **constants, OVERLAP=overlap, num_warps=warps)
 
 
 @triton.jit
