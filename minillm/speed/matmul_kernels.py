@@ -26,15 +26,17 @@ def add_terms(x, terms, bias, norm):
     out, v = x, torch.empty_like(x)
     if terms is not None:
         out = torch.empty_like(x)
+    n = 0 if terms is None else len(terms)
+    # more of them without a loop would take a minute to compile
     launch(add_terms_kernel, (len(x),), x, terms, bias, norm.weight, out, v, len(x), norm.eps,
-           TERMS=0 if terms is None else len(terms), WIDTH=x.shape[1],
-           COLUMNS=next_power_of_2(x.shape[1]))
+           TERMS=n, AT_ONCE=min(n, 32), WIDTH=x.shape[1], COLUMNS=next_power_of_2(x.shape[1]))
     return out, v
 
 
 @triton.jit
 def add_terms_kernel(x, terms, bias, norm, out, v, batch, eps, TERMS: tl.constexpr,
-                     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr):
+                     AT_ONCE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+                     OVERLAP: tl.constexpr):
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     real = column < WIDTH
@@ -44,8 +46,10 @@ def add_terms_kernel(x, terms, bias, norm, out, v, batch, eps, TERMS: tl.constex
     y = fresh(x + place, real)
     if TERMS > 0:
         total = y.to(tl.float32)
-        for term in tl.static_range(TERMS):
-            total += fresh(terms + term * batch * WIDTH + place, real)
+        for first in range(0, TERMS, AT_ONCE):
+            for term in tl.static_range(AT_ONCE):
+                there = real & (first + term < TERMS)
+                total += fresh(terms + (first + term) * batch * WIDTH + place, there)
         if bias is not None:
             total += tl.load(bias + column, mask=real, other=0).to(tl.float32)
         y = total.to(y.dtype)
