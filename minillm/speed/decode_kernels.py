@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
+from minillm.errors import UserError
 from minillm.speed import matmul_kernels, matvec_kernels
 from minillm.speed.decode_ops import weight_and_bias
 from minillm.speed.launch import fresh, launch, wait
@@ -32,7 +33,8 @@ def add_experts(moe, v, x, norm):
     """moe: its weights are laid out by grouped_mm.lay_out_for_decoding."""
     w1_EFD, w2_EDF = moe.w1_EDF.transpose(1, 2), moe.w2_EFD.transpose(1, 2)
     if not w1_EFD.is_contiguous() or not w2_EDF.is_contiguous():
-        raise ValueError("the experts' weights are not laid out for decoding")
+        raise UserError("compile=True needs experts whose weights grouped_mm.lay_out_for_decoding "
+                        "has turned: leave compile out")
     chosen = route(moe.router.weight_DE.t(), v, moe.router.k)
     return kernels_for(x).add_experts(w1_EFD, w2_EDF, chosen, v, x, norm)
 
