@@ -10,7 +10,7 @@ from triton import next_power_of_2
 from minillm.errors import UserError
 from minillm.speed import matmul_kernels, matvec_kernels
 from minillm.speed.decode_ops import weight_and_bias
-from minillm.speed.launch import fresh, launch, wait
+from minillm.speed.launch import count_before, fresh, launch, wait
 
 
 def normalize(x, norm):
@@ -110,9 +110,7 @@ def route_kernel(weight, x, norm, gate_BE, expert_BK, gate_BK, n_expert, eps, K:
     if norm is not None:
         logit = logit * tl.rsqrt(squares / WIDTH + eps)
     logit = tl.where(inside, logit, -float("inf"))
-    larger = logit[None, :] > logit[:, None]
-    earlier = (logit[None, :] == logit[:, None]) & (expert[None, :] < expert[:, None])
-    rank = tl.sum((larger | earlier).to(tl.int32), 1)
+    rank = count_before(logit, expert, logit, expert)
     gate = tl.exp(logit - tl.max(logit, 0))
     # one expert per token: as in moe.py a softmax over all of them
     gate = gate / tl.sum(gate if K == 1 else tl.where(rank < K, gate, 0), 0)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 PART = 32                            # logits among which a kernel looks for the largest
 MOST_CHOSEN = 128                    # of more, ranking would take longer than sorting
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW, TO_UNIT = 1e-5, (1 - 2**-24) / 2**32
 KNOWN = ["max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"]
 
 
@@ -108,7 +108,7 @@ def sample_next(state, logits, params):
     if params.top_p < 1:
         p_Bk = p_Bk * (p_Bk.cumsum(1) - p_Bk < params.top_p)
     u_B1 = state.u[:, state.step]
-    uniform_Bk = (mix(mix(id_Bk + 1) ^ (u_B1 * 2**24).long()) + 0.5) * ((1 - 2**-24) / 2**32)
+    uniform_Bk = (mix(mix(id_Bk + 1) ^ (u_B1 * 2**24).long()) + 0.5) * TO_UNIT
     place_B1 = (-torch.log1p(-uniform_Bk) / p_Bk).argmin(1, keepdim=True)
     state.token.copy_(id_Bk.gather(1, place_B1))
     if penalty != 1:

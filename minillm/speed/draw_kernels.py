@@ -9,13 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from minillm.sampling import TO_UNIT
 from minillm.speed import decode_ops
-from minillm.speed.launch import fresh, launch, wait
+from minillm.speed.launch import count_before, fresh, launch, wait
 
 PART = tl.constexpr(decode_ops.PART)
 BLOCK = tl.constexpr(1024)           # numbers that a program compares its own with, at a time
-UNIT = tl.constexpr(TO_UNIT)
+UNIT = tl.constexpr(decode_ops.TO_UNIT)
 
 
 @triton.jit
@@ -32,14 +31,6 @@ def penalized(logits, seen, penalty, ids, real):
     # no NaN is larger than another: all would have rank 0, and the places of other ranks keep
     # whatever was in memory
     return tl.where(logit == logit, logit, -float("inf"))
-
-
-@triton.jit
-def count_before(value, place, others, other_places):
-    """How many of `others` are larger than each `value`, or equal and at an earlier place."""
-    larger = others[None, :] > value[:, None]
-    earlier = (others[None, :] == value[:, None]) & (other_places[None, :] < place[:, None])
-    return tl.sum((larger | earlier).to(tl.int32), 1)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How the Triton kernels for decoding are started, and how they wait for one another.
+"""What the Triton kernels for decoding share: how they start, wait, load, and rank.
 
 A token takes as long as its 66 small kernels, one waiting for the other, and a kernel at best as
 long as reading its weights. So on a GPU from Hopper on each kernel starts when the one ahead of it
@@ -36,3 +36,11 @@ def wait(OVERLAP: tl.constexpr):
 def fresh(pointer, mask):
     """Load what the kernels ahead have written, 0 where the mask is False."""
     return tl.load(pointer, mask=mask, other=0, cache_modifier=".cg")
+
+
+@triton.jit
+def count_before(value, place, others, other_places):
+    """How many of `others` are larger than each `value`, or equal and at an earlier place."""
+    larger = others[None, :] > value[:, None]
+    earlier = (others[None, :] == value[:, None]) & (other_places[None, :] < place[:, None])
+    return tl.sum((larger | earlier).to(tl.int32), 1)
