@@ -20,7 +20,7 @@ from minillm.sampling_params import SamplingParams
 from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels, matmul_kernels
 from minillm.speed.grouped_mm import lay_out_for_decoding
 from minillm.speed.launch import launch
-from support.tiny_models import tiny_model
+from support.tiny_models import model_for_decoding
 from support.uncached import random_ids
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -40,12 +40,7 @@ KINDS = {
 
 
 def model_for_kernels(dtype=torch.float32, **kind):
-    model = tiny_model(**{"block_size": 160} | kind)
-    for parameter in model.parameters():
-        # norms of 1 and biases of 0 would hide that they are left out
-        if parameter.dim() == 1:
-            parameter.data += torch.randn_like(parameter) / 4
-    model.for_generation(DEVICE, dtype)
+    model = model_for_decoding(dtype, DEVICE, **{"block_size": 160} | kind)
     for _, moe in model.moe_layers():
         lay_out_for_decoding(moe)
     return model

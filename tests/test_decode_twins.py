@@ -14,10 +14,9 @@ from minillm.speed import decode_cpu, decode_gpu, decode_ops, fast_versions
 from minillm.speed.cuda_graph import GraphCache
 from minillm.speed.topk import topk_by_parts
 from moe import Router
-from support.tiny_models import tiny_model
+from support.tiny_models import model_for_decoding, tiny_model
 from support.uncached import DENSE, MOE, random_ids
 
-CPU = torch.device("cpu")
 KINDS = [
     pytest.param({}, id="dense"),
     pytest.param(dict(bias=True), id="bias"),
@@ -32,15 +31,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 STEPS = {"vectors": decode_cpu.decode_one_token,
          "what the kernels compute": partial(decode_gpu.decode_one_token, decode_ops)}
-
-
-def model_for_decoding(dtype, **kind):
-    model = tiny_model(**kind)
-    for parameter in model.parameters():
-        # norms of 1 and biases of 0 would hide that they are left out
-        if parameter.dim() == 1:
-            parameter.data += torch.randn_like(parameter) / 4
-    return model.for_generation(CPU, dtype)
 
 
 def smallest_margin(model, ids):

@@ -26,6 +26,15 @@ def tiny_model(n_expert=0, block_size=48, seed=0, vocab_size=VOCAB, **config):
     return model
 
 
+def model_for_decoding(dtype, device=torch.device("cpu"), **config):
+    """A tiny model for generation. Norms of 1 and biases of 0 would hide that they are left out."""
+    model = tiny_model(**config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn_like(parameter) / 4
+    return model.for_generation(device, dtype)
+
+
 def talkative(model):
     """`model`, which now says nothing but letters and never ends an answer by itself.
 
