@@ -105,9 +105,9 @@ def read_api_key(flag):
     return key
 
 
-def warm_up(decoder, params):
-    """Compile what answers need. What goes wrong ends the program here, not each request."""
-    print("--compile=True: compiling, with a short answer …", end="", file=sys.stderr, flush=True)
+def warm_up(decoder, params, doing):
+    """Get ready what answers need. What goes wrong ends the program here, not each request."""
+    print(f"{doing}, with short answers …", end="", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         decoder.warm_up(params)
@@ -155,8 +155,9 @@ def main():
     if fast_versions:
         fast = fast_versions.for_batch_decoder(model, rows, s.compile)
     decoder = BatchDecoder(model, cache, s.max_waiting, **fast)
-    if s.compile:
-        warm_up(decoder, defaults)
+    if s.compile or model.wte.weight.is_cuda:
+        warm_up(decoder, defaults,
+                "--compile=True: compiling" if s.compile else "recording CUDA graphs")
 
     # 3) the web
     name = s.model_name or os.path.basename(os.path.realpath(s.out_dir))

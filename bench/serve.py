@@ -89,7 +89,7 @@ def serve_and_measure(s):
     service = Service(model, cache, "bench", SamplingParams(temperature=0.8, top_k=50), 10**6)
     fast = fast_versions.for_batch_decoder(model, rows, s.compile) if fast_versions else {}
     decoder = BatchDecoder(model, cache, 10**4, **fast)
-    if s.compile:
+    if on_gpu:
         decoder.warm_up(service.defaults)
     app = make_app(service, Limits(), decoder)
     bound = socket.create_server(("127.0.0.1", 0))

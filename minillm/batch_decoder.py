@@ -107,25 +107,31 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def warm_up(self, params):
-        """Make a token for each span of rows, in the calling thread: what compiles does so now.
+        """Read prompts of all widths, and make a token for each span of rows, before start().
 
-        Call it before start(). What goes wrong is raised.
+        What compiles or is recorded does so now, in the calling thread. What goes wrong is raised.
         """
         self._set_device()
         params = replace(params, max_new_tokens=len(self.rows) + 1)
 
-        def prompt(ids):
-            return None if ids else [END_OF_TEXT]        # none to go on with in a full context
-        for row in self.rows:
-            self._join(Answer(self.model.tokenizer, prompt, params))
-            self._read(row)                      # and draw its first token
+        def read(row, length):
+            """A new prompt, and the first token after it."""
+            row.cache.tokens = [[]]
+            prompt = [END_OF_TEXT] * length
+            # nothing to go on with in a full context
+            row.start(Answer(self.model.tokenizer, lambda ids: None if ids else prompt, params),
+                      self.vocab_size)
+            self._read(row)
         first = self.rows[0]
+        for n in range(READ_TOKENS.bit_length()):
+            read(first, min(2**n, self.cache.size - 1))
+        for row in self.rows:
+            read(row, 1)
         for last in range(1, len(self.rows) + 1):
             if self.span(0, last) not in self.spans and first.step < first.limit:
                 self._step(self.rows[:last])
         for row in self.rows:
             row.answer, row.cache.tokens = None, [[]]
-        self.active = 0
 
     def start(self, notify):
         """Begin to decode what is submitted.
@@ -286,7 +292,9 @@ class BatchDecoder:
             if params.repetition_penalty != 1:
                 seen = torch.stack([row.seen for row in group]).to(scores.device)
                 scores = penalize(scores, seen, params.repetition_penalty)
-            u = torch.tensor([row.u[row.step] for row in group], device=scores.device)
+            # non_blocking: a copy that waits would wait for the logits first
+            u = torch.tensor([row.u[row.step] for row in group]).to(scores.device,
+                                                                    non_blocking=True)
             tokens = self.sample(scores, u, *params.for_sample()).tolist()
             for row, token in zip(group, tokens):
                 self._push(row, token)

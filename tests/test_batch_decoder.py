@@ -10,9 +10,10 @@ from minillm import batch_decoder
 from minillm.answer import STOP_IDS, Answer
 from minillm.batch_decoder import BatchDecoder, Busy, Row
 from minillm.conversation import Conversation
-from minillm.generation import decode_one_token, generate
+from minillm.generation import cached_forward, decode_one_token, generate
 from minillm.sampling_params import SamplingParams
 from minillm.speed import cuda_graph
+from support.decode_all import decode_all, run_now
 from support.processes import LIMIT
 from support.tiny_models import talkative, tiny_model
 from support.tiny_tokenizer import VOCAB, tokenizer
@@ -20,27 +21,6 @@ from support.tiny_tokenizer import VOCAB, tokenizer
 
 def text_prompt(ids):
     return None if ids else [0, 5, 6, 7]
-
-
-def decode_all(model, answers, rows=2, cache=None, warm=False, **fast):
-    """Decode `answers`. Returns a list per notification of (answer's number, text, finish)."""
-    news, ended = [], threading.Event()
-
-    def notify(told):
-        news.append([(answers.index(answer), answer.take(), answer.finish) for answer in told])
-        if all(answer.finish for answer in answers):
-            ended.set()
-    cache = cache or model.new_cache(rows)
-    decoder = BatchDecoder(model, cache, len(answers), **fast)
-    if warm:
-        decoder.warm_up(SamplingParams())
-    decoder.start(notify)
-    try:
-        decoder.submit(answers)
-        assert ended.wait(LIMIT)
-    finally:
-        decoder.close()
-    return news
 
 
 def answers_of(model, count, max_new_tokens=20):
@@ -95,14 +75,21 @@ def test_warming_up_decodes_and_leaves_no_trace(ends_at_once):
         model.logits = lambda x: torch.nn.functional.one_hot(
             torch.full(x.shape[:-1], STOP_IDS[0]), model.config.vocab_size).float() * 100
     steps, cold, warm = [], answers_of(model, count=3), answers_of(model, count=3)
+    widths = set()
+
+    def read(model, cache, idx, *rest):
+        if threading.current_thread().name == "MainThread":
+            widths.add(idx.shape[1])
+        return cached_forward(model, cache, idx, *rest)
 
     def decode(*arguments):
         steps.append(threading.current_thread().name)
         return decode_one_token(*arguments)
     decode_all(model, cold, decode=decode)
     in_warm_up = len(steps)
-    decode_all(model, warm, decode=decode, warm=True)
+    decode_all(model, warm, decode=decode, warm=True, read=read)
 
+    assert widths == {1, 2, 4, 8, 16, 32, 47}                # of 48 tokens the answer has one
     assert steps[in_warm_up:][:2] == ["MainThread"] * 2      # with one row, and with both
     assert set(steps[:in_warm_up] + steps[in_warm_up + 2:]) <= {"decoder"}
     assert [answer.ids for answer in warm] == [answer.ids for answer in cold]
@@ -268,12 +255,6 @@ def test_a_fault_between_two_steps_ends_the_answers_at_work_and_no_other():
     decoder.close()
 
     assert [answer.finish == "error" for answer in answers] == [True, False]
-
-
-def run_now(function):
-    """cuda_graph.capture without a GPU: replay() runs the function and overwrites its output."""
-    output = function()
-    return lambda: output.copy_(function()), output
 
 
 @pytest.mark.parametrize("recorded", [False, True])

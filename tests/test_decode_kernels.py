@@ -3,6 +3,7 @@
 On a GPU, or where `pip install triton` was run, on a CPU, by Triton's interpreter.
 """
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,13 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="needs Triton, which torch brings along on Linux with CUDA")
 
 from minillm import generation
+from minillm.answer import STOP_IDS, Answer
 from minillm.sampling_params import SamplingParams
-from minillm.speed import decode_gpu, decode_kernels, decode_ops, draw_kernels, matmul_kernels
+from minillm.speed import (cuda_graph, decode_gpu, decode_kernels, decode_ops, draw_kernels,
+                           matmul_kernels)
 from minillm.speed.grouped_mm import lay_out_for_decoding
 from minillm.speed.launch import launch
+from support.decode_all import decode_all, run_now
 from support.tiny_models import model_for_decoding
 from support.uncached import random_ids
 
@@ -160,6 +164,10 @@ def test_draws_are_those_of_sample_next(name):
         assert tokens == expected
         assert torch.equal(state.step, expected_state.step)
         assert torch.equal(state.seen, expected_state.seen)
+        if params.repetition_penalty == 1:
+            server = draw_kernels.sample(logits.to(DEVICE)[:, :vocab_size], u[:, 1].to(DEVICE),
+                                         *params.for_sample())
+            assert server.tolist() == expected[1]
 
 
 def draws(sample_next, logits, u, seen, params):
@@ -213,3 +221,27 @@ def test_long_answers_are_the_plain_ones(kind, settings, batch):
                                        **settings)) for compile in (False, True)]
 
     assert fast == plain
+
+
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_a_server_gives_the_text_of_an_answer_alone(monkeypatch, n_expert):
+    """In rows that others have used, with settings that the kernels draw from and others."""
+    if not ON_GPU:
+        monkeypatch.setattr(cuda_graph, "capture", run_now)
+    model = model_for_kernels(n_expert=n_expert, block_size=96)
+    rows, cache = 4, model.new_cache(4)
+    fast = {"span": partial(cuda_graph.power_of_two_rows, rows=rows),
+            "decode": partial(cuda_graph.decode_rows, compile=True),
+            "sample": cuda_graph.RecordedSample(rows, compile=True)}
+    prompts = [random_ids(n, seed=n) for n in (30, 40, 29, 40, 20, 37)]
+    settings = [dict(top_k=3), dict(temperature=0), dict(top_k=3, repetition_penalty=1.3), {}]
+    params = [SamplingParams(6, **settings[i % 4]) for i in range(len(prompts))]
+    answers = [Answer(model.tokenizer, lambda ids, p=p: p, params[seed], seed)
+               for seed, p in enumerate(prompts)]
+
+    decode_all(model, answers, rows, cache, warm=True, **fast)
+
+    for seed, (prompt, answer) in enumerate(zip(prompts, answers)):
+        alone = [ids for (ids,) in generation.generate(model, [prompt], params[seed], seed,
+                                                       STOP_IDS)]
+        assert answer.ids == [token for token in alone if token not in STOP_IDS]

@@ -213,7 +213,7 @@ def test_what_compiles_does_so_before_the_address_is_printed(folder):
     cold = processes.run("serve", flags(folder), before=with_decode(decode))
 
     assert re.fullmatch(r"(a step\n){8}model · 8 answers at a time · http:\S+\nserving\n", warm.out)
-    assert re.fullmatch(r"--compile=True: compiling, with a short answer … \d+\.\d s\n", warm.err)
+    assert re.fullmatch(r"--compile=True: compiling, with short answers … \d+\.\d s\n", warm.err)
     assert cold.out.startswith("model · ") and cold.err == ""
 
 

@@ -86,16 +86,21 @@ def add_experts(moe, v, x, norm):
 
 
 def can_draw(params, state):
-    """Whether sample_next below draws with these SamplingParams: greedily, or from the top k."""
+    """Whether sample_next below draws with these SamplingParams."""
     known = (params.temperature, params.top_k, params.top_p) == params.for_sample()
-    k = chosen(params)
     return (known and [field.name for field in fields(params)] == KNOWN
-            and 0 < k <= MOST_CHOSEN and 2 * k * PART <= state.seen.shape[1])
+            and from_few(params.for_sample(), state.seen.shape[1]))
 
 
-def chosen(params):
+def from_few(settings, vocab_size):
+    """Whether sampling.sample's settings ask for the likeliest token, or one of the top k."""
+    return (len(settings) == 3 and 0 < chosen(*settings) <= MOST_CHOSEN
+            and 2 * chosen(*settings) * PART <= vocab_size)
+
+
+def chosen(temperature, top_k, top_p):
     """How many of the likeliest tokens the draw is from; 0: all."""
-    return 1 if params.temperature < GREEDY_BELOW else params.top_k
+    return 1 if temperature < GREEDY_BELOW else top_k
 
 
 def sample_next(state, logits, params):
@@ -103,7 +108,7 @@ def sample_next(state, logits, params):
     logits = logits[:, : state.seen.shape[1]].float()
     penalty = params.repetition_penalty
     damped = torch.where(logits > 0, logits / penalty, logits * penalty)
-    top_Bk, id_Bk = torch.where(state.seen, damped, logits).topk(chosen(params))
+    top_Bk, id_Bk = torch.where(state.seen, damped, logits).topk(chosen(*params.for_sample()))
     p_Bk = (top_Bk / max(params.temperature, GREEDY_BELOW)).softmax(1)
     if params.top_p < 1:
         p_Bk = p_Bk * (p_Bk.cumsum(1) - p_Bk < params.top_p)

@@ -1,4 +1,4 @@
-"""Triton kernels that draw the next tokens: decode_ops.sample_next.
+"""Triton kernels that draw the next tokens: decode_ops.sample_next, and sampling.sample.
 
 Three kernels find the k largest logits. A logit's rank is the number of larger ones, so nothing is
 sorted: of parts of 32 logits, the k whose maxima are largest hold the k largest logits; of these
@@ -14,6 +14,7 @@ from minillm.speed.launch import count_before, fresh, launch, wait
 
 PART = tl.constexpr(decode_ops.PART)
 BLOCK = tl.constexpr(1024)           # numbers that a program compares its own with, at a time
+RANKS = tl.constexpr(decode_ops.MOST_CHOSEN)
 UNIT = tl.constexpr(decode_ops.TO_UNIT)
 
 
@@ -50,7 +51,7 @@ def part_maxima_kernel(logits, seen, penalty, maxima, step, vocab_size, stride, 
     tl.store(maxima + row * n_parts + part, largest, mask=part < n_parts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])     # clients choose it: compile once
 def rank_parts_kernel(maxima, parts, n_parts, k, OVERLAP: tl.constexpr):
     """parts (B, k): those with the k largest maxima, in falling order."""
     wait(OVERLAP)
@@ -66,7 +67,7 @@ def rank_parts_kernel(maxima, parts, n_parts, k, OVERLAP: tl.constexpr):
     tl.store(parts + tl.program_id(1) * k + rank, mine, mask=(mine < n_parts) & (rank < k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def rank_logits_kernel(logits, seen, penalty, parts, values, ids, vocab_size, stride, k,
                        OVERLAP: tl.constexpr):
     """values, ids (B, k): the k largest logits of these parts, in falling order."""
@@ -99,9 +100,9 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def draw_kernel(values, ids, u, step, token, seen, vocab_size, steps, k, temperature, top_p,
-                RANKS: tl.constexpr, OVERLAP: tl.constexpr):
+                OVERLAP: tl.constexpr):
     """sampling.sample of a row's k kept logits → token, which counts as seen."""
     wait(OVERLAP)
     row = tl.program_id(0)
@@ -127,21 +128,33 @@ def draw_kernel(values, ids, u, step, token, seen, vocab_size, steps, k, tempera
 
 def sample_next(state, logits, params):
     """For float32 logits, and settings for which decode_ops.can_draw is True."""
-    B, vocab_size = state.seen.shape
-    k, stride = decode_ops.chosen(params), logits.shape[1]
     seen = state.seen.view(torch.uint8) if params.repetition_penalty != 1 else None
-    penalty = float(params.repetition_penalty)
+    draw(logits[:, : state.seen.shape[1]], state.u, state.step, state.token, *params.for_sample(),
+         seen, float(params.repetition_penalty))
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """sampling.sample, for settings for which decode_ops.from_few is True."""
+    step = torch.zeros(1, dtype=torch.long, device=u.device)
+    token = torch.empty(len(u), dtype=torch.long, device=u.device)
+    draw(logits.float(), u, step, token, temperature, top_k, top_p)
+    return token
+
+
+def draw(logits, u, step, token, temperature, top_k, top_p, seen=None, penalty=1.0):
+    """Draw from logits (B, V) into `token`. u: (B, steps), of which `step` is used, or (B,)."""
+    B, vocab_size = logits.shape
+    k, stride = decode_ops.chosen(temperature, top_k, top_p), logits.stride(0)
     n_parts = triton.cdiv(vocab_size, PART.value)
     maxima, values = logits.new_empty(B, n_parts), logits.new_empty(B, k)
     parts, ids = torch.empty(2, B, k, dtype=torch.int32, device=logits.device)
     programs = (triton.cdiv(n_parts, PART.value), B)
-    launch(part_maxima_kernel, programs, logits, seen, penalty, maxima, state.step, vocab_size,
-           stride, n_parts)
+    launch(part_maxima_kernel, programs, logits, seen, penalty, maxima, step, vocab_size, stride,
+           n_parts)
     launch(rank_parts_kernel, programs, maxima, parts, n_parts, k)
     launch(rank_logits_kernel, (k, B), logits, seen, penalty, parts, values, ids, vocab_size,
            stride, k)
     # of a single token any temperature will do
-    temperature = max(float(params.temperature), decode_ops.GREEDY_BELOW)
-    launch(draw_kernel, (B,), values, ids, state.u, state.step, state.token, seen, vocab_size,
-           state.u.shape[1], k, temperature, float(params.top_p),
-           RANKS=triton.next_power_of_2(k))
+    temperature = max(float(temperature), decode_ops.GREEDY_BELOW)
+    launch(draw_kernel, (B,), values, ids, u, step, token, seen, vocab_size, u.stride(0), k,
+           temperature, float(top_p))

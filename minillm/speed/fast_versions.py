@@ -148,7 +148,7 @@ def for_batch_decoder(model, rows, compile=False):
         span = partial(cuda_graph.power_of_two_rows, rows=rows)
         return {"read": partial(cuda_graph.read_row, staging=cuda_graph.GraphCache(model)),
                 "decode": partial(cuda_graph.decode_rows, compile=compile), "span": span,
-                "sample": cuda_graph.RecordedSample(rows)}
+                "sample": cuda_graph.RecordedSample(rows, compile and draws_compiled(model))}
     if device == "cpu":
         token = decode_cpu.decode_one_token if decodes_on_cpu(model) else decode_one_token
         return {"decode": token, "sample": partial(sample, topk=topk_by_parts)}
