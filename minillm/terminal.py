@@ -256,6 +256,10 @@ class Terminal:
     def command_save(self, rest):
         """FILE — write the conversation as one JSON line, as prepare_sft.py reads it"""
         path = self.path(rest, "/save")
+        if (os.path.isfile(path) and os.path.getsize(path)
+                and read_saved(path, alone=True) is None):
+            raise UserError(f"{path} exists, and not as a conversation that /save wrote: "
+                            "give another name")
         line = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
         try:
             # a lone surrogate becomes JSON's escape for it
@@ -269,13 +273,9 @@ class Terminal:
     def command_load(self, rest):
         """FILE — go on with a conversation that /save wrote"""
         path = self.path(rest, "/load")
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                messages = json.loads(file.readline())["messages"]
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path} is not a conversation that /save wrote") from None
+        messages = read_saved(path)
+        if messages is None:
+            raise UserError(f"{path} is not a conversation that /save wrote")
         self.conversation.load(messages)
         self.dim(f"{len(self.conversation.turns)} messages read from {path}")
 
@@ -307,6 +307,18 @@ class Terminal:
         if seed is not None:
             seed += 7919 * self.n_answers
         return self.settings.sampling() | {"seed": seed}
+
+
+def read_saved(path, alone=False):
+    """The messages in a file's first line, or None. alone: None also if there are more lines."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            messages = json.loads(file.readline())["messages"]
+            return None if alone and file.read(1) else messages
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def waiting(seconds):

@@ -124,6 +124,22 @@ def test_a_wrong_command_is_one_line_and_changes_nothing(session, line, says):
     assert "Traceback" not in session.screen and not list(session.folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("content, kept", [
+    (b"notes\n", True),
+    (b'{"messages": []}\n{"messages": []}\n', True),         # data for prepare_sft.py
+    (b"PK\x03\x04\xff\xfe", True),
+    (b'{"messages": []}\n', False),
+    (b"", False),
+])
+def test_save_replaces_nothing_but_a_conversation(session, content, kept):
+    path = session.folder / "mine.txt"
+    path.write_bytes(content)
+
+    session.say("/save mine.txt", "mine.txt exists" if kept else "written to mine.txt")
+
+    assert path.read_bytes() == (content if kept else b'{"messages": []}\n')
+
+
 def test_save_and_load(session):
     session.say("/system 助手", "助手")
     session.say('你好 "引号" \\n')
