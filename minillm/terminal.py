@@ -258,7 +258,7 @@ class Terminal:
         path = self.path(rest, "/save")
         if (os.path.isfile(path) and os.path.getsize(path)
                 and read_saved(path, alone=True) is None):
-            raise UserError(f"{path} exists, and not as a conversation that /save wrote: "
+            raise UserError(f"{path} exists and is not a conversation that /save wrote: "
                             "give another name")
         line = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
         try:
