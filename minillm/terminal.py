@@ -31,6 +31,7 @@ except ImportError:                              # Windows; input() then has no 
 
 PASTE_SECONDS = 0.03                             # what follows a line this soon was pasted with it
 SETTABLE = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+SAVED_KEYS = {"messages", "role", "content"}     # all that /save writes
 
 
 class Terminal:
@@ -256,8 +257,7 @@ class Terminal:
     def command_save(self, rest):
         """FILE — write the conversation as one JSON line, as prepare_sft.py reads it"""
         path = self.path(rest, "/save")
-        if (os.path.isfile(path) and os.path.getsize(path)
-                and read_saved(path, alone=True) is None):
+        if os.path.isfile(path) and os.path.getsize(path) and read_saved(path, alone=True) is None:
             raise UserError(f"{path} exists and is not a conversation that /save wrote: "
                             "give another name")
         line = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
@@ -310,11 +310,12 @@ class Terminal:
 
 
 def read_saved(path, alone=False):
-    """The messages in a file's first line, or None. alone: None also if there are more lines."""
+    """The messages in a file's first line, or None. alone: None also if it holds more than that."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            messages = json.loads(file.readline())["messages"]
-            return None if alone and file.read(1) else messages
+            record = json.loads(file.readline())
+            more = alone and (file.read(1) or set(record).union(*record["messages"]) - SAVED_KEYS)
+            return None if more else record["messages"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -128,6 +128,10 @@ def test_a_wrong_command_is_one_line_and_changes_nothing(session, line, says):
     (b"notes\n", True),
     (b'{"messages": []}\n{"messages": []}\n', True),         # data for prepare_sft.py
     (b"PK\x03\x04\xff\xfe", True),
+    (b'{"messages": {"hello": "hi"}}\n', True),
+    (b'{"messages": 5}\n', True),
+    (b'{"messages": [], "id": 1}\n', True),                  # one record, with more in it
+    (b'{"messages": [{"role": "user", "content": "hi", "name": "A"}]}\n', True),
     (b'{"messages": []}\n', False),
     (b"", False),
 ])
